@@ -1,0 +1,27 @@
+"""The operations, with torchvision's names and signatures. Importing this registers them as `torch.ops.fastdet.*`."""
+
+from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
+from .decode import Decoded, decode
+from .match import Matches, match
+from .nms import Kept, batched_nms, nms, nms_padded
+from .roi_pool import batched_roi_pool, roi_pool
+from .sample import Sampled, sample
+
+__all__ = [
+    "Decoded",
+    "Kept",
+    "Matches",
+    "Sampled",
+    "batched_nms",
+    "batched_roi_pool",
+    "box_iou",
+    "complete_box_iou",
+    "decode",
+    "distance_box_iou",
+    "generalized_box_iou",
+    "match",
+    "nms",
+    "nms_padded",
+    "roi_pool",
+    "sample",
+]

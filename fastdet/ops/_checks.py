@@ -1,0 +1,72 @@
+"""What the public operations ask of their arguments before any work, in words that name the argument."""
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def boxes(name: str, value: object, ndim: int | None = 2) -> Tensor:
+    """`value` as fp32 boxes [..., 4]; fp16 and bf16 are widened. `ndim` None takes any rank from 2 up."""
+    value = floats(name, value)
+    if value.ndim < 2 or value.shape[-1] != 4 or (ndim is not None and value.ndim != ndim):
+        wanted = "[..., N, 4]" if ndim is None else "[" + "N, " * (ndim - 1) + "4]"
+        raise ValueError(f"{name} must have the shape {wanted}, got {list(value.shape)}")
+    return value
+
+
+def floats(name: str, value: object) -> Tensor:
+    """`value` as an fp32 tensor; fp16 and bf16 are widened."""
+    tensor = is_tensor(name, value)
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
+    return tensor.float()
+
+
+def is_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    return value
+
+
+def shape(name: str, value: object, expected: tuple[int, ...]) -> Tensor:
+    tensor = is_tensor(name, value)
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} must have the shape {list(expected)}, got {list(tensor.shape)}")
+    return tensor
+
+
+def booleans(name: str, value: object, expected: tuple[int, ...]) -> Tensor:
+    tensor = shape(name, value, expected)
+    if tensor.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, got {tensor.dtype}")
+    return tensor
+
+
+def integers(name: str, value: object, expected: tuple[int, ...]) -> Tensor:
+    tensor = shape(name, value, expected)
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {tensor.dtype}")
+    return tensor
+
+
+def same_device(**tensors: Tensor) -> None:
+    (first_name, first), *rest = tensors.items()
+    for name, tensor in rest:
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}, but {first_name} is on {first.device}")
+
+
+def threshold(name: str, value: float) -> float:
+    """A number in [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    return float(value)
+
+
+def positive(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and positive, got {value}")
+    return value

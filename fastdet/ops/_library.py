@@ -1,0 +1,34 @@
+"""How an operation is registered with torch: one call with all its faces."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def define(
+    schema: str,
+    *,
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: Callable[..., Any] | None = None,
+) -> None:
+    """Register `torch.ops.fastdet.<name>` from `schema` ("name(arguments) -> results").
+
+    `cuda` launches the Triton kernel, and does so on the device of its first argument, whatever the current device is.
+    `fake` gives shapes, dtypes and strides to tracing. Without `autograd` the results carry no gradient.
+    """
+    name, signature = schema.split("(", 1)
+    qualified = f"fastdet::{name}"
+
+    def cuda_on_device(first: torch.Tensor, *args: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return cuda(first, *args)
+
+    torch.library.define(qualified, f"({signature}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified, "CPU")(cpu)
+    torch.library.impl(qualified, "CUDA")(cuda_on_device)
+    torch.library.register_fake(qualified)(fake)
+    if autograd is not None:
+        torch.library.impl(qualified, "Autograd")(autograd)

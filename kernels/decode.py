@@ -1,0 +1,168 @@
+"""From the raw output of the two convolutions of a region proposal head to clipped boxes and scores, in one pass."""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_N = 128
+
+
+@triton.jit(
+    do_not_specialize=[
+        "height",
+        "width",
+        "stride_h",
+        "stride_w",
+        "deltas_stride_b",
+        "deltas_stride_c",
+        "deltas_stride_h",
+        "deltas_stride_w",
+        "logits_stride_b",
+        "logits_stride_c",
+        "logits_stride_h",
+        "logits_stride_w",
+    ]
+)
+def _decode_kernel(
+    deltas_ptr,
+    logits_ptr,
+    cell_anchors_ptr,
+    sizes_ptr,
+    min_side_ptr,
+    boxes_ptr,
+    scores_ptr,
+    height,
+    width,
+    stride_h,
+    stride_w,
+    clamp,
+    deltas_stride_b,
+    deltas_stride_c,
+    deltas_stride_h,
+    deltas_stride_w,
+    logits_stride_b,
+    logits_stride_c,
+    logits_stride_h,
+    logits_stride_w,
+    NUM_ANCHORS: tl.constexpr,
+    NUM_LOGITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A block of consecutive anchors of one image; index = (h * width + w) * NUM_ANCHORS + a.
+
+        deltas, logits: any layout       boxes, scores: row after row
+             +---+---+---+
+           h | a |   |   |  channels     |  BLOCK_N  |  BLOCK_N  |  ...
+             +---+---+---+     ->        program (block, image)
+               w
+
+    The anchor is not read but computed: cell_anchors[a] moved by (w * stride_w, h * stride_h) pixels.
+
+    deltas_ptr [B, A * 4, H, W], logits_ptr [B, A * NUM_LOGITS, H, W]: fp32, fp16 or bf16, by their strides; of two
+    logits the second is the object's. cell_anchors_ptr [A, 4]: fp32, pixels. sizes_ptr [B, 2]: int64, (height, width)
+    of the image. min_side_ptr [B]: fp32, pixels. clamp: the most a logarithm of a side may be.
+    boxes_ptr [B, H * W * A, 4]: fp32, pixels; scores_ptr [B, H * W * A]: fp32. Both contiguous.
+    """
+    batch = tl.program_id(1).to(tl.int64)
+    index = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = height * width * NUM_ANCHORS
+    mask = index < total
+    cell = index // NUM_ANCHORS
+    anchor = index % NUM_ANCHORS
+    h = cell // width
+    w = cell % width
+
+    h64 = h.to(tl.int64)
+    w64 = w.to(tl.int64)
+    delta_ptr = deltas_ptr + batch * deltas_stride_b + h64 * deltas_stride_h + w64 * deltas_stride_w
+    delta_ptr += (anchor * 4).to(tl.int64) * deltas_stride_c
+    dx = tl.load(delta_ptr, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(delta_ptr + deltas_stride_c, mask=mask, other=0.0).to(tl.float32)
+    dw = tl.load(delta_ptr + deltas_stride_c * 2, mask=mask, other=0.0).to(tl.float32)
+    dh = tl.load(delta_ptr + deltas_stride_c * 3, mask=mask, other=0.0).to(tl.float32)
+    logit_ptr = logits_ptr + batch * logits_stride_b + h64 * logits_stride_h + w64 * logits_stride_w
+    logit_ptr += (anchor * NUM_LOGITS).to(tl.int64) * logits_stride_c
+    score = tl.load(logit_ptr, mask=mask, other=0.0).to(tl.float32)
+    if NUM_LOGITS == 2:
+        score = tl.load(logit_ptr + logits_stride_c, mask=mask, other=0.0).to(tl.float32) - score
+
+    shift_x = (w * stride_w).to(tl.float32)
+    shift_y = (h * stride_h).to(tl.float32)
+    ax1 = tl.load(cell_anchors_ptr + anchor * 4, mask=mask, other=0.0) + shift_x
+    ay1 = tl.load(cell_anchors_ptr + anchor * 4 + 1, mask=mask, other=0.0) + shift_y
+    ax2 = tl.load(cell_anchors_ptr + anchor * 4 + 2, mask=mask, other=0.0) + shift_x
+    ay2 = tl.load(cell_anchors_ptr + anchor * 4 + 3, mask=mask, other=0.0) + shift_y
+
+    # By comparison and not by tl.minimum or tl.maximum, which would turn NaN into a number.
+    dw = tl.where(dw > clamp, clamp, dw)
+    dh = tl.where(dh > clamp, clamp, dh)
+    anchor_width = ax2 - ax1
+    anchor_height = ay2 - ay1
+    x = dx * anchor_width + (ax1 + 0.5 * anchor_width)
+    y = dy * anchor_height + (ay1 + 0.5 * anchor_height)
+    half_width = 0.5 * (tl.exp(dw) * anchor_width)
+    half_height = 0.5 * (tl.exp(dh) * anchor_height)
+    x1 = x - half_width
+    y1 = y - half_height
+    x2 = x + half_width
+    y2 = y + half_height
+    infinity = float("inf")
+    finite = (tl.abs(x1) < infinity) & (tl.abs(y1) < infinity) & (tl.abs(x2) < infinity) & (tl.abs(y2) < infinity)
+
+    limit_y = tl.load(sizes_ptr + batch * 2).to(tl.float32)
+    limit_x = tl.load(sizes_ptr + batch * 2 + 1).to(tl.float32)
+    x1 = tl.where(finite, tl.minimum(tl.maximum(x1, 0.0), limit_x), 0.0)
+    y1 = tl.where(finite, tl.minimum(tl.maximum(y1, 0.0), limit_y), 0.0)
+    x2 = tl.where(finite, tl.minimum(tl.maximum(x2, 0.0), limit_x), 0.0)
+    y2 = tl.where(finite, tl.minimum(tl.maximum(y2, 0.0), limit_y), 0.0)
+    least = tl.load(min_side_ptr + batch)
+    kept = finite & (tl.abs(score) < infinity) & (x2 - x1 >= least) & (y2 - y1 >= least)
+
+    # Corners side by side, so that a box is one 16-byte store.
+    corners = tl.reshape(tl.join(tl.join(x1, x2), tl.join(y1, y2)), [BLOCK_N, 4])
+    out = batch * total + index
+    tl.store(boxes_ptr + out[:, None] * 4 + tl.arange(0, 4)[None, :], corners, mask=mask[:, None])
+    tl.store(scores_ptr + out, tl.where(kept, score, -infinity), mask=mask)
+
+
+def launch(
+    deltas: torch.Tensor,
+    logits: torch.Tensor,
+    cell_anchors: torch.Tensor,
+    sizes: torch.Tensor,
+    min_side: torch.Tensor,
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    *,
+    stride: tuple[int, int],
+    clamp: float,
+) -> None:
+    """Fill `boxes` [B, H * W * A, 4] and `scores` [B, H * W * A]; `stride` is (down, across) in pixels."""
+    batch, _, height, width = deltas.shape
+    num_anchors = cell_anchors.shape[0]
+    _decode_kernel[(triton.cdiv(scores.shape[1], BLOCK_N), batch)](
+        deltas_ptr=deltas,
+        logits_ptr=logits,
+        cell_anchors_ptr=cell_anchors,
+        sizes_ptr=sizes,
+        min_side_ptr=min_side,
+        boxes_ptr=boxes,
+        scores_ptr=scores,
+        height=height,
+        width=width,
+        stride_h=stride[0],
+        stride_w=stride[1],
+        clamp=clamp,
+        deltas_stride_b=deltas.stride(0),
+        deltas_stride_c=deltas.stride(1),
+        deltas_stride_h=deltas.stride(2),
+        deltas_stride_w=deltas.stride(3),
+        logits_stride_b=logits.stride(0),
+        logits_stride_c=logits.stride(1),
+        logits_stride_h=logits.stride(2),
+        logits_stride_w=logits.stride(3),
+        NUM_ANCHORS=num_anchors,
+        NUM_LOGITS=logits.shape[1] // num_anchors,
+        BLOCK_N=BLOCK_N,
+        enable_fp_fusion=False,
+    )

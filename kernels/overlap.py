@@ -1,0 +1,43 @@
+"""Areas, intersections and exact ratios of boxes, shared by the kernels that compare boxes.
+
+All of it is meant for kernels launched with `enable_fp_fusion=False`: a fused multiply-add in an area or a union moves
+decisions that sit on a threshold.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_boxes(boxes_ptr, index, mask):
+    """Corners of the boxes `index` of a contiguous [N, 4] array, as four tensors of the shape of `index`."""
+    base = boxes_ptr + index.to(tl.int64) * 4
+    x1 = tl.load(base, mask=mask, other=0.0)
+    y1 = tl.load(base + 1, mask=mask, other=0.0)
+    x2 = tl.load(base + 2, mask=mask, other=0.0)
+    y2 = tl.load(base + 3, mask=mask, other=0.0)
+    return x1, y1, x2, y2
+
+
+@triton.jit
+def intersection_union(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
+    """Areas that two boxes share and that they cover together; the arguments broadcast."""
+    width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
+    height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
+    inter = width * height
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - inter
+    return inter, union
+
+
+@triton.jit
+def ratio_or_zero(numerator, denominator):
+    """The quotient rounded as IEEE division does where it is positive, else 0 (0/0 and NaN as well)."""
+    ratio = tl.div_rn(numerator, denominator)
+    return tl.where(ratio > 0.0, ratio, 0.0)
+
+
+@triton.jit
+def iou(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
+    """Intersection over union; 0 where it is undefined (degenerate, NaN or infinite boxes)."""
+    inter, union = intersection_union(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2)
+    return ratio_or_zero(inter, union)

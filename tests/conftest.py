@@ -1,0 +1,51 @@
+"""What the tests share: where kernels run, poisoned memory, tolerances, and how absent things are skipped."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    cuda = torch.cuda.is_available()
+    absent = {
+        "kernel": None if cuda or INTERPRETED else "kernels run on a GPU, or with TRITON_INTERPRET=1",
+        "cuda": None if cuda else "needs a GPU",
+        "shared": None if SHARED.is_dir() else "the real data and weights are not beside the checkout",
+    }
+    for item in items:
+        for marker, reason in absent.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def shared_dir() -> Path:
+    return SHARED
+
+
+@pytest.fixture
+def kernel_device() -> torch.device:
+    """Where a launcher finds its tensors: the GPU, or the CPU when Triton interprets."""
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Fill what `torch.empty` returns with NaN and large numbers, so that an output left unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
