@@ -1,0 +1,227 @@
+"""Datasets in the folder layout of Pascal VOC."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree.ElementTree import Element, ParseError
+
+import numpy as np
+import torch
+from defusedxml import ElementTree
+from torch.utils.data import Dataset
+
+from fastdet.data.errors import DataError
+from fastdet.data.images import read_image
+from fastdet.data.transforms import Item
+
+_SUFFIXES = (".jpg", ".jpeg", ".png")
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_REPORTED = 5
+
+
+class _Object(NamedTuple):
+    name: str
+    corners: tuple[float, ...]  # as in the file: 1-based, both ends inside the box
+    difficult: bool
+
+
+class _Annotation(NamedTuple):
+    path: Path
+    filename: str
+    width: float  # infinite where the file does not say
+    height: float
+    objects: list[_Object]
+
+
+class _Record(NamedTuple):
+    # NumPy, not tensors: each tensor of a dataset costs a file descriptor when it is sent to a loader's worker.
+    image_path: Path
+    boxes: np.ndarray
+    labels: np.ndarray
+    ignore: np.ndarray
+
+
+class VOC(Dataset[Item]):
+    """A split of a dataset in the VOC layout.
+
+    `root/ImageSets/Main/{split}.txt` lists the stems, one a line; `root/Annotations` holds their XML and
+    `root/JPEGImages` the images: the file that the XML names if it is there, else the stem with .jpg, .jpeg or .png.
+
+    The file's corners are 1-based pixels, both ends inside the box; an item's boxes are continuous:
+    (xmin - 1, ymin - 1, xmax, ymax). Boxes that reach over the image's border stay as they are. Boxes with
+    xmax <= xmin or ymax <= ymin in the file, that are not finite, or that lie wholly outside the image are left out;
+    one warning says how many.
+
+    An item is `(image, target)`: image float32 [3, H, W] in 0..1, decoded on access; target "boxes" float32 [N, 4]
+    x1, y1, x2, y2 in pixels, "labels" int64 [N] from 1 (0 is background), "ignore" bool [N], VOC's `difficult`.
+
+    Args:
+        root: the folder with Annotations, ImageSets and JPEGImages.
+        split: name of a file in ImageSets/Main, without .txt.
+        class_names: label k is `class_names[k - 1]`; when None, the sorted names that the split's XML uses.
+
+    Attributes:
+        class_names: the names of labels 1, 2, ...
+        ids: the stems, in the order of the split's file.
+
+    Raises:
+        DataError: a folder, split, annotation or image is missing, the split is empty, an annotation does not parse
+            or lacks a field, or a class is not among `class_names`; on access, an image that cannot be decoded.
+    """
+
+    def __init__(self, root: str | Path, split: str, class_names: Sequence[str] | None = None) -> None:
+        self.root = Path(root)
+        self.split = split
+        self.ids = _read_split(self.root, split)
+        annotations = [_read_annotation(self.root / "Annotations" / f"{stem}.xml") for stem in self.ids]
+        self.class_names = _names(annotations) if class_names is None else tuple(class_names)
+        if len(set(self.class_names)) < len(self.class_names):
+            raise DataError(f"class_names repeats a name: {', '.join(self.class_names)}")
+        labels = {name: k for k, name in enumerate(self.class_names, start=1)}
+
+        self._records: list[_Record] = []
+        dropped: list[str] = []
+        for stem, annotation in zip(self.ids, annotations, strict=True):
+            image_path = _find_image(self.root / "JPEGImages", stem, annotation)
+            record, bad = _to_record(image_path, annotation, labels)
+            self._records.append(record)
+            dropped.extend(bad)
+        if dropped:
+            warnings.warn(_describe_dropped(self.root, split, dropped), stacklevel=2)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Item:
+        record = self._records[index]
+        target = {
+            "boxes": torch.from_numpy(record.boxes.copy()),
+            "labels": torch.from_numpy(record.labels.copy()),
+            "ignore": torch.from_numpy(record.ignore.copy()),
+        }
+        return read_image(record.image_path), target
+
+    def image_path(self, index: int) -> Path:
+        """The image file of item `index`."""
+        return self._records[index].image_path
+
+
+def _read_split(root: Path, split: str) -> tuple[str, ...]:
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    folder = root / "ImageSets" / "Main"
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder, so {root} is not in the VOC layout")
+    path = folder / f"{split}.txt"
+    if not path.is_file():
+        found = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))) or "none"
+        raise DataError(f"{path}: no such split; the folder has: {found}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    stems = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not stems:
+        raise DataError(f"{path}: the split is empty")
+    return stems
+
+
+def _read_annotation(path: Path) -> _Annotation:
+    try:
+        root = ElementTree.parse(path).getroot()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such annotation") from None
+    # ValueError covers forbidden entities (defusedxml) and encodings that expat does not know.
+    except (ParseError, ValueError, LookupError, OSError) as error:
+        raise DataError(f"{path}: the XML does not parse: {error}") from error
+    size = root.find("size")
+    width = height = math.inf
+    if size is not None:
+        width, height = (_number(size, field, path) for field in ("width", "height"))
+    if not (width > 0 and height > 0):
+        width = height = math.inf
+    objects = [_read_object(element, path) for element in root.findall("object")]
+    return _Annotation(path, (root.findtext("filename") or "").strip(), width, height, objects)
+
+
+def _read_object(element: Element, path: Path) -> _Object:
+    name = (element.findtext("name") or "").strip()
+    if not name:
+        raise DataError(f"{path}: an object has no <name>")
+    box = element.find("bndbox")
+    if box is None:
+        raise DataError(f"{path}: an object '{name}' has no <bndbox>")
+    corners = tuple(_number(box, field, path) for field in _CORNERS)
+    difficult = element.find("difficult") is not None and _number(element, "difficult", path) != 0
+    return _Object(name, corners, difficult)
+
+
+def _number(parent: Element, field: str, path: Path) -> float:
+    text = parent.findtext(field)
+    if text is None:
+        raise DataError(f"{path}: <{parent.tag}> has no <{field}>")
+    try:
+        return float(text)
+    except ValueError:
+        raise DataError(f"{path}: <{field}> is not a number: {text.strip()!r}") from None
+
+
+def _names(annotations: Sequence[_Annotation]) -> tuple[str, ...]:
+    return tuple(sorted({item.name for annotation in annotations for item in annotation.objects}))
+
+
+def _find_image(folder: Path, stem: str, annotation: _Annotation) -> Path:
+    named = annotation.filename
+    # Only a bare name: a path written on another machine means nothing here, and must not lead out of the folder.
+    if named and Path(named).name == named and (folder / named).is_file():
+        return folder / named
+    for suffix in _SUFFIXES:
+        path = folder / (stem + suffix)
+        if path.is_file():
+            return path
+    raise DataError(f"{folder / stem}: no image with {', '.join(_SUFFIXES)}, for {annotation.path}")
+
+
+def _to_record(image_path: Path, annotation: _Annotation, labels: dict[str, int]) -> tuple[_Record, list[str]]:
+    kept: list[_Object] = []
+    dropped: list[str] = []
+    for item in annotation.objects:
+        if item.name not in labels:
+            raise DataError(_describe_unknown(item.name, labels, annotation.path))
+        if _is_usable(item.corners, annotation.width, annotation.height):
+            kept.append(item)
+        else:
+            dropped.append(f"{annotation.path.name} {item.name} ({', '.join(f'{x:g}' for x in item.corners)})")
+    boxes = np.array([item.corners for item in kept], dtype=np.float32).reshape(-1, 4)
+    boxes -= np.array([1, 1, 0, 0], dtype=np.float32)
+    names = np.array([labels[item.name] for item in kept], dtype=np.int64)
+    return _Record(image_path, boxes, names, np.array([item.difficult for item in kept], dtype=np.bool_)), dropped
+
+
+def _is_usable(corners: tuple[float, ...], width: float, height: float) -> bool:
+    xmin, ymin, xmax, ymax = corners
+    if not all(map(math.isfinite, corners)) or xmax <= xmin or ymax <= ymin:
+        return False
+    return xmax > 0 and ymax > 0 and xmin - 1 < width and ymin - 1 < height
+
+
+def _describe_unknown(name: str, labels: dict[str, int], path: Path) -> str:
+    near = difflib.get_close_matches(name, labels)
+    if not near:
+        by_lower = {known.lower(): known for known in labels}
+        near = [by_lower[name.lower()]] if name.lower() in by_lower else []
+    hint = f"near: {', '.join(near)}" if near else f"known: {', '.join(labels)}"
+    return f"{path}: class '{name}' is not among the {len(labels)} class names ({hint})"
+
+
+def _describe_dropped(root: Path, split: str, dropped: Sequence[str]) -> str:
+    more = ", ..." if len(dropped) > _REPORTED else ""
+    return (
+        f"{root} ({split}): {len(dropped)} box(es) left out, empty, not finite or outside the image: "
+        f"{', '.join(dropped[:_REPORTED])}{more}"
+    )

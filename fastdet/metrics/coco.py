@@ -1,0 +1,106 @@
+"""Average precision as COCO defines it, computed by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastdet.metrics.inputs import Arrays, Detected, Truth, to_numpy
+
+_EVERY_AREA = [0.0, 1e10]
+
+
+class COCOResult(NamedTuple):
+    """Average precision over all areas; NaN where there is no ground truth that counts.
+
+    `ap` is the mean over the IoU thresholds .5, .55, ..., .95 and the classes, `ap50` and `ap75` are at one threshold;
+    `ap_per_class` and `ap50_per_class` are float64 [num_classes - 1], for labels 1, 2, ...
+    """
+
+    ap: float
+    ap50: float
+    ap75: float
+    ap_per_class: np.ndarray
+    ap50_per_class: np.ndarray
+
+
+def coco_average_precision(
+    predictions: Sequence[Arrays], targets: Sequence[Arrays], num_classes: int, max_detections: int = 100
+) -> COCOResult:
+    """Average precision with the matching and the 101 recalls of COCO.
+
+    Args:
+        predictions: for each image "boxes" [D, 4] x1, y1, x2, y2, "scores" [D], "labels" [D].
+        targets: for each image "boxes" [G, 4], "labels" [G] and, optionally, "ignore" bool [G]: COCO's crowds, which
+            are not counted, and on which detections that lie inside them are neither true nor false.
+        num_classes: counts the background, so that labels are 1..num_classes - 1.
+        max_detections: how many detections an image and class may have; those with the highest scores count.
+
+    Raises:
+        ValueError: lengths differ or a label is out of range.
+        ImportError: pycocotools is not installed.
+    """
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError as error:
+        raise ImportError("COCO's average precision needs pycocotools: pip install 'fastdet[eval]'") from error
+    detected, truths = to_numpy(predictions, targets, num_classes)
+
+    def index(annotations: list[dict[str, Any]]) -> Any:
+        coco = COCO()
+        coco.dataset = {
+            "images": [{"id": image} for image in range(len(truths))],
+            "categories": [{"id": label} for label in range(1, num_classes)],
+            "annotations": annotations,
+        }
+        coco.createIndex()
+        return coco
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        # Both sides are indexed by hand: `loadRes` fails on an empty list.
+        evaluation = COCOeval(index(_truth_annotations(truths)), index(_detection_annotations(detected)), "bbox")
+        evaluation.params.maxDets = [max_detections]
+        evaluation.params.areaRng = [_EVERY_AREA]
+        evaluation.params.areaRngLbl = ["all"]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"][..., 0, 0]  # [thresholds, recalls, classes], -1 without ground truth
+    ap = np.where(precision > -1, precision, np.nan).mean(axis=1)
+    return COCOResult(_mean(ap), _mean(ap[0]), _mean(ap[5]), ap.mean(axis=0), ap[0])
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def _truth_annotations(truths: Sequence[Truth]) -> list[dict[str, Any]]:
+    return _number(
+        {**_box(box, label, image), "iscrowd": int(ignore)}
+        for image, truth in enumerate(truths)
+        for box, label, ignore in zip(*truth, strict=True)
+    )
+
+
+def _detection_annotations(detected: Sequence[Detected]) -> list[dict[str, Any]]:
+    return _number(
+        {**_box(box, label, image), "iscrowd": 0, "score": float(score)}
+        for image, found in enumerate(detected)
+        for box, score, label in zip(*found, strict=True)
+    )
+
+
+def _box(box: np.ndarray, label: int, image: int) -> dict[str, Any]:
+    x1, y1, x2, y2 = box.tolist()
+    width, height = max(x2 - x1, 0.0), max(y2 - y1, 0.0)  # a negative area would be out of range, and not count
+    return {"image_id": image, "category_id": int(label), "bbox": [x1, y1, width, height], "area": width * height}
+
+
+def _number(annotations: Any) -> list[dict[str, Any]]:
+    # From 1: pycocotools writes the id of the match, and reads 0 as unmatched.
+    return [{**annotation, "id": k} for k, annotation in enumerate(annotations, start=1)]

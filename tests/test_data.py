@@ -1,0 +1,283 @@
+"""Datasets: what they return, and what they say about files that are wrong."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdet.data import VOC, DataError, Shapes, collate, flip_horizontal, read_image
+
+Boxed = tuple[str, tuple[object, ...], int]
+
+
+def annotate(root: Path, stem: str, objects: Sequence[Boxed], *, size: tuple[int, int] | None = (40, 30)) -> Path:
+    """Write an annotation as VOC does: parts of an object carry names and boxes of their own."""
+    parts = "".join(
+        f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin>"
+        f"<xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox><part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin>"
+        "<xmax>2</xmax><ymax>2</ymax></bndbox></part></object>"
+        for name, (x1, y1, x2, y2), difficult in objects
+    )
+    extent = "" if size is None else f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
+    path = root / "Annotations" / f"{stem}.xml"
+    path.write_text(f"<annotation><filename>{stem}.jpg</filename>{extent}{parts}</annotation>")
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two images: `a` with a cat and a difficult dog, `b` with nothing, as a PNG."""
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "ImageSets/Main/train.txt").write_text("a\nb\n\n")
+    (tmp_path / "ImageSets/Main/val.txt").write_text("b\n")
+    pixels = np.zeros((30, 40, 3), dtype=np.uint8)
+    pixels[:, :20, 0], pixels[20:, :, 2] = 255, 51
+    Image.fromarray(pixels).save(tmp_path / "JPEGImages/a.jpg", quality=95, subsampling=0)
+    Image.fromarray(pixels).save(tmp_path / "JPEGImages/b.png")
+    annotate(tmp_path, "a", [("dog", (1, 1, 40, 30), 1), ("cat", (11, 6, 20, 15), 0)])
+    annotate(tmp_path, "b", [])
+    return tmp_path
+
+
+def one_line(error: pytest.ExceptionInfo[DataError], *parts: str) -> None:
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_voc_item(root: Path) -> None:
+    data = VOC(root, "train")
+    assert len(data) == 2
+    assert data.ids == ("a", "b")
+    assert data.class_names == ("cat", "dog")
+    assert data.image_path(0) == root / "JPEGImages/a.jpg"
+    image, target = data[0]
+    assert image.shape == (3, 30, 40)
+    assert image.dtype == torch.float32
+    assert image.is_contiguous()
+    assert image[0, 5, 5] > 0.95
+    assert image[0, 5, 35] < 0.05
+    assert set(target) == {"boxes", "labels", "ignore"}
+    assert target["boxes"].dtype == torch.float32
+    assert target["boxes"].tolist() == [[0, 0, 40, 30], [10, 5, 20, 15]]
+    assert target["labels"].dtype == torch.int64
+    assert target["labels"].tolist() == [2, 1]
+    assert target["ignore"].dtype == torch.bool
+    assert target["ignore"].tolist() == [True, False]
+
+
+def test_voc_image_without_objects_found_by_its_stem(root: Path) -> None:
+    image, target = VOC(root, "val", ["cat"])[0]
+    assert image[2, 25, 0].item() == pytest.approx(0.2)
+    assert target["boxes"].shape == (0, 4)
+    assert target["boxes"].dtype == torch.float32
+    assert target["labels"].dtype == torch.int64
+    assert target["ignore"].dtype == torch.bool
+
+
+def test_voc_file_name_of_the_xml_comes_first(root: Path) -> None:
+    Image.new("RGB", (40, 30)).save(root / "JPEGImages/other.png")
+    path = root / "Annotations/b.xml"
+    path.write_text(path.read_text().replace("b.jpg", "other.png"))
+    assert VOC(root, "val").image_path(0).name == "other.png"
+    path.write_text(path.read_text().replace("other.png", "../JPEGImages/other.png"))
+    assert VOC(root, "val").image_path(0).name == "b.png"
+
+
+def test_voc_class_names_give_the_labels(root: Path) -> None:
+    data = VOC(root, "train", ["dog", "horse", "cat"])
+    assert data.class_names == ("dog", "horse", "cat")
+    assert data[0][1]["labels"].tolist() == [1, 3]
+
+
+def test_voc_items_are_copies(root: Path) -> None:
+    data = VOC(root, "train")
+    data[0][1]["boxes"].zero_()
+    assert data[0][1]["boxes"].any()
+
+
+def test_voc_leaves_out_bad_boxes_and_says_so_once(root: Path) -> None:
+    bad = [
+        (5, 5, 5, 9),
+        (5, 9, 8, 9),
+        (9, 5, 5, 9),
+        ("nan", 1, 5, 5),
+        (1, 1, "inf", 5),
+        (41, 1, 60, 9),
+        (1, 31, 9, 50),
+        (-9, 1, 0, 9),
+    ]
+    good = [(-5, -5, 60, 60), (40, 30, 41, 31), (1, 1, 2, 2)]
+    annotate(root, "a", [("cat", box, 0) for box in [*bad, *good]])
+    with pytest.warns(UserWarning, match="left out") as caught:
+        data = VOC(root, "train")
+    assert len(caught) == 1
+    message = str(caught[0].message)
+    assert "8 box(es)" in message
+    assert "a.xml cat (5, 5, 5, 9)" in message
+    assert data[0][1]["boxes"].tolist() == [[-6, -6, 60, 60], [39, 29, 41, 31], [0, 0, 2, 2]]
+    assert len(data[0][1]["labels"]) == len(data[0][1]["ignore"]) == 3
+
+
+@pytest.mark.parametrize("size", [None, (0, 0)])
+def test_voc_unknown_size_drops_nothing_to_the_right(root: Path, size: tuple[int, int] | None) -> None:
+    annotate(root, "a", [("cat", (500, 500, 600, 600), 0)], size=size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert VOC(root, "train")[0][1]["boxes"].tolist() == [[499, 499, 600, 600]]
+
+
+def test_voc_missing_root_folder_and_split(root: Path) -> None:
+    with pytest.raises(DataError) as error:
+        VOC(root / "nowhere", "train")
+    one_line(error, str(root / "nowhere"))
+    with pytest.raises(DataError) as error:
+        VOC(root / "JPEGImages", "train")
+    one_line(error, "ImageSets", "VOC layout")
+    with pytest.raises(DataError) as error:
+        VOC(root, "test")
+    one_line(error, "test.txt", "train, val")
+
+
+def test_voc_empty_split(root: Path) -> None:
+    (root / "ImageSets/Main/train.txt").write_text("\n \n")
+    with pytest.raises(DataError) as error:
+        VOC(root, "train")
+    one_line(error, "train.txt", "empty")
+
+
+def test_voc_missing_files(root: Path) -> None:
+    (root / "JPEGImages/b.png").unlink()
+    with pytest.raises(DataError) as error:
+        VOC(root, "train")
+    one_line(error, str(root / "JPEGImages" / "b"), "b.xml")
+    (root / "Annotations/a.xml").unlink()
+    with pytest.raises(DataError) as error:
+        VOC(root, "train")
+    one_line(error, "a.xml", "no such annotation")
+
+
+BOMB = '<!DOCTYPE a [<!ENTITY b "boom">]><annotation><filename>&b;</filename></annotation>'
+
+
+@pytest.mark.parametrize("text", ["", "<annotation><object></annotation>", "not xml", BOMB])
+def test_voc_broken_xml(root: Path, text: str) -> None:
+    (root / "Annotations/a.xml").write_text(text)
+    with pytest.raises(DataError) as error:
+        VOC(root, "train")
+    one_line(error, "a.xml", "does not parse")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("<xmin>11</xmin>", "", "xmin"),
+        ("<xmin>11</xmin>", "<xmin>eleven\n</xmin>", "'eleven'"),
+        ("<xmin>11</xmin>", "<xmin/>", "xmin"),
+        ("<difficult>0</difficult>", "<difficult>no</difficult>", "difficult"),
+        ("<name>cat</name>", "", "name"),
+        ("<width>40</width>", "", "width"),
+        ("<bndbox><xmin>11</xmin><ymin>6</ymin><xmax>20</xmax><ymax>15</ymax></bndbox>", "", "'cat' has no <bndbox>"),
+    ],
+)
+def test_voc_broken_field(root: Path, old: str, new: str, said: str) -> None:
+    path = root / "Annotations/a.xml"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(DataError) as error:
+        VOC(root, "train")
+    one_line(error, "a.xml", said)
+
+
+def test_voc_difficult_may_be_absent(root: Path) -> None:
+    path = root / "Annotations/a.xml"
+    path.write_text(path.read_text().replace("<difficult>1</difficult>", ""))
+    assert VOC(root, "train")[0][1]["ignore"].tolist() == [False, False]
+
+
+def test_voc_unknown_class(root: Path) -> None:
+    with pytest.raises(DataError) as error:
+        VOC(root, "train", ["dog", "cats", "horse"])
+    one_line(error, "a.xml", "'cat'", "near: cats")
+    with pytest.raises(DataError) as error:
+        VOC(root, "train", ["DOG", "cat"])
+    one_line(error, "a.xml", "'dog'", "near: DOG")
+    with pytest.raises(DataError) as error:
+        VOC(root, "train", ["dog", "horse"])
+    one_line(error, "'cat'", "known: dog, horse")
+    with pytest.raises(DataError, match="repeats"):
+        VOC(root, "train", ["dog", "cat", "dog"])
+
+
+@pytest.mark.parametrize("keep", [0, 100, -40])
+def test_damaged_image(root: Path, keep: int) -> None:
+    path = root / "JPEGImages/a.jpg"
+    path.write_bytes(path.read_bytes()[:keep])
+    data = VOC(root, "train")
+    with pytest.raises(DataError) as error:
+        data[0]
+    one_line(error, str(path), "cannot be decoded")
+    data[1]
+
+
+def test_read_image_makes_rgb_of_other_modes(tmp_path: Path) -> None:
+    Image.new("LA", (5, 4), (102, 0)).save(tmp_path / "grey.png")
+    assert torch.equal(read_image(tmp_path / "grey.png"), torch.full((3, 4, 5), 0.4))
+    with pytest.raises(DataError, match=r"none\.png: no such image"):
+        read_image(tmp_path / "none.png")
+
+
+def test_collate_in_a_loader() -> None:
+    data = Shapes(3, size=32)
+    images, targets = next(iter(torch.utils.data.DataLoader(data, batch_size=3, collate_fn=collate)))
+    assert isinstance(images, list)
+    assert isinstance(targets, list)
+    for k in range(3):
+        assert torch.equal(images[k], data[k][0])
+        assert torch.equal(targets[k]["boxes"], data[k][1]["boxes"])
+
+
+def test_flip_moves_boxes_with_the_pixels() -> None:
+    image = torch.zeros(3, 10, 12)
+    image[:, 2:5, 1:7] = 1
+    boxes = torch.tensor([[1.0, 2.0, 7.0, 5.0]])
+    target = {"boxes": boxes, "labels": torch.tensor([4])}
+    flipped, moved = flip_horizontal(image, target)
+    x1, y1, x2, y2 = moved["boxes"][0].int().tolist()
+    assert flipped[:, y1:y2, x1:x2].min() == 1
+    assert flipped.sum() == 3 * (x2 - x1) * (y2 - y1)
+    assert x1 == 5
+    assert moved["labels"].tolist() == [4]
+    assert boxes.tolist() == [[1, 2, 7, 5]]
+    back = flip_horizontal(flipped, moved)
+    assert torch.equal(back[0], image)
+    assert torch.equal(back[1]["boxes"], boxes)
+
+
+def test_flip_without_boxes() -> None:
+    _, target = flip_horizontal(torch.zeros(3, 4, 4), {"boxes": torch.zeros(0, 4)})
+    assert target["boxes"].shape == (0, 4)
+
+
+@pytest.mark.shared
+def test_voc_on_real_photographs(shared_dir: Path) -> None:
+    root = shared_dir / "data" / "BCCD"
+    with pytest.warns(UserWarning, match=r"2 box\(es\).*BloodImage_00338\.xml RBC \(504, 337, 504, 337\)"):
+        train = VOC(root, "trainval")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        test = VOC(root, "test", train.class_names)
+    assert train.class_names == ("Platelets", "RBC", "WBC")
+    assert (len(train), len(test)) == (292, 72)
+    image, target = test[0]
+    assert image.shape == (3, 480, 640)
+    boxes = target["boxes"]
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    # The white cells are stained violet: less green inside their boxes than elsewhere.
+    x1, y1, x2, y2 = boxes[target["labels"] == 3][0].int().tolist()
+    assert image[1, y1:y2, x1:x2].mean() < image[1].mean() - 0.05
