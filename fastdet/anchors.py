@@ -1,0 +1,96 @@
+"""Anchors: boxes of a few sizes and shapes around every cell of a feature map (Ren et al. 2015, section 3.1.1)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class AnchorGenerator:
+    """The anchors of each feature level. The arguments of torchvision's `AnchorGenerator`, and three more.
+
+    Args:
+        sizes: for each level the square roots of the anchors' areas, in pixels of the resized image.
+        aspect_ratios: for each level the ratios height / width; one entry serves every level.
+        strides: pixels between cells, one number a level. None derives it as torchvision does: the padded image's
+            side over the feature map's, rounded down.
+        offset: where the first anchor's centre lies, in pixels: 0 in torchvision, half a stride in the paper's code.
+        rounded: whether corners are rounded to whole pixels before they are shifted, as torchvision does.
+    """
+
+    sizes: tuple[tuple[float, ...], ...] = ((128, 256, 512),)
+    aspect_ratios: tuple[tuple[float, ...], ...] = ((0.5, 1.0, 2.0),)
+    strides: tuple[int, ...] | None = None
+    offset: float = 0.0
+    rounded: bool = True
+
+    def __post_init__(self) -> None:
+        sizes = _per_level("sizes", self.sizes)
+        ratios = _per_level("aspect_ratios", self.aspect_ratios)
+        if len(ratios) == 1:
+            ratios *= len(sizes)
+        if len(ratios) != len(sizes):
+            raise ValueError(f"aspect_ratios has {len(ratios)} levels, sizes has {len(sizes)}")
+        if self.strides is not None and len(self.strides) != len(sizes):
+            raise ValueError(f"strides has {len(self.strides)} levels, sizes has {len(sizes)}")
+        object.__setattr__(self, "sizes", sizes)
+        object.__setattr__(self, "aspect_ratios", ratios)
+
+    def num_anchors_per_location(self) -> list[int]:
+        return [len(sizes) * len(ratios) for sizes, ratios in zip(self.sizes, self.aspect_ratios, strict=True)]
+
+    def cell_anchors(self) -> list[Tensor]:
+        """For each level the anchors of cell (0, 0), fp32 [A, 4], ratios outermost."""
+        cells = []
+        for sizes, ratios in zip(self.sizes, self.aspect_ratios, strict=True):
+            root = torch.tensor(ratios, dtype=torch.float32).sqrt()
+            scale = torch.tensor(sizes, dtype=torch.float32)
+            height, width = (root[:, None] * scale).flatten(), ((1 / root)[:, None] * scale).flatten()
+            cell = torch.stack([-width, -height, width, height], dim=1) / 2
+            cells.append((cell.round() if self.rounded else cell) + self.offset)
+        return cells
+
+    def level_strides(self, image_size: Size, grids: list[Size]) -> list[Size]:
+        """Vertical and horizontal stride of each level, for a padded image and its feature maps' (height, width)."""
+        if len(grids) != len(self.sizes):
+            raise ValueError(
+                f"the anchors are for {len(self.sizes)} feature levels (sizes {self.sizes}), "
+                f"but the backbone gives {len(grids)} (of height x width {grids})"
+            )
+        if self.strides is not None:
+            return [(stride, stride) for stride in self.strides]
+        return [(image_size[0] // height, image_size[1] // width) for height, width in grids]
+
+
+def _per_level(name: str, value: object) -> tuple[tuple[float, ...], ...]:
+    levels = tuple(value) if isinstance(value, (tuple, list)) else ()
+    for level in levels:
+        if not isinstance(level, (tuple, list)) or not level or not all(_positive(number) for number in level):
+            levels = ()
+            break
+    if not levels:
+        raise ValueError(f"{name} must hold for each feature level a tuple of positive numbers, got {value!r}")
+    return tuple(tuple(level) for level in levels)
+
+
+def _positive(number: object) -> bool:
+    return isinstance(number, (int, float)) and math.isfinite(number) and number > 0
+
+
+def grid_anchors(cell: Tensor, grid: Size, stride: Size) -> Tensor:
+    """Every anchor of a level, fp32 [H * W * A, 4]: `cell` [A, 4] moved by the stride over `grid` (H, W) cells."""
+    y = torch.arange(grid[0], device=cell.device, dtype=cell.dtype) * stride[0]
+    x = torch.arange(grid[1], device=cell.device, dtype=cell.dtype) * stride[1]
+    shift = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None], x[None, :], y[:, None]), dim=-1)
+    return (shift[:, :, None] + cell).reshape(-1, 4)
+
+
+def inside(anchors: Tensor, sizes: Tensor) -> Tensor:
+    """bool [B, K]: which `anchors` [K, 4] lie wholly inside each image of `sizes` [B, 2] (height, width)."""
+    height, width = sizes[:, 0, None], sizes[:, 1, None]
+    x1, y1, x2, y2 = anchors.unbind(-1)
+    return (x1 >= 0) & (y1 >= 0) & (x2 <= width) & (y2 <= height)

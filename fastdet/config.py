@@ -1,0 +1,175 @@
+"""Every number of the detector in one frozen dataclass, under torchvision's keyword names where it has one."""
+
+import difflib
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from .anchors import AnchorGenerator
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The defaults are the VGG16 detector of Ren et al. 2015; `TORCHVISION` below is torchvision's.
+
+    Sides and sizes are pixels of the resized image unless a comment says otherwise. Top n are counts per image, before
+    suppression per image and feature level.
+    """
+
+    # Input. `min_size` may list several: training draws one a batch, evaluation takes the last.
+    min_size: int | tuple[int, ...] = 600
+    max_size: int = 1000
+    image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    # "rgb" takes the image as it comes, 0..1; "bgr255" reverses the channels and multiplies by 255 before the mean.
+    image_format: Literal["rgb", "bgr255"] = "rgb"
+    # A batch is padded to multiples of this, or to the smallest bucket (height, width) that holds it.
+    size_divisible: int = 1
+    size_buckets: tuple[tuple[int, int], ...] = ()
+
+    # Region proposal network.
+    rpn_anchor_generator: AnchorGenerator = field(
+        default_factory=lambda: AnchorGenerator(strides=(16,), offset=8.0, rounded=False)
+    )
+    # Two logits (background, object) or one (object).
+    rpn_objectness: Literal["softmax", "sigmoid"] = "softmax"
+    # None: as many as the features have.
+    rpn_hidden_channels: int | None = 512
+    rpn_anchors_inside_only: bool = True
+    rpn_pre_nms_top_n_train: int = 12000
+    rpn_pre_nms_top_n_test: int = 6000
+    rpn_post_nms_top_n_train: int = 2000
+    rpn_post_nms_top_n_test: int = 300
+    rpn_nms_thresh: float = 0.7
+    rpn_fg_iou_thresh: float = 0.7
+    rpn_bg_iou_thresh: float = 0.3
+    rpn_batch_size_per_image: int = 256
+    rpn_positive_fraction: float = 0.5
+    rpn_score_thresh: float = 0.0
+    # Proposals with a smaller side are dropped; in pixels of the original image if the next says so.
+    rpn_min_size: float = 16.0
+    rpn_min_size_in_original_pixels: bool = True
+    rpn_min_size_before_top_n: bool = True
+    rpn_smooth_l1_beta: float = 1 / 9
+
+    # Boxes. dw and dh are clamped from above at this; None does not clamp.
+    bbox_xform_clip: float | None = None
+    bbox_reg_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+
+    # Box head.
+    box_pooling: Literal["max", "align"] = "max"
+    box_pool_size: int = 7
+    # RoI align's samples a bin and side.
+    box_sampling_ratio: int = 2
+    # Which of the backbone's named levels are pooled; None pools all.
+    box_featmap_names: tuple[str, ...] | None = None
+    box_representation_size: int = 1024
+    box_fg_iou_thresh: float = 0.5
+    box_bg_iou_thresh: float = 0.5
+    # Background samples have at least this IoU with some ground truth (if the image has any).
+    box_bg_iou_thresh_low: float = 0.1
+    box_batch_size_per_image: int = 128
+    box_positive_fraction: float = 0.25
+    box_smooth_l1_beta: float = 1.0
+    box_score_thresh: float = 0.05
+    box_nms_thresh: float = 0.3
+    # None: no cap.
+    box_detections_per_img: int | None = None
+    box_min_size: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in _CHOICES:
+            if getattr(self, name) not in _CHOICES[name]:
+                raise ValueError(f"{name} must be one of {_CHOICES[name]}, got {getattr(self, name)!r}")
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.name.endswith(("_thresh", "_thresh_low", "_fraction")):
+                _require(setting.name, value, _is_number(value) and 0 <= value <= 1, "a number in [0, 1]")
+            elif setting.type is bool:
+                _require(setting.name, value, isinstance(value, bool), "True or False")
+            elif "_nms_top_n_" in setting.name or setting.name in _COUNTS:
+                _require(setting.name, value, _is_count(value), "a positive whole number")
+            elif setting.name in _OPTIONAL_COUNTS:
+                _require(setting.name, value, value is None or _is_count(value), "a positive whole number or None")
+            elif setting.name.endswith(("_beta", "_min_size")):
+                _require(setting.name, value, _is_number(value) and value >= 0, "a number, at least 0")
+        sizes = self.min_size if isinstance(self.min_size, (tuple, list)) else (self.min_size,)
+        _require("min_size", self.min_size, bool(sizes) and all(map(_is_count, sizes)), "whole numbers above 0")
+        _require("max_size", self.max_size, self.max_size >= max(sizes), f"at least min_size ({max(sizes)})")
+        _require("image_std", self.image_std, all(value > 0 for value in self.image_std), "positive numbers")
+        channels = len(self.image_mean)
+        _require("image_std", self.image_std, len(self.image_std) == channels, f"{channels} numbers, as image_mean")
+        for low, high in (
+            ("rpn_bg_iou_thresh", "rpn_fg_iou_thresh"),
+            ("box_bg_iou_thresh", "box_fg_iou_thresh"),
+            ("box_bg_iou_thresh_low", "box_bg_iou_thresh"),
+        ):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(f"{low} ({getattr(self, low)}) must not be above {high} ({getattr(self, high)})")
+
+    def override(self, **changes: Any) -> "Settings":
+        """A copy with some fields changed. Raises TypeError for a name that is not a field, listing the near ones."""
+        known = [setting.name for setting in fields(self)]
+        for name in changes:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+                hint = f"; near ones: {', '.join(near)}" if near else f"; there are: {', '.join(known)}"
+                raise TypeError(f"unknown setting {name!r}{hint}")
+        return replace(self, **changes)
+
+
+_CHOICES = {
+    "image_format": ("rgb", "bgr255"),
+    "rpn_objectness": ("softmax", "sigmoid"),
+    "box_pooling": ("max", "align"),
+}
+_COUNTS = (
+    "max_size",
+    "size_divisible",
+    "rpn_batch_size_per_image",
+    "box_pool_size",
+    "box_representation_size",
+    "box_batch_size_per_image",
+)
+_OPTIONAL_COUNTS = ("rpn_hidden_channels", "box_detections_per_img")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _require(name: str, value: object, good: bool, what: str) -> None:
+    if not good:
+        raise ValueError(f"{name} must be {what}, got {value!r}")
+
+
+VGG16 = Settings()
+
+TORCHVISION = Settings(
+    min_size=800,
+    max_size=1333,
+    size_divisible=32,
+    rpn_anchor_generator=AnchorGenerator(),
+    rpn_objectness="sigmoid",
+    rpn_hidden_channels=None,
+    rpn_anchors_inside_only=False,
+    rpn_pre_nms_top_n_train=2000,
+    rpn_pre_nms_top_n_test=1000,
+    rpn_post_nms_top_n_train=2000,
+    rpn_post_nms_top_n_test=1000,
+    rpn_min_size=1e-3,
+    rpn_min_size_in_original_pixels=False,
+    rpn_min_size_before_top_n=False,
+    bbox_xform_clip=math.log(1000 / 16),
+    box_pooling="align",
+    box_bg_iou_thresh_low=0.0,
+    box_batch_size_per_image=512,
+    box_smooth_l1_beta=1 / 9,
+    box_nms_thresh=0.5,
+    box_detections_per_img=100,
+    box_min_size=0.01,
+)

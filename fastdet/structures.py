@@ -1,0 +1,62 @@
+"""The padded results that pass between the steps: fixed shapes, with a count or a mask for what varies in number.
+
+B images, G ground-truth boxes, P proposals, S samples, D detections. Boxes are x1, y1, x2, y2 in pixels of the resized
+image, fp32; labels are int64, 0 is background. Named tuples, so that torch.compile and torch.export can take them.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Targets(NamedTuple):
+    """Ground truth: boxes [B, G, 4], labels [B, G] (0 = padding), ignore bool [B, G] (not trained on)."""
+
+    boxes: Tensor
+    labels: Tensor
+    ignore: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """bool [B, G]: the boxes that are trained on."""
+        return (self.labels > 0) & ~self.ignore
+
+
+class Proposals(NamedTuple):
+    """What the RPN suggests, in descending order of score: boxes [B, P, 4], scores [B, P] (logits), count [B]."""
+
+    boxes: Tensor
+    scores: Tensor
+    count: Tensor  # type: ignore[assignment]
+
+    @property
+    def taken(self) -> Tensor:
+        """bool [B, P]: the rows that hold a proposal."""
+        return torch.arange(self.boxes.shape[1], device=self.count.device) < self.count[:, None]
+
+
+class AnchorTargets(NamedTuple):
+    """What each anchor should say: labels [B, K] in {-1, 0, 1} after sampling, locs [B, K, 4] encoded offsets."""
+
+    labels: Tensor
+    locs: Tensor
+
+
+class Samples(NamedTuple):
+    """RoIs that the box head trains on: boxes [B, S, 4], labels [B, S], locs [B, S, 4] (encoded and normalised
+    offsets), weight [B, S] (0 = padding)."""
+
+    boxes: Tensor
+    labels: Tensor
+    locs: Tensor
+    weight: Tensor
+
+
+class Detections(NamedTuple):
+    """Final boxes in descending order of score: boxes [B, D, 4], scores [B, D], labels [B, D], count [B]."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    count: Tensor  # type: ignore[assignment]

@@ -1,0 +1,123 @@
+"""The step never makes the host wait and no shape in it depends on data: batch 2, images of two sizes.
+
+Forward and backward run on the CPU under a mode that refuses operators whose result's shape, or whose host value,
+depends on data. That mode cannot see `.tolist()` or copies between devices on a CPU, so the forward runs again on a
+fake GPU.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from scenes_of_detection import NUM_CLASSES, SMALL_NUMBERS, TinyBackbone, small_detector, small_scene
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastdet
+from fastdet import FasterRCNN, Targets
+
+REFUSED = {
+    "_local_scalar_dense",
+    "_unique2",
+    "bincount",
+    "equal",
+    "is_nonzero",
+    "masked_select",
+    "nonzero",
+    "nonzero_static",
+    "repeat_interleave",
+    "unique_consecutive",
+    "unique_dim",
+}
+
+
+class Refuse(TorchDispatchMode):
+    """Raises where an operator would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name in REFUSED:
+            raise AssertionError(f"{func} makes the host wait")
+        if name in ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"):
+            for index in args[1]:
+                if index is not None and index.dtype in (torch.bool, torch.uint8):
+                    raise AssertionError(f"{func} with a boolean mask gives a shape that depends on data")
+        result = func(*args, **(kwargs or {}))
+        if name in ("_to_copy", "copy_", "lift_fresh"):
+            source = args[1] if name == "copy_" else args[0]
+            if isinstance(result, torch.Tensor) and result.device != source.device:
+                raise AssertionError(f"{func} copies from {source.device} to {result.device}")
+        return result
+
+
+def padded_inputs(model: FasterRCNN) -> tuple[torch.Tensor, torch.Tensor, Targets, torch.Tensor]:
+    images, targets = small_scene()
+    batch, padded, _ = model._open(images[:2], targets[:2], True)
+    return batch.images, batch.sizes, padded, batch.scales
+
+
+@pytest.mark.parametrize("pooling", ["max", "align"])
+def test_training_step_on_the_cpu(pooling):
+    model = small_detector(box_pooling=pooling).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    inputs = padded_inputs(model)
+    assert len(set(map(tuple, inputs[1].tolist()))) == 2, "two sizes"
+    with Refuse():
+        losses, _ = model.core(*inputs)
+        sum(losses.values()).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("cap", [None, 5])
+def test_inference_step_on_the_cpu(cap):
+    model = small_detector(box_detections_per_img=cap).eval()
+    images, sizes, _, scales = padded_inputs(model)
+    with Refuse(), torch.no_grad():
+        model.core(images, sizes, None, scales)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("settings", [fastdet.VGG16, fastdet.TORCHVISION], ids=["vgg16", "torchvision"])
+def test_forward_on_a_fake_gpu(settings, training):
+    numbers = {**SMALL_NUMBERS, "rpn_hidden_channels": settings.rpn_hidden_channels and 8}
+    shapes = [(2, 3, 64, 80), (2, 2), (2, 3, 4), (2, 3), (2,)]
+    with FakeTensorMode(), torch.device("cuda"):
+        model = FasterRCNN(TinyBackbone(), NUM_CLASSES, settings=settings, **numbers).train(training)
+        images, sizes, boxes, labels, scales = (torch.empty(shape) for shape in shapes)
+        inputs = images, sizes.long(), Targets(boxes, labels.long(), labels > 0), scales
+        with Refuse():
+            losses, detections = model.core(*inputs, want_losses=True, want_detections=True)
+        assert losses["loss_classifier"].device.type == "cuda"
+        assert detections.boxes.device.type == "cuda"
+        assert detections.boxes.ndim == 3
+
+
+def test_the_modes_catch_what_they_are_for():
+    with Refuse():
+        with pytest.raises(AssertionError, match="nonzero"):
+            torch.ones(3).nonzero()
+        with pytest.raises(AssertionError, match="boolean mask"):
+            torch.ones(3)[torch.ones(3, dtype=torch.bool)]
+        with pytest.raises(AssertionError, match="wait"):
+            torch.ones(1).item()
+    with FakeTensorMode(), Refuse():
+        tensor = torch.ones(2, device="cuda")
+        with pytest.raises(AssertionError, match="copies from cuda"):
+            tensor.cpu()
+        with pytest.raises(AssertionError, match="copies from cpu"):
+            torch.ones(2).to("cuda")
+        with pytest.raises((AssertionError, DataDependentOutputException)):
+            tensor.tolist()
+
+
+def test_shapes_do_not_depend_on_the_data():
+    """Zeros, noise and NaN give outputs of equal shape, finite where it is promised."""
+    model = small_detector().eval()
+    images, sizes, targets, scales = padded_inputs(model)
+    shapes = []
+    for content in (images, torch.zeros_like(images), torch.full_like(images, torch.nan)):
+        losses, detections = model.core(content, sizes, targets, scales, want_losses=True, want_detections=True)
+        shapes.append([tuple(tensor.shape) for tensor in (*losses.values(), *detections)])
+        assert torch.isfinite(detections.boxes).all()
+    assert shapes[0] == shapes[1] == shapes[2]
+    assert int(detections.count.sum()) == 0, "NaN finds nothing"
