@@ -1,8 +1,10 @@
 """What the tests share: where kernels run, poisoned memory, tolerances, and how absent things are skipped."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in absent.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say which operations' kernels ran, and how."""
+    ran = Counter(
+        Path(report.location[0]).stem.removeprefix("test_")
+        for report in terminalreporter.getreports("passed")
+        if "kernel" in report.keywords
+    )
+    if ran:
+        how = "interpreted on the CPU" if INTERPRETED else f"on {torch.cuda.get_device_name()}"
+        told = ", ".join(f"{name} ({count} tests)" for name, count in sorted(ran.items()))
+        terminalreporter.write_line(f"kernels run {how} and compared with the CPU implementation: {told}")
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ from torch import Tensor
 from . import _checks
 from ._library import define
 
-# Boxes compared at a time, and elements of a comparison matrix that still fit a core's cache, on the CPU.
-_BLOCK = 256
-_MATRIX = 1 << 20
+# Pairs compared at a time on the CPU: just below what torch shares among threads, so that a tile stays in a core's cache
+# and no operator waits for another thread; and the boxes whose pairs fill such a tile.
+_TILE = 32767
+_BLOCK = 181
 
 
 class Kept(NamedTuple):
@@ -36,67 +37,90 @@ def fp32_below(threshold: float) -> float:
 def nms_cpu(boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int) -> tuple[Tensor, Tensor]:
     groups, num_boxes, _ = boxes.shape
     index, count = boxes.new_zeros(groups, max_keep, dtype=torch.int64), boxes.new_zeros(groups, dtype=torch.int64)
-    if index.numel() and num_boxes:
-        valid = valid & boxes.isfinite().all(-1)
-        step = max(1, _MATRIX // (min(_BLOCK, num_boxes) * max(min(max_keep, num_boxes), min(_BLOCK, num_boxes))))
-        for first in range(0, groups, step):
-            part = slice(first, first + step)
-            _suppress(boxes[part], valid[part], fp32_below(iou_threshold), index[part], count[part])
+    if not (index.numel() and num_boxes):
+        return index, count
+    threshold = fp32_below(iou_threshold)
+    # Rows after the last valid one of a group have nothing to say.
+    lengths = (valid * torch.arange(1, num_boxes + 1)).amax(1).tolist()
+    order = sorted((group for group in range(groups) if lengths[group]), key=lambda group: -lengths[group])
+    while order:
+        longest = lengths[order[0]]
+        if longest > _BLOCK:
+            group = order.pop(0)
+            kept = _suppress(_planes(boxes[group, :longest]), valid[group, :longest], threshold, max_keep)
+            index[group, : len(kept)] = kept
+            count[group] = len(kept)
+        else:
+            # Groups of about one length that fill a tile together.
+            some, order = order[: _TILE // longest**2], order[_TILE // longest**2 :]
+            planes = _planes(boxes[some, :longest])
+            keep = _settle(_overlaps(planes, planes, threshold), valid[some, :longest] & _finite(planes))
+            rank = keep.cumsum(1) - 1
+            row, position = (keep & (rank < max_keep)).nonzero(as_tuple=True)
+            index[torch.tensor(some)[row], rank[row, position]] = position
+            count[some] = keep.sum(1).clamp(max=max_keep)
     return index, count
 
 
-def _suppress(boxes: Tensor, valid: Tensor, threshold: float, index: Tensor, count: Tensor) -> None:
-    """Fill `index` and `count` for a few groups, a block of boxes at a time against what is kept so far."""
-    groups, max_keep = index.shape
-    # Columns after the last valid box of any group have nothing to say.
-    num_boxes = int((valid.any(0) * torch.arange(1, valid.shape[1] + 1)).max())
-    planes = boxes[:, :num_boxes].permute(2, 0, 1).contiguous()
-    planes = torch.cat([planes, ((planes[2] - planes[0]) * (planes[3] - planes[1]))[None]])
-    # Rows beyond a group's count stay zero: a box without area overlaps nothing.
-    kept = planes.new_zeros(5, groups, min(max_keep, num_boxes))
-    most = 0
-    for start in range(0, num_boxes, _BLOCK):
-        block = planes[:, :, start : start + _BLOCK]
-        alive = valid[:, start : start + block.shape[2]]
-        if most:
-            alive = alive & ~_overlaps(block, kept[:, :, :most], threshold).any(2)
-        source = None
-        if groups == 1:
-            source = alive[0].nonzero()[:, 0]
-            block, alive = block[:, :, source], alive[:, source]
-        keep = _settle(_overlaps(block, block, threshold).tril_(-1), alive)
-        rank = count[:, None] + keep.cumsum(1) - 1
-        group, position = (keep & (rank < max_keep)).nonzero(as_tuple=True)
-        rank = rank[group, position]
-        index[group, rank] = start + (position if source is None else source[position])
-        kept[:, group, rank] = block[:, group, position]
-        count.add_(keep.sum(1)).clamp_(max=max_keep)
-        most = int(count.max())
-        if int(count.min()) == max_keep:
+def _suppress(planes: Tensor, valid: Tensor, threshold: float, max_keep: int) -> Tensor:
+    """Rows [kept] of one group: a block of boxes at a time against those kept so far, then among themselves."""
+    kept, rows, most = planes.new_empty(5, min(max_keep, planes.shape[1])), [], 0
+    valid = valid & _finite(planes)
+    for start in range(0, planes.shape[1], _BLOCK):
+        row = start + valid[start : start + _BLOCK].nonzero()[:, 0]
+        first = 0
+        while first < most and len(row):
+            last = min(first + _TILE // len(row), most)
+            free = _overlaps(planes[:, row], kept[:, first:last], threshold).sum(1) == 0
+            row, first = row[free], last
+        block = planes[:, row]
+        keep = _settle(_overlaps(block, block, threshold)[None], torch.ones(1, len(row), dtype=torch.bool))[0]
+        row = row[keep][: max_keep - most]
+        rows.append(row)
+        kept[:, most : most + len(row)] = planes[:, row]
+        most += len(row)
+        if most == max_keep:
             break
+    return torch.cat(rows)
+
+
+def _planes(boxes: Tensor) -> Tensor:
+    """x1, y1, x2, y2 and area apart: [..., N, 4] to [5, ..., N]."""
+    planes = boxes.new_empty(5, *boxes.shape[:-1])
+    for plane, corner in zip(planes, boxes.unbind(-1), strict=False):
+        plane.copy_(corner)
+    torch.mul(planes[2] - planes[0], planes[3] - planes[1], out=planes[4])
+    return planes
+
+
+def _finite(planes: Tensor) -> Tensor:
+    """bool [..., N]: whether all corners are finite."""
+    x1, y1, x2, y2, _ = planes
+    return x1.isfinite() & y1.isfinite() & x2.isfinite() & y2.isfinite()
 
 
 def _overlaps(first: Tensor, second: Tensor, threshold: float) -> Tensor:
-    """Whether IoU exceeds the threshold: planes (x1, y1, x2, y2, area) [5, G, M] and [5, G, N] give bool [G, M, N].
+    """1 where IoU exceeds the threshold, else 0: planes [5, ..., M] and [5, ..., N] give fp32 [..., M, N].
 
-    The arithmetic of `box_iou`, in place: memory traffic is all that it costs.
+    The arithmetic of `box_iou`, in place. Numbers instead of booleans, because sums are what is fast on a CPU.
     """
     ax1, ay1, ax2, ay2, area1 = first[..., :, None]
     bx1, by1, bx2, by2, area2 = second[..., None, :]
     inter = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_(min=0)
     inter *= torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1)).clamp_(min=0)
-    return inter.div_((area1 + area2).sub_(inter)).gt(threshold)
+    return inter.div_((area1 + area2).sub_(inter)).gt_(threshold)
 
 
 def _settle(overlap: Tensor, alive: Tensor) -> Tensor:
-    """Greedy decisions from `overlap` [G, M, M] (row: box, column: box of higher priority) by monotone rounds."""
-    higher = overlap.float()
-    undecided, keep = alive.clone(), torch.zeros_like(alive)
+    """Greedy decisions bool [G, M] by monotone rounds, from `overlap` [G, M, M] of boxes in descending priority."""
+    position = torch.arange(alive.shape[1])
+    higher = overlap.mul_(position < position[:, None])
+    undecided, keep = alive, torch.zeros_like(alive)
     while undecided.any():
-        undecided &= torch.bmm(higher, keep.float()[..., None])[..., 0] == 0
-        newly_kept = undecided & (torch.bmm(higher, undecided.float()[..., None])[..., 0] == 0)
-        keep |= newly_kept
-        undecided &= ~newly_kept
+        undecided = undecided & ((higher * keep[:, None]).sum(2) == 0)
+        newly_kept = undecided & ((higher * undecided[:, None]).sum(2) == 0)
+        keep = keep | newly_kept
+        undecided = undecided & ~newly_kept
     return keep
 
 
