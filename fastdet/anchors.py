@@ -14,10 +14,11 @@ class AnchorGenerator:
     """The anchors of each feature level. The arguments of torchvision's `AnchorGenerator`, and three more.
 
     Args:
-        sizes: for each level the square roots of the anchors' areas, in pixels of the resized image.
+        sizes: for each level the square roots of the anchors' areas, in pixels of the resized image; a flat tuple
+            gives each level one size.
         aspect_ratios: for each level the ratios height / width; one entry serves every level.
-        strides: pixels between cells, one number a level. None derives it as torchvision does: the padded image's
-            side over the feature map's, rounded down.
+        strides: pixels between cells, one number a level. None takes the backbone's attribute `strides`; if it has
+            none, the padded image's side over the feature map's, rounded down, as torchvision does.
         offset: where the first anchor's centre lies, in pixels: 0 in torchvision, half a stride in the paper's code.
         rounded: whether corners are rounded to whole pixels before they are shifted, as torchvision does.
     """
@@ -35,8 +36,11 @@ class AnchorGenerator:
             ratios *= len(sizes)
         if len(ratios) != len(sizes):
             raise ValueError(f"aspect_ratios has {len(ratios)} levels, sizes has {len(sizes)}")
-        if self.strides is not None and len(self.strides) != len(sizes):
-            raise ValueError(f"strides has {len(self.strides)} levels, sizes has {len(sizes)}")
+        if self.strides is not None:
+            if not all(isinstance(stride, int) and stride > 0 for stride in self.strides):
+                raise ValueError(f"strides must be positive whole numbers, got {self.strides!r}")
+            if len(self.strides) != len(sizes):
+                raise ValueError(f"strides has {len(self.strides)} levels, sizes has {len(sizes)}")
         object.__setattr__(self, "sizes", sizes)
         object.__setattr__(self, "aspect_ratios", ratios)
 
@@ -61,6 +65,8 @@ class AnchorGenerator:
                 f"the anchors are for {len(self.sizes)} feature levels (sizes {self.sizes}), "
                 f"but the backbone gives {len(grids)} (of height x width {grids})"
             )
+        if any(0 in grid for grid in grids):
+            raise ValueError(f"an image of {image_size} pixels leaves no features: levels of height x width {grids}")
         if self.strides is not None:
             return [(stride, stride) for stride in self.strides]
         return [(image_size[0] // height, image_size[1] // width) for height, width in grids]
@@ -68,6 +74,8 @@ class AnchorGenerator:
 
 def _per_level(name: str, value: object) -> tuple[tuple[float, ...], ...]:
     levels = tuple(value) if isinstance(value, (tuple, list)) else ()
+    if levels and all(_positive(number) for number in levels):
+        levels = tuple((number,) for number in levels) if name == "sizes" else (levels,)
     for level in levels:
         if not isinstance(level, (tuple, list)) or not level or not all(_positive(number) for number in level):
             levels = ()

@@ -1,6 +1,7 @@
 """Feature extractors by name: torchvision's networks, cut where their features have a stride of 16 pixels."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,12 +11,15 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
-NAMES = ("vgg16", "mobilenet_v2", "small")
+# The networks by name, and the pixels between their cells of features.
+STRIDES = {"vgg16": 16, "mobilenet_v2": 16, "small": 8}
 
-# Of each network: the layers kept, where each block of layers begins, and how many of the last blocks train by default
-# when the weights are pretrained.
-_VGG16_LAYERS, _VGG16_BLOCKS, _VGG16_TRAINABLE = 30, (0, 5, 10, 17, 24), 3
-_MOBILENET_V2_LAYERS, _MOBILENET_V2_BLOCKS, _MOBILENET_V2_TRAINABLE = 14, (0, 2, 4, 7), 3
+# How many of the last blocks of layers train by default when the weights are pretrained.
+TRAINABLE = {"vgg16": 3, "mobilenet_v2": 3, "small": 6}
+
+# The layers kept, and where each block of layers begins.
+_VGG16_LAYERS, _VGG16_BLOCKS = 30, (0, 5, 10, 17, 24)
+_MOBILENET_V2_LAYERS, _MOBILENET_V2_BLOCKS = 14, (0, 2, 4, 7)
 
 
 class Backbone(nn.Sequential):
@@ -43,7 +47,7 @@ def build(
     """A named backbone, and for VGG16 the box head made of its own two hidden layers (fc6, fc7).
 
     Args:
-        name: one of `NAMES`.
+        name: one of `STRIDES`.
         weights: the name of torchvision's ImageNet weights ("IMAGENET1K_V1", ...), or a file with a state dict of the
             classifier or of its `features` alone.
         trainable_layers: how many of the last blocks train; the blocks before are frozen. Without `weights` all train.
@@ -61,7 +65,7 @@ def build(
     if name == "vgg16":
         network = torchvision.models.vgg16(weights=None)
         layers = list(network.features[:_VGG16_LAYERS])
-        backbone, blocks, default = Backbone(layers, 512, 16), _VGG16_BLOCKS, _VGG16_TRAINABLE
+        backbone, blocks = Backbone(layers, 512, STRIDES[name]), _VGG16_BLOCKS
         # The head takes over the classifier's layers, so its own need no memory.
         with torch.device("meta"):
             head = TwoMLPHead(512 * 7 * 7, 4096)
@@ -70,17 +74,19 @@ def build(
             _load(head, _renamed(state, {"classifier.0.": "fc6.", "classifier.3.": "fc7."}))
     elif name == "mobilenet_v2":
         layers = list(torchvision.models.mobilenet_v2(weights=None, norm_layer=norm).features[:_MOBILENET_V2_LAYERS])
-        backbone, blocks, default = Backbone(layers, 96, 16), _MOBILENET_V2_BLOCKS, _MOBILENET_V2_TRAINABLE
+        backbone, blocks = Backbone(layers, 96, STRIDES[name]), _MOBILENET_V2_BLOCKS
     elif name == "small":
         backbone = _small(norm)
-        blocks, default = tuple(range(len(backbone))), len(backbone)
+        blocks = tuple(range(len(backbone)))
     else:
-        raise ValueError(f"backbone must be one of {', '.join(NAMES)} or a module, got {name!r}")
+        raise ValueError(f"backbone must be one of {', '.join(STRIDES)} or a module, got {name!r}")
     if state is not None:
-        features = {key.removeprefix("features."): value for key, value in state.items() if not key.startswith("class")}
+        features = {
+            key.removeprefix("features."): value for key, value in state.items() if not key.startswith("classifier.")
+        }
         _load(backbone, {key: value for key, value in features.items() if int(key.split(".")[0]) < len(backbone)})
     if trainable_layers is None:
-        trainable_layers = len(blocks) if weights is None else default
+        trainable_layers = len(blocks) if weights is None else TRAINABLE[name]
     if not 0 <= trainable_layers <= len(blocks):
         raise ValueError(f"trainable_backbone_layers must lie in 0..{len(blocks)} for {name}, got {trainable_layers}")
     first_trainable = (*blocks, len(backbone))[len(blocks) - trainable_layers]
@@ -97,7 +103,7 @@ def _small(norm: type[nn.Module]) -> Backbone:
         convolution = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
         layers.append(nn.Sequential(convolution, norm(width), nn.ReLU(inplace=True)))
         channels = width
-    return Backbone(layers, channels, 8)
+    return Backbone(layers, channels, STRIDES["small"])
 
 
 def _read(name: str, weights: str | os.PathLike[str]) -> Mapping[str, Tensor]:
@@ -113,7 +119,7 @@ def _read(name: str, weights: str | os.PathLike[str]) -> Mapping[str, Tensor]:
         raise ValueError(f"weights_backbone: {os.fspath(weights)!r} can't be read as weights: {error}") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"weights_backbone: {os.fspath(weights)!r} does not hold a state dict of tensors")
-    unknown = [key for key in state if not key.removeprefix("features.")[:1].isdigit() and not key.startswith("class")]
+    unknown = [key for key in state if not re.match(r"(features\.)?\d+\.|classifier\.", key)]
     if unknown:
         found = f"it holds {unknown[0]!r}"
         raise ValueError(f"weights_backbone: {os.fspath(weights)!r} is not a state dict of {name}: {found}")

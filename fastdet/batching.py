@@ -4,7 +4,7 @@ Everything a caller can get wrong is looked at here, on the host, before the dev
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,8 @@ class Batch(NamedTuple):
 def resized_size(size: Size, min_size: int, max_size: int) -> tuple[Size, float]:
     """(height, width) and the factor that bring the shorter side to `min_size`, the longer to at most `max_size`."""
     scale = min(min_size / min(size), max_size / max(size))
-    return (math.floor(size[0] * scale), math.floor(size[1] * scale)), scale
+    height, width = (max(math.floor(side * scale), 1) for side in size)
+    return (height, width), scale
 
 
 def padded_size(sizes: Sequence[Size], divisible: int, buckets: Sequence[Size]) -> Size:
@@ -71,8 +72,8 @@ def check_targets(targets: Any, images: Sequence[Tensor], num_classes: int) -> l
         raise ValueError(f"{len(images)} images, but {len(targets)} targets")
     checked = []
     for i, (target, image) in enumerate(zip(targets, images, strict=True)):
-        if not isinstance(target, dict) or "boxes" not in target or "labels" not in target:
-            found = sorted(target) if isinstance(target, dict) else type(target).__name__
+        if not isinstance(target, Mapping) or "boxes" not in target or "labels" not in target:
+            found = sorted(target) if isinstance(target, Mapping) else type(target).__name__
             raise ValueError(f"target {i} must be a dict with boxes and labels, got {found}")
         boxes = _tensor(i, "boxes", target["boxes"])
         if boxes.ndim != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
@@ -131,15 +132,16 @@ def batch_images(images: Sequence[Tensor], settings: Settings, mean: Tensor, std
         for row, i in enumerate(members):
             batch[i, :, :height, :width] = pixels[row]
     scales = torch.tensor([scale for _, scale in resized])
-    return Batch(batch, torch.tensor(sizes).to(mean.device), scales.to(mean.device))
+    return Batch(batch, _moved(torch.tensor(sizes), mean.device), _moved(scales, mean.device))
 
 
 def batch_targets(targets: Sequence[dict[str, Tensor]], originals: Sequence[Size], sizes: Tensor) -> Targets:
     """Checked targets as one padded tensor each, boxes scaled to the resized images and clipped to them.
 
     `originals` are the images' (height, width), `sizes` [B, 2] those after resizing, on the device of the result.
+    There are as many rows as the next power of two above the most boxes of an image, so that few shapes occur.
     """
-    most = max(1, *(len(target["boxes"]) for target in targets))
+    most = 1 << (max(1, *(len(target["boxes"]) for target in targets)) - 1).bit_length()
     boxes = torch.zeros(len(targets), most, 4)
     labels = torch.zeros(len(targets), most, dtype=torch.int64)
     ignore = torch.zeros(len(targets), most, dtype=torch.bool)
@@ -151,12 +153,12 @@ def batch_targets(targets: Sequence[dict[str, Tensor]], originals: Sequence[Size
         boxes[i, :count], labels[i, :count], ignore[i, :count] = corners, target["labels"], target["ignore"]
     device = sizes.device
     factor = resize_factors(originals, sizes)
-    return Targets(boxes.to(device) * factor[:, None], labels.to(device), ignore.to(device))
+    return Targets(_moved(boxes, device) * factor[:, None], _moved(labels, device), _moved(ignore, device))
 
 
 def resize_factors(originals: Sequence[Size], sizes: Tensor) -> Tensor:
     """What box corners are multiplied by when images are resized: fp32 [B, 4], x and y apart."""
-    ratio = sizes / torch.tensor(originals).to(sizes.device)
+    ratio = sizes / _moved(torch.tensor(originals), sizes.device)
     return ratio.flip(-1).repeat(1, 2).float()
 
 
@@ -167,6 +169,13 @@ def unbatch(detections: Detections, originals: Sequence[Size], sizes: Tensor) ->
         {"boxes": boxes[i, :count], "labels": detections.labels[i, :count], "scores": detections.scores[i, :count]}
         for i, count in enumerate(detections.count.tolist())
     ]
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device; from pinned memory, because the host waits for a copy out of any other."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _size(image: Tensor) -> Size:

@@ -73,11 +73,6 @@ def sides(boxes: Tensor) -> tuple[Tensor, Tensor]:
     return x2 - x1, y2 - y1
 
 
-def finite(boxes: Tensor) -> Tensor:
-    """bool [...]: whether all four corners of `boxes` [..., 4] are finite."""
-    return torch.isfinite(boxes).all(-1)
-
-
 def _widened(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 

@@ -28,9 +28,7 @@ class Settings:
     size_buckets: tuple[tuple[int, int], ...] = ()
 
     # Region proposal network.
-    rpn_anchor_generator: AnchorGenerator = field(
-        default_factory=lambda: AnchorGenerator(strides=(16,), offset=8.0, rounded=False)
-    )
+    rpn_anchor_generator: AnchorGenerator = field(default_factory=lambda: AnchorGenerator(offset=8.0, rounded=False))
     # Two logits (background, object) or one (object).
     rpn_objectness: Literal["softmax", "sigmoid"] = "softmax"
     # None: as many as the features have.
@@ -93,12 +91,23 @@ class Settings:
                 _require(setting.name, value, value is None or _is_count(value), "a positive whole number or None")
             elif setting.name.endswith(("_beta", "_min_size")):
                 _require(setting.name, value, _is_number(value) and value >= 0, "a number, at least 0")
+        clip, names, buckets = self.bbox_xform_clip, self.box_featmap_names, self.size_buckets
+        _require("bbox_xform_clip", clip, clip is None or (_is_number(clip) and clip > 0), "a positive number or None")
+        weights = self.bbox_reg_weights
+        _require("bbox_reg_weights", weights, _are_positive(weights, 4), "4 positive numbers")
+        _require("box_sampling_ratio", self.box_sampling_ratio, _is_count(self.box_sampling_ratio), "a positive number")
+        _require("box_featmap_names", names, names is None or _are(str, names), "names, or None")
+        fit = isinstance(buckets, (tuple, list)) and all(_are(int, pair) and len(pair) == 2 for pair in buckets)
+        _require("size_buckets", buckets, fit, "pairs of height and width")
+        generator = self.rpn_anchor_generator
+        _require("rpn_anchor_generator", generator, isinstance(generator, AnchorGenerator), "an AnchorGenerator")
         sizes = self.min_size if isinstance(self.min_size, (tuple, list)) else (self.min_size,)
         _require("min_size", self.min_size, bool(sizes) and all(map(_is_count, sizes)), "whole numbers above 0")
         _require("max_size", self.max_size, self.max_size >= max(sizes), f"at least min_size ({max(sizes)})")
-        _require("image_std", self.image_std, all(value > 0 for value in self.image_std), "positive numbers")
-        channels = len(self.image_mean)
-        _require("image_std", self.image_std, len(self.image_std) == channels, f"{channels} numbers, as image_mean")
+        mean, std = self.image_mean, self.image_std
+        numbers = isinstance(mean, (tuple, list)) and len(mean) > 0 and all(map(_is_number, mean))
+        _require("image_mean", mean, numbers, "a number for each channel")
+        _require("image_std", std, _are_positive(std, len(mean)), f"{len(mean)} positive numbers, as image_mean")
         for low, high in (
             ("rpn_bg_iou_thresh", "rpn_fg_iou_thresh"),
             ("box_bg_iou_thresh", "box_fg_iou_thresh"),
@@ -140,6 +149,16 @@ def _is_number(value: object) -> bool:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _are(kind: type, values: object) -> bool:
+    return isinstance(values, (tuple, list)) and all(isinstance(value, kind) for value in values)
+
+
+def _are_positive(values: object, count: int) -> bool:
+    if not isinstance(values, (tuple, list)) or len(values) != count:
+        return False
+    return all(_is_number(value) and value > 0 for value in values)
 
 
 def _require(name: str, value: object, good: bool, what: str) -> None:

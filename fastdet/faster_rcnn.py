@@ -1,7 +1,9 @@
 """The two-stage detector: a backbone, the region proposal network, the box head, and the door around them."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +22,8 @@ class FasterRCNN(nn.Module):
 
     Args:
         backbone: "vgg16" or "mobilenet_v2" (torchvision's, cut at a stride of 16 pixels), "small", or a module with
-            `out_channels` that gives one feature map [B, C, H, W] or a dict of them.
+            `out_channels` and, if it likes, `strides` (one number a level), that gives one feature map [B, C, H, W]
+            or a dict of them.
         num_classes: with the background, so labels run from 1 to num_classes - 1.
         weights_backbone: for a named backbone, the name of torchvision's ImageNet weights or a file.
         trainable_backbone_layers: for a named backbone, how many of its last blocks train.
@@ -57,7 +60,7 @@ class FasterRCNN(nn.Module):
             raise ValueError(f"num_classes counts the background, so it is at least 2, got {num_classes!r}")
         if isinstance(backbone, str):
             named = backbones.build(backbone, weights_backbone, trainable_backbone_layers, freeze_batchnorm)
-            backbone, box_head = named[0], box_head or named[1]
+            backbone, box_head = named[0], named[1] if box_head is None else box_head
         elif weights_backbone is not None or trainable_backbone_layers is not None or freeze_batchnorm is not None:
             raise ValueError(
                 "weights_backbone, trainable_backbone_layers and freeze_batchnorm are for a backbone given by name; "
@@ -66,6 +69,10 @@ class FasterRCNN(nn.Module):
         channels = getattr(backbone, "out_channels", None)
         if not isinstance(channels, int):
             raise ValueError(f"backbone must have an integer attribute out_channels, got {channels!r}")
+        strides = getattr(backbone, "strides", None)
+        if self.settings.rpn_anchor_generator.strides is None and strides is not None:
+            anchors = replace(self.settings.rpn_anchor_generator, strides=tuple(strides))
+            self.settings = self.settings.override(rpn_anchor_generator=anchors)
         self.num_classes = num_classes
         self.backbone = backbone
         self.rpn = RegionProposalNetwork(channels, self.settings, rpn_head)
@@ -140,8 +147,8 @@ class FasterRCNN(nn.Module):
         seen = self._look(images)
         losses, detections = None, None
         if want_losses:
-            if targets is None:
-                raise ValueError("targets are needed for the losses")
+            if targets is None or targets.boxes.shape[1] == 0:
+                raise ValueError("targets are needed for the losses, with at least one row (label 0 is padding)")
             losses = self._train(seen, sizes, scales, targets)["losses"]
         if want_detections:
             detections = self._detect(seen, sizes, scales)["detections"]
@@ -188,13 +195,16 @@ class FasterRCNN(nn.Module):
             raise ValueError(f"box_featmap_names {sorted(missing)} are not among the backbone's {list(named)}")
         levels = list(named.values())
         pooled = levels if wanted is None else [named[name] for name in wanted]
-        return _Seen(levels, pooled, self.rpn(levels), (images.shape[-2], images.shape[-1]))
+        output, image_size = self.rpn(levels), (images.shape[-2], images.shape[-1])
+        strides = dict(zip(named, self.rpn.strides(output, image_size), strict=True))
+        scales = [_cells_per_pixel(strides[name][0]) for name in wanted or named]
+        return _Seen(levels, pooled, scales, output, image_size)
 
     def _train(self, seen: "_Seen", sizes: Tensor, scales: Tensor, targets: Targets) -> dict[str, Any]:
         anchor_targets = self.rpn.assign(self.rpn.anchors(seen.output, seen.image_size), sizes, targets)
         proposals = self.rpn.propose(seen.output, sizes, scales, seen.image_size, training=True)
         samples = self.roi_heads.sample(proposals, targets)
-        pooled = self.roi_heads.pool(seen.pooled_levels, samples.boxes, samples.weight > 0, seen.image_size)
+        pooled = self.roi_heads.pool(seen.pooled_levels, samples.boxes, samples.weight > 0, seen.pooled_scales)
         scores, locs = self.roi_heads(pooled)
         rpn_losses = self.rpn.losses(*self.rpn.flatten(seen.output), anchor_targets)
         return {
@@ -210,7 +220,7 @@ class FasterRCNN(nn.Module):
 
     def _detect(self, seen: "_Seen", sizes: Tensor, scales: Tensor) -> dict[str, Any]:
         proposals = self.rpn.propose(seen.output, sizes, scales, seen.image_size, training=False)
-        pooled = self.roi_heads.pool(seen.pooled_levels, proposals.boxes, proposals.taken, seen.image_size)
+        pooled = self.roi_heads.pool(seen.pooled_levels, proposals.boxes, proposals.taken, seen.pooled_scales)
         scores, locs = self.roi_heads(pooled)
         return {
             "proposals": proposals,
@@ -224,6 +234,8 @@ class FasterRCNN(nn.Module):
         self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None, want_targets: bool
     ) -> tuple[batching.Batch, Targets | None, list[Size]]:
         """Check lists of images and targets and turn them into padded tensors on the model's device."""
+        if self._image_mean.dtype != torch.float32:
+            raise TypeError(f"the model must be in float32, got {self._image_mean.dtype}; for less, use torch.autocast")
         batching.check_images(images, len(self.settings.image_mean))
         if want_targets and targets is None:
             raise ValueError("targets are needed for the losses")
@@ -235,12 +247,19 @@ class FasterRCNN(nn.Module):
 
 
 class _Seen(NamedTuple):
-    """What both passes start from: all feature levels, those that are pooled, the RPN head's outputs."""
+    """What both passes start from: all feature levels, those that are pooled and their cells a pixel, the RPN head's
+    outputs, and the padded (height, width)."""
 
     features: list[Tensor]
     pooled_levels: list[Tensor]
+    pooled_scales: list[float]
     output: HeadOutput
     image_size: Size
+
+
+def _cells_per_pixel(stride: int) -> float:
+    """The power of two nearest to 1 / stride: strides are powers of two, but for what rounding down made of them."""
+    return 2.0 ** -round(math.log2(stride))
 
 
 def fasterrcnn_vgg16(

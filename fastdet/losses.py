@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .structures import AnchorTargets, Samples
 
+# torchvision's names for them.
+NAMES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
+
 
 def objectness(logits: Tensor, targets: AnchorTargets) -> Tensor:
     """Cross-entropy of the anchors with label 0 or 1. `logits` [B, K, 2] (background, object) or [B, K, 1] (object)."""

@@ -12,7 +12,6 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 
 from . import boxes as box_algebra
 from . import losses, ops
-from .anchors import Size
 from .config import Settings
 from .rpn import start_normal
 from .structures import Detections, Proposals, Samples, Targets
@@ -31,9 +30,8 @@ class RoIHeads(nn.Module):
     ) -> None:
         super().__init__()
         self.settings = settings
-        self.num_classes = num_classes
         size = settings.box_representation_size
-        self.box_head = box_head or TwoMLPHead(in_channels * settings.box_pool_size**2, size)
+        self.box_head = TwoMLPHead(in_channels * settings.box_pool_size**2, size) if box_head is None else box_head
         if box_predictor is None:
             features = getattr(getattr(self.box_head, "fc7", None), "out_features", size)
             predictor = FastRCNNPredictor(features, num_classes)
@@ -70,9 +68,11 @@ class RoIHeads(nn.Module):
         locs = box_algebra.encode(boxes, truth, settings.bbox_reg_weights)
         return Samples(boxes, labels, torch.where(positive[..., None], locs, 0.0), sampled.weight)
 
-    def pool(self, features: list[Tensor], boxes: Tensor, valid: Tensor, image_size: Size) -> Tensor:
-        """Features of each box [B, N, C, size, size], from the level that its size belongs to; 0 if not `valid`."""
-        scales = [_scale(level, image_size) for level in features]
+    def pool(self, features: list[Tensor], boxes: Tensor, valid: Tensor, scales: list[float]) -> Tensor:
+        """Features of each box [B, N, C, size, size], from the level that its size belongs to; 0 if not `valid`.
+
+        `scales` are the levels' cells a pixel.
+        """
         if len(features) == 1:
             return self._pool_level(features[0], boxes, valid, scales[0])
         level = _level_of(boxes, scales)
@@ -88,9 +88,11 @@ class RoIHeads(nn.Module):
             return ops.batched_roi_pool(feature, boxes, size, scale, valid)
         batch, count, _ = boxes.shape
         image = torch.arange(batch, device=boxes.device, dtype=boxes.dtype)[:, None, None].expand(batch, count, 1)
-        rois = torch.cat([image, boxes], dim=2).flatten(0, 1).to(feature.dtype)
-        pooled = torchvision.ops.roi_align(feature, rois, size, scale, self.settings.box_sampling_ratio)
-        return torch.where(valid[..., None, None, None], pooled.unflatten(0, (batch, count)), 0.0)
+        rois = torch.cat([image, boxes], dim=2).flatten(0, 1)
+        # The operator takes features and boxes of one type, and in half precision a box would move by pixels.
+        pooled = torchvision.ops.roi_align(feature.float(), rois, size, scale, self.settings.box_sampling_ratio)
+        pooled = pooled.to(feature.dtype).unflatten(0, (batch, count))
+        return torch.where(valid[..., None, None, None], pooled, 0.0)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits [B, N, classes] and normalised offsets [B, N, 4 * classes] of `pooled` [B, N, C, h, w]."""
@@ -138,11 +140,6 @@ class RoIHeads(nn.Module):
             torch.where(found, order // per_group + 1, 0),
             found.sum(1),
         )
-
-
-def _scale(level: Tensor, image_size: Size) -> float:
-    """Feature cells a pixel, the nearest power of two, as torchvision's `MultiScaleRoIAlign` infers it."""
-    return 2.0 ** round(math.log2(level.shape[-2] / image_size[0]))
 
 
 def _level_of(boxes: Tensor, scales: list[float]) -> Tensor:

@@ -54,7 +54,7 @@ class RegionProposalNetwork(nn.Module):
             raise ValueError(f"rpn_anchor_generator must have as many anchors at each level, got {counts}")
         self.logits_per_anchor = 2 if settings.rpn_objectness == "softmax" else 1
         hidden = settings.rpn_hidden_channels or in_channels
-        self.head = head or RPNHead(in_channels, hidden, counts[0], self.logits_per_anchor)
+        self.head = RPNHead(in_channels, hidden, counts[0], self.logits_per_anchor) if head is None else head
         for level, cell in enumerate(generator.cell_anchors()):
             self.register_buffer(f"_cell_anchors{level}", cell, persistent=False)
 

@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 import torchvision
@@ -5,6 +8,7 @@ from scenes_of_detection import NUM_CLASSES, TinyBackbone, small_detector, small
 from torch import nn
 
 import fastdet
+from fastdet.batching import resized_size, unbatch
 
 LOSSES = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
 
@@ -131,12 +135,12 @@ def test_evaluation_gives_detections_in_pixels_of_the_images_as_given():
     assert small["labels"].max() < NUM_CLASSES
     assert (small["scores"].diff() <= 0).all()
     assert small["boxes"][:, 2].max() <= 80
-    # Twice the size goes through the network at the same size, so the boxes come out twice as large.
-    doubled = torch.nn.functional.interpolate(images[0][None], scale_factor=2, mode="nearest")[0]
-    twice = small_detector().eval()
-    twice.settings = model.settings
-    large = twice([doubled])[0]
-    assert large["boxes"].max() > 80
+    # An image twice as large goes through the network at the same size, so the boxes come out twice as large.
+    sizes = torch.tensor([[64, 80]])
+    _, found = model.core(model.inspect([images[0]])["images"], sizes)
+    count = int(found.count[0])
+    [large] = unbatch(found, [(128, 160)], sizes)
+    torch.testing.assert_close(large["boxes"], 2 * found.boxes[0, :count])
 
 
 def test_losses_and_detections_in_one_call_in_either_mode():
@@ -171,6 +175,9 @@ def test_core_is_what_the_call_runs():
     assert torch.equal(detections.boxes, seen["detections"].boxes)
     with pytest.raises(ValueError, match="targets are needed"):
         model.core(seen["images"], torch.tensor([[64, 80]]), want_losses=True)
+    none = fastdet.Targets(torch.zeros(1, 0, 4), torch.zeros(1, 0).long(), torch.zeros(1, 0).bool())
+    with pytest.raises(ValueError, match="at least one row"):
+        model.core(seen["images"], torch.tensor([[64, 80]]), none, want_losses=True)
 
 
 def test_minimum_side_is_in_pixels_of_the_original_image():
@@ -259,6 +266,81 @@ def test_several_levels_and_torchvisions_settings(pooling):
         fastdet.FasterRCNN(TwoLevels(), 3, min_size=64, max_size=96)(images, targets)
 
 
+def test_anchors_and_pooling_use_the_backbones_stride():
+    model = fastdet.FasterRCNN("small", 3, min_size=64, max_size=64)
+    assert model.inspect([torch.rand(3, 64, 64)])["anchors"].shape == (8 * 8 * 9, 4)
+    assert model.settings.rpn_anchor_generator.strides == (8,)
+    # A feature map of one row says nothing about the stride.
+    low = fastdet.FasterRCNN("mobilenet_v2", 3, min_size=17, max_size=400).eval()
+    seen = low._look(torch.rand(1, 3, 17, 400))
+    assert seen.pooled_scales == [1 / 16]
+    assert low.rpn.anchors(seen.output, seen.image_size)[-1].tolist() == pytest.approx(
+        low.rpn.anchors(seen.output, seen.image_size)[8].add(torch.tensor([24 * 16, 16, 24 * 16, 16])).tolist()
+    )
+    with pytest.raises(ValueError, match="leaves no features"):
+        fastdet.AnchorGenerator().level_strides((8, 8), [(0, 0)])
+
+
+def test_large_boxes_are_pooled_from_coarse_levels():
+    boxes = torch.tensor([[[0.0, 0, 20, 20], [0, 0, 112, 112], [0, 0, 224, 224], [0, 0, 900, 900], [0, 0, 0, 0]]])
+    level = fastdet.roi_heads._level_of(boxes, [1 / 4, 1 / 8, 1 / 16, 1 / 32])
+    assert level.tolist() == [[0, 1, 2, 3, 0]]
+
+
+def test_roi_align_under_autocast_keeps_boxes_in_fp32():
+    model = small_detector(box_pooling="align")
+    feature = torch.arange(128.0).sub(64).expand(1, 4, 3, 128).contiguous()
+    boxes, valid = torch.tensor([[[1027.0, 4, 1035, 30]]]), torch.ones(1, 1, dtype=torch.bool)
+    expected = model.roi_heads.pool([feature], boxes, valid, [1 / 16])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.roi_heads.pool([feature.bfloat16()], boxes, valid, [1 / 16])
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_step_under_autocast_gives_fp32_losses():
+    model, scene = small_detector().train(), small_scene()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(*scene)
+    assert all(loss.dtype == torch.float32 and torch.isfinite(loss) for loss in losses.values())
+    with pytest.raises(TypeError, match=r"float32, got torch.bfloat16; .*autocast"):
+        model.bfloat16()(*scene)
+
+
+def test_models_are_copied_and_pickled():
+    model, images = small_detector().eval(), small_scene()[0]
+    expected = model(images)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(expected, twin(images), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((600, 901), (600, 901)), ((300, 300), (600, 600)), ((400, 1000), (400, 1000)), ((3, 2000), (1, 1000))],
+)
+def test_the_longer_side_limits(size, expected):
+    assert resized_size(size, 600, 1000)[0] == expected
+
+
+def test_shares_of_positives_and_clamps_are_obeyed():
+    images, _ = small_scene()
+    crowded = {"boxes": torch.rand(40, 2).mul(40).repeat(1, 2).add(torch.tensor([0, 0, 20.0, 20.0]))}
+    crowded["labels"] = torch.ones(40, dtype=torch.int64)
+    model = small_detector(
+        rpn_positive_fraction=0.25, rpn_batch_size_per_image=16, box_positive_fraction=0.5, rpn_fg_iou_thresh=0.35
+    )
+    seen = model.inspect([images[0]], [crowded])
+    assert int((seen["anchor_labels"] == 1).sum()) == 4
+    assert int((seen["anchor_labels"] == 0).sum()) == 12
+    assert int((seen["samples"].labels > 0).sum()) == 8
+    # Without a clamp a large dw gives a box as wide as the image, with one a box of at most that factor.
+    wide = small_detector(bbox_xform_clip=0.1, rpn_nms_thresh=1.0).eval()
+    nn.init.constant_(wide.rpn.head.bbox_pred.bias, 5.0)
+    nn.init.zeros_(wide.rpn.head.bbox_pred.weight)
+    boxes = wide.inspect([images[0]])["proposals"].boxes[0]
+    assert (boxes[:, 2] - boxes[:, 0]).max() <= 32 * 2**0.5 * 1.106
+
+
 def test_size_buckets_fix_the_padded_shape():
     images, _ = small_scene()
     model = small_detector(size_buckets=((96, 96), (128, 128))).eval()
@@ -294,6 +376,13 @@ def test_unknown_settings_are_refused_with_the_near_names():
         ({"min_size": 2000}, r"max_size must be at least min_size \(2000\)"),
         ({"rpn_anchors_inside_only": "no"}, "rpn_anchors_inside_only must be True or False"),
         ({"image_std": (1.0, 0.0, 1.0)}, "image_std"),
+        ({"image_mean": 0.5}, "image_mean must be a number for each channel"),
+        ({"bbox_reg_weights": 5}, "bbox_reg_weights must be 4 positive numbers"),
+        ({"bbox_xform_clip": "a"}, "bbox_xform_clip"),
+        ({"box_sampling_ratio": -3}, "box_sampling_ratio"),
+        ({"size_buckets": (64, 64)}, "size_buckets must be pairs"),
+        ({"box_featmap_names": 5}, "box_featmap_names"),
+        ({"rpn_anchor_generator": None}, "rpn_anchor_generator must be an AnchorGenerator"),
     ],
 )
 def test_settings_out_of_range_are_named(setting, words):

@@ -31,7 +31,7 @@ def seen(request):
     torch.manual_seed(7)
     found = model.inspect(images, targets)
     originals = [tuple(image.shape[-2:]) for image in images]
-    # By hand from 64 / 96 pixels: the second image, 96 x 70, is limited by its longer side.
+    # By hand from 64 / 96 pixels: 96 x 70 shrinks by 64 / 70.
     sizes = [(64, 80), (87, 64), (64, 80)]
     return model, targets, originals, sizes, found
 
