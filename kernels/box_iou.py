@@ -29,7 +29,7 @@ def _box_iou_kernel(
                       boxes2
                   BLOCK_M  BLOCK_M
                  +--------+--------+
-        BLOCK_N  | program|        |   program (tile_m, tile_n, batch)
+        BLOCK_N  | program|        |   program (tile, batch), tiles row by row
     boxes1       +--------+--------+
         BLOCK_N  |        |        |
                  +--------+--------+
@@ -38,9 +38,10 @@ def _box_iou_kernel(
     angle1_ptr [B, N], angle2_ptr [B, M]: fp32 atan(width / height), radians; read by KIND "complete" alone.
     out_ptr [B, N, M]: fp32, contiguous.
     """
-    batch = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    batch = tl.program_id(1).to(tl.int64)
+    across = tl.cdiv(num_boxes2, BLOCK_M)
+    row = tl.program_id(0) // across * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.program_id(0) % across * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = row < num_boxes1
     column_mask = column < num_boxes2
     first = batch * num_boxes1 + row
@@ -84,7 +85,7 @@ def launch(
 ) -> None:
     """Fill `out` [B, N, M] for `boxes1` [B, N, 4] and `boxes2` [B, M, 4]."""
     batch, num_boxes1, num_boxes2 = out.shape
-    _box_iou_kernel[(triton.cdiv(num_boxes2, BLOCK_M), triton.cdiv(num_boxes1, BLOCK_N), batch)](
+    _box_iou_kernel[(triton.cdiv(num_boxes1, BLOCK_N) * triton.cdiv(num_boxes2, BLOCK_M), batch)](
         boxes1_ptr=boxes1,
         boxes2_ptr=boxes2,
         angle1_ptr=angle1,

@@ -52,14 +52,15 @@ def _filter_kernel(
                  kept boxes, up to count
                  BLOCK_KEPT  BLOCK_KEPT ...
                 +----------+----------+
-    BLOCK_ROWS  |  -> any overlap ->  |    program (row block, group)
+    BLOCK_ROWS  |  -> any overlap ->  |    program (group and row block)
                 +----------+----------+
 
     boxes_ptr [groups, N, 4] fp32, pixels; valid_ptr [groups, N] bool; kept_ptr [groups, max_keep, 4] fp32;
     count_ptr [groups] int64; alive_ptr [groups, CHUNK] int8, written.
     """
-    group = tl.program_id(1).to(tl.int64)
-    slot = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_blocks: tl.constexpr = CHUNK // BLOCK_ROWS
+    group = (tl.program_id(0) // row_blocks).to(tl.int64)
+    slot = tl.program_id(0) % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row = start + slot
     count = tl.load(count_ptr + group)
     inside = (row < num_boxes) & (count < max_keep)
@@ -95,7 +96,7 @@ def _overlap_kernel(
 
                  word 0   word 1   word 2
                 +--------+--------+--------+
-    BLOCK_ROWS  |program |        |        |    program (word, row block, group)
+    BLOCK_ROWS  |program |        |        |    program (group and row block, word)
                 +--------+--------+        |
     BLOCK_ROWS  |        |        |        |    bit c of word w in row r: box 32 w + c has a higher priority
                 +--------+--------+--------+    than box r and overlaps it by more than the threshold
@@ -103,13 +104,15 @@ def _overlap_kernel(
     boxes_ptr [groups, N, 4] fp32, pixels; count_ptr [groups] int64; overlap_ptr [groups, CHUNK / 32, CHUNK] int32,
     written, words of one column together.
     """
-    group = tl.program_id(2).to(tl.int64)
-    word = tl.program_id(0)
-    slot = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_blocks: tl.constexpr = CHUNK // BLOCK_ROWS
+    group = (tl.program_id(0) // row_blocks).to(tl.int64)
+    row_block = tl.program_id(0) % row_blocks
+    word = tl.program_id(1)
+    slot = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     bit = tl.arange(0, 32)
     other = word * 32 + bit
     count = tl.load(count_ptr + group)
-    wanted = (count < max_keep) & (word * 32 < (tl.program_id(1) + 1) * BLOCK_ROWS)
+    wanted = (count < max_keep) & (word * 32 < (row_block + 1) * BLOCK_ROWS)
     row_mask = (start + slot < num_boxes) & wanted
     other_mask = (start + other < num_boxes) & wanted
     x1, y1, x2, y2 = load_boxes(boxes_ptr, group * num_boxes + start + slot, row_mask)
@@ -203,9 +206,10 @@ def launch(
     """
     groups, num_boxes, _ = boxes.shape
     max_keep = index.shape[1]
-    row_blocks = config.chunk // config.block_rows
+    # The first axis of a grid is the only one that may be long.
+    tiles = groups * (config.chunk // config.block_rows)
     for start in range(0, num_boxes, config.chunk):
-        _filter_kernel[(row_blocks, groups)](
+        _filter_kernel[(tiles,)](
             boxes_ptr=boxes,
             valid_ptr=valid,
             kept_ptr=kept,
@@ -220,7 +224,7 @@ def launch(
             BLOCK_KEPT=config.block_kept,
             enable_fp_fusion=False,
         )
-        _overlap_kernel[(config.chunk // 32, row_blocks, groups)](
+        _overlap_kernel[(tiles, config.chunk // 32)](
             boxes_ptr=boxes,
             count_ptr=count,
             overlap_ptr=overlap,

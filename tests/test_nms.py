@@ -156,6 +156,24 @@ def test_presorted_rows_are_taken_as_they_stand():
     assert torch.equal(order.gather(1, presorted.index)[taken], plain.index[taken])
 
 
+def test_padded_form_checks_its_arguments_and_widens():
+    boxes, scores = random_boxes(2, 50, side=40), torch.rand(2, 50)
+    halves = nms_padded(boxes.bfloat16(), scores, 0.5, 50)
+    assert torch.equal(halves.index, nms_padded(boxes.bfloat16().float(), scores, 0.5, 50).index)
+    assert torch.equal(
+        nms_padded(boxes.clone().requires_grad_(), scores, 0.5, 50).count, nms_padded(boxes, scores, 0.5, 50).count
+    )
+    for change, words in (
+        ({"boxes": boxes[0]}, r"boxes .*\[50, 4\]"),
+        ({"scores": scores[:, :3]}, r"scores .*\[2, 3\]"),
+        ({"iou_threshold": 7.0}, "iou_threshold .*7"),
+        ({"max_keep": -1}, "max_keep .*-1"),
+        ({"valid": torch.ones(2, 3, dtype=torch.bool)}, r"valid .*\[2, 3\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            nms_padded(**{"boxes": boxes, "scores": scores, "iou_threshold": 0.5, "max_keep": 9, **change})
+
+
 def test_operator_contract():
     check_operator(torch.ops.fastdet.nms, random_boxes(3, 20), torch.rand(3, 20) < 0.8, 0.5, 9)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from . import _checks
 from ._library import define
 
-# Pairs compared at a time on the CPU: just below what torch shares among threads, so that a tile stays in a core's cache
-# and no operator waits for another thread; and the boxes whose pairs fill such a tile.
+# Pairs compared at a time on the CPU: just below what torch shares among threads, so that a tile stays in a core's
+# cache and no operator waits for another thread; and the boxes whose pairs fill such a tile.
 _TILE = 32767
 _BLOCK = 181
 
@@ -178,9 +178,19 @@ def nms_padded(
 
     Returns:
         Kept: positions in the rows as given, in descending order of score, [groups, max_keep] padded with 0.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, range or device; the message names it.
     """
+    boxes = _checks.boxes("boxes", boxes, ndim=3).detach()
+    scores = _checks.shape("scores", _checks.floats("scores", scores), tuple(boxes.shape[:2])).detach()
     if valid is None:
         valid = torch.ones_like(scores, dtype=torch.bool)
+    _checks.booleans("valid", valid, tuple(boxes.shape[:2]))
+    _checks.same_device(boxes=boxes, scores=scores, valid=valid)
+    _checks.threshold("iou_threshold", iou_threshold)
+    if max_keep < 0:
+        raise ValueError(f"max_keep must not be negative, got {max_keep}")
     if presorted:
         return Kept(*torch.ops.fastdet.nms(boxes, valid, iou_threshold, max_keep))
     # Rows that don't count go last, so that the work ends with the rows that do.
@@ -218,7 +228,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 
     Groups are kept apart by their ids, not by shifting coordinates (as torchvision's `batched_nms` does), so decisions
     near the threshold are those of `nms` on each group alone. Groups are padded to the power of two above their size
-    and those of one padded size go through one call, so memory stays within twice the input whatever the sizes.
+    and those of one padded size go through one call, so the padded boxes take at most twice the room of those given.
     """
     boxes, scores = _check(boxes, scores)
     _checks.threshold("iou_threshold", iou_threshold)
