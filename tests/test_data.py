@@ -124,12 +124,26 @@ def test_voc_leaves_out_bad_boxes_and_says_so_once(root: Path) -> None:
     assert len(data[0][1]["labels"]) == len(data[0][1]["ignore"]) == 3
 
 
-@pytest.mark.parametrize("size", [None, (0, 0)])
-def test_voc_unknown_size_drops_nothing_to_the_right(root: Path, size: tuple[int, int] | None) -> None:
+@pytest.mark.parametrize("size", [None, (0, 0), (900, 900)])
+def test_voc_box_outside_an_image_of_another_size_than_written(root: Path, size: tuple[int, int] | None) -> None:
     annotate(root, "a", [("cat", (500, 500, 600, 600), 0)], size=size)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert VOC(root, "train")[0][1]["boxes"].tolist() == [[499, 499, 600, 600]]
+        data = VOC(root, "train")
+    with pytest.raises(DataError) as error:
+        data[0]
+    one_line(error, str(data.image_path(0)), "outside", "(499, 499, 600, 600)")
+
+
+def test_read_image_keeps_the_range_of_16_bits(tmp_path: Path) -> None:
+    grey = np.array([[0, 257], [32768, 65535]], dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    image = read_image(tmp_path / "grey.png")
+    assert image.shape == (3, 2, 2)
+    torch.testing.assert_close(image[1], torch.tensor([[0.0, 1 / 255], [32768 / 65535, 1.0]]))
+    Image.fromarray(np.zeros((2, 2), dtype=np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(DataError, match=r"float.tiff.*mode 'F'"):
+        read_image(tmp_path / "float.tiff")
 
 
 def test_voc_missing_root_folder_and_split(root: Path) -> None:

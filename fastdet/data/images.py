@@ -32,6 +32,12 @@ def read_image(path: str | Path) -> torch.Tensor:
     """
     try:
         with Image.open(path) as picture:
+            if picture.mode.startswith("I;16"):
+                # Pillow's own conversion would cut off at 255 what reaches to 65535.
+                grey = np.array(picture).astype(np.float32) / 65535
+                return torch.from_numpy(grey).expand(3, -1, -1).contiguous()
+            if picture.mode in ("I", "F"):
+                raise DataError(f"{path}: the image's pixels (Pillow's mode {picture.mode!r}) have no known range")
             pixels = np.array(picture.convert("RGB"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such image file") from None

@@ -99,12 +99,14 @@ class VOC(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         record = self._records[index]
+        image = read_image(record.image_path)
+        _check_inside(record.boxes, image.shape[-2], image.shape[-1], record.image_path)
         target = {
             "boxes": torch.from_numpy(record.boxes.copy()),
             "labels": torch.from_numpy(record.labels.copy()),
             "ignore": torch.from_numpy(record.ignore.copy()),
         }
-        return read_image(record.image_path), target
+        return image, target
 
     def image_path(self, index: int) -> Path:
         """The image file of item `index`."""
@@ -208,6 +210,14 @@ def _is_usable(corners: tuple[float, ...], width: float, height: float) -> bool:
     if not all(map(math.isfinite, corners)) or xmax <= xmin or ymax <= ymin:
         return False
     return xmax > 0 and ymax > 0 and xmin - 1 < width and ymin - 1 < height
+
+
+def _check_inside(boxes: np.ndarray, height: int, width: int, image_path: Path) -> None:
+    """Raises DataError for a box that the size written in the XML did not show to lie outside the image."""
+    outside = (boxes[:, 0] >= width) | (boxes[:, 1] >= height) | (boxes[:, 2] <= 0) | (boxes[:, 3] <= 0)
+    if outside.any():
+        corners = ", ".join(f"{x:g}" for x in boxes[outside.argmax()])
+        raise DataError(f"{image_path}: a box lies outside its {height} x {width} pixels: ({corners})")
 
 
 def _describe_unknown(name: str, labels: dict[str, int], path: Path) -> str:
