@@ -1,6 +1,6 @@
 """fastdet: the two-stage object detector as batched, fixed-shape tensor operations with Triton kernels."""
 
-from . import ops
+from . import data, ops
 from .anchors import AnchorGenerator
 from .config import TORCHVISION, VGG16, Settings
 from .faster_rcnn import FasterRCNN, fasterrcnn_vgg16
@@ -16,6 +16,7 @@ __all__ = [
     "Samples",
     "Settings",
     "Targets",
+    "data",
     "fasterrcnn_vgg16",
     "ops",
 ]

@@ -1,0 +1,8 @@
+"""`python -m fastdet` is `fastdet`."""
+
+import sys
+
+from fastdet.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

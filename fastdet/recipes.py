@@ -1,0 +1,126 @@
+"""How to train, as plain values and pure functions: settings, the learning rate, parameter groups, order and flips."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+
+Batch = list[tuple[int, bool]]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """SGD with warm-up and a schedule. The defaults suit a light pretrained backbone and some hundred images.
+
+    Attributes:
+        epochs: passes over the data set.
+        batch_size: images a step; the last batch of an epoch may be smaller.
+        lr: learning rate after the warm-up.
+        momentum: of SGD.
+        weight_decay: of all parameters except biases.
+        bias_lr_factor: learning rate of biases, as a multiple of the others'.
+        bias_weight_decay: None takes `weight_decay`.
+        warmup_steps: steps over which the rate rises linearly to its full value.
+        schedule: "cosine" falls to zero over all epochs, "step" falls by `gamma` after each of the milestones.
+        milestones: numbers of epochs after which "step" lowers the rate.
+        gamma: factor of "step".
+        clip_norm: largest norm of all gradients together; 0 does not clip.
+        flip: mirror half the images left to right.
+        seed: of the order, the flips and the model's draws.
+        workers: processes that load data; 0 loads in this one. Their number changes nothing in what is drawn.
+        log_every: steps between two looks at the losses; each look waits for the device.
+    """
+
+    epochs: int = 12
+    batch_size: int = 4
+    lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    bias_lr_factor: float = 1.0
+    bias_weight_decay: float | None = None
+    warmup_steps: int = 60
+    schedule: Literal["cosine", "step"] = "cosine"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    clip_norm: float = 10.0
+    flip: bool = True
+    seed: int = 0
+    workers: int = 0
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("cosine", "step"):
+            raise ValueError(f"schedule must be 'cosine' or 'step', not {self.schedule!r}")
+        for name in ("epochs", "warmup_steps", "seed", "workers", "clip_norm", "momentum", "weight_decay"):
+            _check_range(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        for name in ("batch_size", "log_every"):
+            _check_range(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        _check_range("lr", self.lr, self.lr > 0, "above 0")
+
+
+def _check_range(name: str, value: float, fits: bool, wanted: str) -> None:
+    if not (fits and math.isfinite(value)):
+        raise ValueError(f"{name} must be {wanted} and finite, not {value}")
+
+
+# By backbone: Faster R-CNN as its authors' successors train it in one stage on VOC 2007 (Ren et al., arXiv:1506.01497,
+# section 3.1.3, for momentum and decay), and what suits a light backbone on some hundred images.
+RECIPES = {
+    "vgg16": TrainSettings(
+        epochs=14,
+        batch_size=1,
+        lr=1e-3,
+        weight_decay=5e-4,
+        bias_lr_factor=2.0,
+        bias_weight_decay=0.0,
+        warmup_steps=0,
+        schedule="step",
+        milestones=(10,),
+        clip_norm=0.0,
+    ),
+    "mobilenet_v2": TrainSettings(),
+}
+
+
+def learning_rate(settings: TrainSettings, step: int, steps_per_epoch: int) -> float:
+    """The rate of a step, counted from 0: the schedule times the warm-up."""
+    if settings.schedule == "cosine":
+        factor = 0.5 * (1 + math.cos(math.pi * step / (settings.epochs * steps_per_epoch)))
+    else:
+        factor = settings.gamma ** sum(step >= epochs * steps_per_epoch for epochs in settings.milestones)
+    return settings.lr * factor * min(1.0, (step + 1) / max(settings.warmup_steps, 1))
+
+
+def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    """The trainable parameters of a model for an optimizer: biases apart, each group with its "lr_factor".
+
+    Raises:
+        ValueError: no parameter is trainable.
+    """
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError("the model has no trainable parameters")
+    bias_decay = settings.weight_decay if settings.bias_weight_decay is None else settings.bias_weight_decay
+    groups: list[dict[str, Any]] = [
+        {"params": [], "lr_factor": 1.0, "weight_decay": settings.weight_decay},
+        {"params": [], "lr_factor": settings.bias_lr_factor, "weight_decay": bias_decay},
+    ]
+    for name, parameter in trainable:
+        groups[name.rpartition(".")[2] == "bias"]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
+def plan_epoch(length: int, settings: TrainSettings, epoch: int) -> list[Batch]:
+    """The batches of an epoch, counted from 0: indices of images, each with whether to flip it.
+
+    It depends on nothing but the arguments, so an epoch is the same in a resumed run and with any number of workers.
+    """
+    rng = np.random.default_rng((settings.seed, epoch))
+    order = rng.permutation(length).tolist()
+    flips = (rng.random(length) < 0.5).tolist() if settings.flip else [False] * length
+    draws = list(zip(order, flips, strict=True))
+    return [draws[start : start + settings.batch_size] for start in range(0, length, settings.batch_size)]
