@@ -1,0 +1,28 @@
+import pytest
+import scenes
+import torch
+from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.ops import box_iou
+
+from fastdet import boxes, ops
+
+
+@pytest.mark.parametrize("num_gt", [5, 50])
+def test_anchor_targets(versus, device, num_gt):
+    """Match, label and encode, as the region proposal network's targets need it."""
+    anchors = scenes.anchors().to(device)
+    gt_boxes = scenes.uniform(num_gt)[0].to(device)
+    matcher, coder = Matcher(0.7, 0.3, allow_low_quality_matches=True), BoxCoder((1.0, 1.0, 1.0, 1.0))
+
+    def ours():
+        index, _, label = ops.match(anchors, gt_boxes[None], high=0.7, low=0.3, allow_low_quality=True)
+        return label[0], boxes.encode(anchors, gt_boxes[index[0]])
+
+    def theirs():
+        matched = matcher(box_iou(gt_boxes, anchors))
+        return matched, coder.encode_single(gt_boxes[matched.clamp(min=0)], anchors)
+
+    (label, locs), (matched, their_locs) = ours(), theirs()
+    assert torch.equal(label == 1, matched >= 0)
+    torch.testing.assert_close(locs[label == 1], their_locs[label == 1])
+    versus(ours, theirs, op="match", size=f"{len(anchors)} anchors, {num_gt} boxes, encoded", rounds=20)

@@ -1,0 +1,59 @@
+import pytest
+import scenes
+import torch
+import torchvision
+from torch import Tensor
+
+from fastdet import ops
+
+SCALE = 1 / 16
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="large: only on a GPU")
+sizes = pytest.mark.parametrize(
+    ("images", "dtype"), [(1, torch.float32), pytest.param(16, torch.bfloat16, marks=on_gpu)]
+)
+
+
+def training(images: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Features of VGG16 and 128 RoIs for each image."""
+    features = torch.randn(images, 512, 37, 56, generator=torch.Generator().manual_seed(0)).relu()
+    boxes, _ = scenes.jittered_anchors(images * 128)
+    image = torch.arange(images).repeat_interleave(128)[:, None]
+    features = features.to(device, dtype, memory_format=torch.channels_last if images > 1 else torch.contiguous_format)
+    return features, torch.cat([image, boxes], dim=1).to(device)
+
+
+def torchvision_roi_pool(features: Tensor, rois: Tensor) -> Tensor:
+    """torchvision's has no bf16: it is upcast, as autocast does there."""
+    return torchvision.ops.roi_pool(features.float(), rois, 7, SCALE).to(features.dtype)
+
+
+def name(features: Tensor, rois: Tensor) -> str:
+    return f"{len(rois)} RoIs of {'x'.join(map(str, features.shape))} to 7x7"
+
+
+@sizes
+def test_forward(versus, device, images, dtype):
+    features, rois = training(images, dtype, device)
+    ours = lambda: ops.roi_pool(features, rois, 7, SCALE)  # noqa: E731
+    theirs = lambda: torchvision_roi_pool(features, rois)  # noqa: E731
+    assert torch.equal(ours(), theirs())
+    versus(ours, theirs, op="roi_pool", size=name(features, rois), dtype=str(dtype).removeprefix("torch."))
+
+
+@sizes
+def test_forward_and_backward(versus, device, images, dtype):
+    features, rois = training(images, dtype, device)
+    features.requires_grad_()
+    grad = torch.randn(len(rois), 512, 7, 7, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+
+    def ours() -> Tensor:
+        return torch.autograd.grad(ops.roi_pool(features, rois, 7, SCALE), features, grad)[0]
+
+    def theirs() -> Tensor:
+        return torch.autograd.grad(torchvision_roi_pool(features, rois), features, grad)[0]
+
+    if device.type == "cpu":  # on a GPU torchvision adds in no fixed order
+        assert torch.equal(ours(), theirs())
+    versus(
+        ours, theirs, op="roi_pool with gradient", size=name(features, rois), dtype=str(dtype).removeprefix("torch.")
+    )

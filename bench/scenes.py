@@ -1,0 +1,50 @@
+"""Seeded sets of boxes in an image of 1000 x 600 pixels, as the operations meet them."""
+
+import torch
+from torch import Tensor
+
+from fastdet.anchors import AnchorGenerator, grid_anchors
+
+_WIDTH, _HEIGHT = 1000.0, 600.0
+
+
+def anchors() -> Tensor:
+    """The 18648 anchors of the VGG16 detector on an image of 600 x 901 pixels."""
+    generator = AnchorGenerator(strides=(16,), offset=8.0, rounded=False)
+    return grid_anchors(generator.cell_anchors()[0], (37, 56), (16, 16))
+
+
+def uniform(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Boxes and scores: centres anywhere, sides of 16 to 200 pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.rand(count, 2, generator=generator) * torch.tensor([_WIDTH, _HEIGHT])
+    side = 16 + torch.rand(count, 2, generator=generator) * 184
+    return _finish(centre, side, generator)
+
+
+def clustered(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Boxes and scores: about 100 objects, every box a disturbed copy of one."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.rand(100, 2, generator=generator) * torch.tensor([_WIDTH, _HEIGHT])
+    side = 32 + torch.rand(100, 2, generator=generator) * 200
+    which = torch.randint(100, (count,), generator=generator)
+    centre = centre[which] + 0.15 * side[which] * torch.randn(count, 2, generator=generator)
+    side = side[which] * torch.exp(0.2 * torch.randn(count, 2, generator=generator))
+    return _finish(centre, side, generator)
+
+
+def jittered_anchors(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Boxes and scores: anchors, each moved and stretched by about a tenth, as an untrained RPN's proposals."""
+    generator = torch.Generator().manual_seed(seed)
+    every = anchors()
+    chosen = every[torch.randperm(len(every), generator=generator)[:count]]
+    centre, side = (chosen[:, :2] + chosen[:, 2:]) / 2, chosen[:, 2:] - chosen[:, :2]
+    centre = centre + 0.1 * side * torch.randn(count, 2, generator=generator)
+    side = side * torch.exp(0.1 * torch.randn(count, 2, generator=generator))
+    return _finish(centre, side, generator)
+
+
+def _finish(centre: Tensor, side: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    boxes = torch.cat([centre - side / 2, centre + side / 2], dim=1)
+    limit = torch.tensor([_WIDTH, _HEIGHT, _WIDTH, _HEIGHT])
+    return boxes.clamp(min=0).minimum(limit), torch.rand(len(boxes), generator=generator)
