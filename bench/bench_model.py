@@ -69,6 +69,8 @@ def test_step(
     images = [image.to(device) for image in images]
     there = [{key: value.to(device) for key, value in target.items()} for target in targets]
     numbers: dict[str, Any] = {"min_size": height, "max_size": max(height, width)}
+    # As many hidden channels as torchvision's head has, which is as many as the features have.
+    hidden = {"rpn_hidden_channels": None}
 
     def step(model: nn.Module, targets: list[dict[str, Tensor]]) -> Callable[[], object]:
         model.to(device).train(mode == "train")
@@ -86,7 +88,7 @@ def test_step(
         return train if mode == "train" else infer
 
     torch.manual_seed(0)
-    ours = step(fastdet.FasterRCNN(name, CLASSES, **numbers), targets)
+    ours = step(fastdet.FasterRCNN(name, CLASSES, **hidden, **numbers), targets)
     versus(
         ours,
         step(theirs(name, **numbers), there),

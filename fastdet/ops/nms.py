@@ -10,15 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torchvision.ops  # noqa: F401  (registers the operator that the CPU implementation calls)
 from torch import Tensor
 
 from . import _checks
 from ._library import define
 
-# Pairs compared at a time on the CPU: just below what torch shares among threads, so that a tile stays in a core's
-# cache and no operator waits for another thread; and the boxes whose pairs fill such a tile.
+# On the CPU: pairs compared at a time, just below what torch shares among threads, so that a tile stays in a core's
+# cache and no operator waits for another thread; boxes filtered at a time; and how many need no filter.
 _TILE = 32767
-_BLOCK = 181
+_BLOCK = 192
+_FEW = 600
 
 
 class Kept(NamedTuple):
@@ -35,93 +37,70 @@ def fp32_below(threshold: float) -> float:
 
 
 def nms_cpu(boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int) -> tuple[Tensor, Tensor]:
-    groups, num_boxes, _ = boxes.shape
+    groups = boxes.shape[0]
     index, count = boxes.new_zeros(groups, max_keep, dtype=torch.int64), boxes.new_zeros(groups, dtype=torch.int64)
-    if not (index.numel() and num_boxes):
-        return index, count
-    threshold = fp32_below(iou_threshold)
-    # Rows after the last valid one of a group have nothing to say.
-    lengths = (valid * torch.arange(1, num_boxes + 1)).amax(1).tolist()
-    order = sorted((group for group in range(groups) if lengths[group]), key=lambda group: -lengths[group])
-    while order:
-        longest = lengths[order[0]]
-        if longest > _BLOCK:
-            group = order.pop(0)
-            kept = _suppress(_planes(boxes[group, :longest]), valid[group, :longest], threshold, max_keep)
+    if max_keep:
+        for group in range(groups):
+            kept = _suppress(boxes[group], valid[group].nonzero()[:, 0], iou_threshold, max_keep)
             index[group, : len(kept)] = kept
             count[group] = len(kept)
-        else:
-            # Groups of about one length that fill a tile together.
-            some, order = order[: _TILE // longest**2], order[_TILE // longest**2 :]
-            planes = _planes(boxes[some, :longest])
-            keep = _settle(_overlaps(planes, planes, threshold), valid[some, :longest] & _finite(planes))
-            rank = keep.cumsum(1) - 1
-            row, position = (keep & (rank < max_keep)).nonzero(as_tuple=True)
-            index[torch.tensor(some)[row], rank[row, position]] = position
-            count[some] = keep.sum(1).clamp(max=max_keep)
     return index, count
 
 
-def _suppress(planes: Tensor, valid: Tensor, threshold: float, max_keep: int) -> Tensor:
-    """Rows [kept] of one group: a block of boxes at a time against those kept so far, then among themselves."""
-    kept, rows, most = planes.new_empty(5, min(max_keep, planes.shape[1])), [], 0
-    valid = valid & _finite(planes)
-    for start in range(0, planes.shape[1], _BLOCK):
-        row = start + valid[start : start + _BLOCK].nonzero()[:, 0]
-        first = 0
-        while first < most and len(row):
-            last = min(first + _TILE // len(row), most)
-            free = _overlaps(planes[:, row], kept[:, first:last], threshold).sum(1) == 0
-            row, first = row[free], last
-        block = planes[:, row]
-        keep = _settle(_overlaps(block, block, threshold)[None], torch.ones(1, len(row), dtype=torch.bool))[0]
-        row = row[keep][: max_keep - most]
-        rows.append(row)
-        kept[:, most : most + len(row)] = planes[:, row]
-        most += len(row)
+def _suppress(boxes: Tensor, rows: Tensor, iou_threshold: float, max_keep: int) -> Tensor:
+    """What `rows` of `boxes` [N, 4] keep, ascending: torchvision's operator is the fastest there is for a few."""
+    if len(rows) > _FEW:
+        return _suppress_many(boxes, rows, iou_threshold, max_keep)
+    few = boxes[rows]
+    finite = few.isfinite().all(1)
+    return rows[finite][_settle(few[finite], iou_threshold)[:max_keep]]
+
+
+def _settle(boxes: Tensor, iou_threshold: float) -> Tensor:
+    priority = torch.arange(len(boxes), 0, -1, dtype=boxes.dtype)
+    return torch.ops.torchvision.nms(boxes, priority, iou_threshold)
+
+
+def _suppress_many(boxes: Tensor, rows: Tensor, iou_threshold: float, max_keep: int) -> Tensor:
+    """The same, a block at a time: first against all boxes kept so far, then what is left among itself."""
+    planes = _planes(boxes, rows)
+    threshold = fp32_below(iou_threshold)
+    kept, found, most = planes.new_empty(5, min(max_keep, len(rows))), [], 0
+    for start in range(0, len(rows), _BLOCK):
+        block = planes[:, start : start + _BLOCK]
+        left, first = start + block[:4].isfinite().all(0).nonzero()[:, 0], 0
+        while first < most and len(left):
+            last = min(first + _TILE // len(left), most)
+            left = left[_overlapping(planes[:, left], kept[:, first:last], threshold) == 0]
+            first = last
+        left = left[_settle(planes[:4, left].t(), iou_threshold)[: max_keep - most]]
+        found.append(rows[left])
+        kept[:, most : most + len(left)] = planes[:, left]
+        most += len(left)
         if most == max_keep:
             break
-    return torch.cat(rows)
+    return torch.cat(found)
 
 
-def _planes(boxes: Tensor) -> Tensor:
-    """x1, y1, x2, y2 and area apart: [..., N, 4] to [5, ..., N]."""
-    planes = boxes.new_empty(5, *boxes.shape[:-1])
-    for plane, corner in zip(planes, boxes.unbind(-1), strict=False):
-        plane.copy_(corner)
+def _planes(boxes: Tensor, rows: Tensor) -> Tensor:
+    """x1, y1, x2, y2 and area of `rows` [M] of `boxes` [N, 4], apart: [5, M]."""
+    planes = boxes.new_empty(5, len(rows))
+    for plane, corner in zip(planes, boxes.unbind(1), strict=False):
+        torch.index_select(corner, 0, rows, out=plane)
     torch.mul(planes[2] - planes[0], planes[3] - planes[1], out=planes[4])
     return planes
 
 
-def _finite(planes: Tensor) -> Tensor:
-    """bool [..., N]: whether all corners are finite."""
-    x1, y1, x2, y2, _ = planes
-    return x1.isfinite() & y1.isfinite() & x2.isfinite() & y2.isfinite()
+def _overlapping(first: Tensor, second: Tensor, threshold: float) -> Tensor:
+    """With how many boxes of `second` [5, N] the IoU of each of `first` [5, M] exceeds the threshold: fp32 [M].
 
-
-def _overlaps(first: Tensor, second: Tensor, threshold: float) -> Tensor:
-    """1 where IoU exceeds the threshold, else 0: planes [5, ..., M] and [5, ..., N] give fp32 [..., M, N].
-
-    The arithmetic of `box_iou`, in place. Numbers instead of booleans, because sums are what is fast on a CPU.
+    The arithmetic of `box_iou`, in place, and numbers instead of booleans, because sums are what is fast on a CPU.
     """
-    ax1, ay1, ax2, ay2, area1 = first[..., :, None]
-    bx1, by1, bx2, by2, area2 = second[..., None, :]
+    ax1, ay1, ax2, ay2, area1 = first[:, :, None]
+    bx1, by1, bx2, by2, area2 = second[:, None]
     inter = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_(min=0)
     inter *= torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1)).clamp_(min=0)
-    return inter.div_((area1 + area2).sub_(inter)).gt_(threshold)
-
-
-def _settle(overlap: Tensor, alive: Tensor) -> Tensor:
-    """Greedy decisions bool [G, M] by monotone rounds, from `overlap` [G, M, M] of boxes in descending priority."""
-    position = torch.arange(alive.shape[1])
-    higher = overlap.mul_(position < position[:, None])
-    undecided, keep = alive, torch.zeros_like(alive)
-    while undecided.any():
-        undecided = undecided & ((higher * keep[:, None]).sum(2) == 0)
-        newly_kept = undecided & ((higher * undecided[:, None]).sum(2) == 0)
-        keep = keep | newly_kept
-        undecided = undecided & ~newly_kept
-    return keep
+    return inter.div_((area1 + area2).sub_(inter)).gt_(threshold).sum(1)
 
 
 def nms_cuda(boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int) -> tuple[Tensor, Tensor]:
