@@ -4,7 +4,7 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--bench-csv", metavar="FILE", help="write the table of the benchmarks to FILE")
+    parser.addoption("--bench-csv", metavar="FILE", help="write the table of the benchmarks (--bench-csv=FILE)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

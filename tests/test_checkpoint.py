@@ -2,6 +2,9 @@ import errno
 import io
 import os
 import pickle
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,6 +86,26 @@ def test_a_failure_of_the_disk_leaves_the_last_good_file(tmp_path, monkeypatch, 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_a_kill_while_saving_leaves_a_good_file(tmp_path):
+    path = tmp_path / "last.pth"
+    code = (
+        "import itertools, sys, torch\n"
+        "from fastdet import checkpoint\n"
+        "for epoch in itertools.count():\n"
+        "    checkpoint.save(sys.argv[1], {'epoch': epoch, 'model': torch.full((1 << 20,), float(epoch))})\n"
+    )
+    for wait in (0.0, 0.05, 0.11):
+        child = subprocess.Popen([sys.executable, "-c", code, path], cwd=Path(__file__).parents[1])
+        while not path.exists():
+            time.sleep(0.01)
+        time.sleep(wait)
+        child.kill()
+        child.wait()
+        content = checkpoint.load(path)
+        assert (content["model"] == content["epoch"]).all()
+        path.unlink()
+
+
 def test_a_full_disk_is_an_error_of_one_line(tmp_path, monkeypatch):
     """The real thing: torch's writer against a file that takes no byte."""
     path = tmp_path / "last.pth"

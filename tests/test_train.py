@@ -235,6 +235,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, shap
     assert all(torch.isfinite(value).all() for value in saved["model"].values())
 
 
+def test_a_gradient_that_is_not_finite_is_noticed_even_where_nothing_is_clipped(tmp_path, shapes, monkeypatch):
+    """A finite loss of sqrt(0), whose gradient is infinite."""
+    plain = Stand.forward
+
+    def poisoned(self, images, targets=None):
+        losses = plain(self, images, targets)
+        return {**losses, LOSSES[0]: losses[LOSSES[0]] + (self.layers[0].bias * 0).sum().sqrt()}
+
+    monkeypatch.setattr(Stand, "forward", poisoned)
+    with pytest.raises(FloatingPointError, match="gradient norm nan"):
+        run(stand(), shapes, tmp_path, replace(SETTINGS, clip_norm=0.0))
+    saved = checkpoint.load(tmp_path / "last.pth")
+    assert saved["epoch"] == 0
+    assert all(torch.isfinite(value).all() for value in saved["model"].values())
+
+
 def test_what_the_model_does_not_take_names_the_images(tmp_path, shapes, monkeypatch):
     def refuse(self, images, targets=None):
         raise ValueError("target 1: box 0 has no area")
