@@ -92,6 +92,23 @@ def test_forward_on_a_fake_gpu(settings, training):
         assert detections.boxes.ndim == 3
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_step_is_one_graph(training):
+    model = small_detector().train(training)
+    images, sizes, targets, scales = padded_inputs(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.core, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(2)
+    losses, detections = compiled(images, sizes, targets, scales)
+    if training:
+        sum(losses.values()).backward()
+        assert torch.isfinite(model.rpn.head.bbox_pred.weight.grad).all()
+    else:
+        _, expected = model.core(images, sizes, None, scales)
+        assert torch.equal(detections.labels, expected.labels)
+        torch.testing.assert_close(detections.boxes, expected.boxes)
+
+
 def test_the_modes_catch_what_they_are_for():
     with Refuse():
         with pytest.raises(AssertionError, match="nonzero"):
