@@ -48,6 +48,9 @@ def save(path: str | Path, content: Mapping[str, Any]) -> None:
         _sync_folder(path.parent)
     # On a full disk torch's writer raises a RuntimeError of its own.
     except (OSError, RuntimeError) as error:
+        # Interrupted, the writer cannot close its archive either, and says so in place of the interruption.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
         raise CheckpointError(f"{path}: the checkpoint cannot be written: {one_line(error)}") from error
     finally:
         # Gone already after the move; what else is left here is a part. It must not hide the error.

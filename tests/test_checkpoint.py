@@ -86,6 +86,27 @@ def test_a_failure_of_the_disk_leaves_the_last_good_file(tmp_path, monkeypatch, 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+@pytest.mark.parametrize("call", [1, 2, 3, 5])
+def test_an_interruption_within_the_writer_is_one(tmp_path, monkeypatch, call):
+    checkpoint.save(tmp_path / "last.pth", CONTENT)
+    plain, calls = io.BufferedWriter.write, []
+
+    class Interrupted(io.BufferedWriter):
+        def write(self, data):
+            calls.append(len(data))
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            return plain(self, data)
+
+    monkeypatch.setattr(Path, "open", lambda self, mode: Interrupted(io.FileIO(self, mode)))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path / "last.pth", {"epoch": 4, "weights": torch.zeros(100_000)})
+    assert len(calls) >= call
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "last.pth")["epoch"] == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pth"]
+
+
 def test_a_kill_while_saving_leaves_a_good_file(tmp_path):
     path = tmp_path / "last.pth"
     code = (
