@@ -99,11 +99,11 @@ def test_iou_equals_a_float64_loop():
 @pytest.mark.parametrize(("tile", "block"), [(40, 7), (64, 16), (16, 16), (1000, 1)])
 def test_tiles_do_not_show(monkeypatch, seed, tile, block):
     inputs = case(2, 83, 19, seed)
-    expected = match_cpu(*inputs, 0.5, 0.2, True)
+    expected = match_cpu(*inputs, None, 0.5, 0.2, True, 0.5)
     assert_equals_loop(expected, *inputs, 0.5, 0.2, True)
     monkeypatch.setattr(module, "TILE", tile)
     monkeypatch.setattr(module, "MIN_BLOCK_K", block)
-    assert_equal(match_cpu(*inputs, 0.5, 0.2, True), expected)
+    assert_equal(match_cpu(*inputs, None, 0.5, 0.2, True, 0.5), expected)
 
 
 @pytest.mark.parametrize("allow_low_quality", [False, True])
@@ -165,6 +165,45 @@ def test_awkward_boxes_overlap_nothing():
     assert (ops.match(huge, huge, high=0.5, low=0.1).iou == 0).all(), "areas that overflow or vanish"
 
 
+def loop_covered(box, ignored):
+    """The largest share of the area of `box` inside one of the `ignored`, in fp32."""
+    shares = [np.float32(0)]
+    for other in ignored:
+        (x1, y1, x2, y2), (u1, v1, u2, v2) = np.float32(box), np.float32(other)
+        width, height = min(x2, u2) - max(x1, u1), min(y2, v2) - max(y1, v1)
+        area = (x2 - x1) * (y2 - y1)
+        if width > 0 and height > 0 and area > 0 and np.isfinite([area, (u2 - u1) * (v2 - v1)]).all():
+            shares.append(width * height / area)
+    return max(shares)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 1.0])
+@pytest.mark.parametrize("num_gt", [1, 6, 40])
+def test_what_lies_in_ignored_boxes_is_no_negative(num_gt, share):
+    candidates, gt_boxes, gt_valid, valid = case(2, 120, num_gt)
+    ignore = ~gt_valid
+    arguments = {"high": 0.5, "low": 0.4, "valid": valid, "allow_low_quality": True}
+    plain = ops.match(candidates, gt_boxes, gt_valid, **arguments)
+    result = ops.match(candidates, gt_boxes, gt_valid, gt_ignore=ignore, ignore_iof=share, **arguments)
+    assert torch.equal(result.index, plain.index)
+    assert torch.equal(result.iou, plain.iou)
+    for image in range(2):
+        ignored = gt_boxes[image][ignore[image]].tolist()
+        covered = torch.tensor([float(loop_covered(box, ignored)) for box in candidates[image].tolist()])
+        out = (plain.label[image] == 0) & (covered >= share)
+        assert torch.equal(result.label[image], torch.where(out, -1, plain.label[image]))
+        assert out.any() or not ignored
+
+
+def test_ignored_boxes_that_are_awkward_cover_nothing_they_should_not():
+    boxes = awkward_boxes()
+    masks = torch.ones(1, 11, dtype=torch.bool)
+    result = ops.match(boxes, boxes[None], ~masks, high=0.5, low=0.1, gt_ignore=masks)
+    covered = [float(loop_covered(box, boxes.tolist())) for box in boxes.tolist()]
+    assert result.label[0].tolist() == [-1 if share >= 0.5 else 0 for share in covered]
+    assert 0 < sum(result.label[0].tolist()) + 11 < 11
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_fp32(dtype):
     candidates, gt_boxes, _, _ = case(1, 30, 5, whole=False)
@@ -213,14 +252,14 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 def test_no_tensor_is_near_the_product(num_candidates, num_gt):
     inputs = case(1, num_candidates, num_gt)
     with LargestTensor() as largest:
-        match_cpu(*inputs, 0.7, 0.3, True)
+        match_cpu(*inputs, None, 0.7, 0.3, True, 0.5)
     assert largest.elements < 500_000
 
 
 def test_operator_contract():
     candidates, gt_boxes, gt_valid, valid = case(2, 9, 3)
-    check_operator(torch.ops.fastdet.match, candidates, gt_boxes, gt_valid, valid, 0.5, 0.3, True)
-    check_operator(torch.ops.fastdet.match, candidates[0], gt_boxes, gt_valid, None, 0.5, 0.3, False)
+    check_operator(torch.ops.fastdet.match, candidates, gt_boxes, gt_valid, valid, None, 0.5, 0.3, True, 0.5)
+    check_operator(torch.ops.fastdet.match, candidates[0], gt_boxes, gt_valid, None, ~gt_valid, 0.5, 0.3, False, 0.4)
 
 
 BOXES, BATCH = torch.zeros(5, 4), torch.zeros(2, 3, 4)
@@ -239,6 +278,9 @@ BOXES, BATCH = torch.zeros(5, 4), torch.zeros(2, 3, 4)
         ({"gt_valid": torch.ones(2, 3)}, TypeError, "gt_valid must be bool"),
         ({"valid": torch.ones(5, dtype=torch.bool)}, ValueError, r"valid .*\[2, 5\].*\[5\]"),
         ({"valid": torch.ones(2, 5, dtype=torch.int64)}, TypeError, "valid must be bool"),
+        ({"gt_ignore": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"gt_ignore .*\[2, 3\].*\[2, 4\]"),
+        ({"gt_ignore": torch.ones(2, 3)}, TypeError, "gt_ignore must be bool"),
+        ({"ignore_iof": -0.1}, ValueError, r"ignore_iof .*\[0, 1\]"),
         ({"high": 1.5}, ValueError, r"high .*\[0, 1\]"),
         ({"low": float("nan")}, ValueError, r"low .*\[0, 1\]"),
         ({"low": 0.6}, ValueError, "low must not exceed high"),
@@ -263,8 +305,10 @@ def test_block_sizes_keep_the_number_of_pairs():
 def test_kernel_equals_cpu(kernel_device, num_candidates, num_gt, allow_low_quality, masked):
     candidates, gt_boxes, gt_valid, valid = case(2, num_candidates, num_gt)
     inputs = (candidates, gt_boxes, gt_valid, valid) if masked else (candidates[0], gt_boxes, gt_valid, None)
-    actual = match_cuda(*(x if x is None else x.to(kernel_device) for x in inputs), 0.5, 0.2, allow_low_quality)
-    assert_equal(actual, match_cpu(*inputs, 0.5, 0.2, allow_low_quality))
+    inputs = (*inputs, ~gt_valid if masked else None)
+    scalars = 0.5, 0.2, allow_low_quality, 0.4
+    actual = match_cuda(*(x if x is None else x.to(kernel_device) for x in inputs), *scalars)
+    assert_equal(actual, match_cpu(*inputs, *scalars))
 
 
 @pytest.mark.kernel
@@ -274,15 +318,19 @@ def test_kernel_equals_cpu_on_overlapping_boxes(kernel_device, whole):
     gt_boxes = torch.cat([gt_boxes, gt_boxes[:, :5], candidates[:, 50:60]], dim=1)
     gt_valid = torch.ones(1, 35, dtype=torch.bool)
     inputs = (candidates, gt_boxes, gt_valid, valid)
-    actual = match_cuda(*(x.to(kernel_device) for x in inputs), 0.7, 0.3, True)
-    assert_equal(actual, match_cpu(*inputs, 0.7, 0.3, True))
+    actual = match_cuda(*(x.to(kernel_device) for x in inputs), None, 0.7, 0.3, True, 0.5)
+    assert_equal(actual, match_cpu(*inputs, None, 0.7, 0.3, True, 0.5))
 
 
 @pytest.mark.kernel
 def test_kernel_on_awkward_and_strided_boxes(kernel_device):
     boxes = awkward_boxes()[None].to(kernel_device)
     gt_valid = torch.ones(1, 11, dtype=torch.bool, device=kernel_device)
-    actual = match_cuda(boxes, boxes, gt_valid, None, 0.5, 0.1, True)
-    assert_equal(actual, match_cpu(boxes.cpu(), boxes.cpu(), gt_valid.cpu(), None, 0.5, 0.1, True))
+    actual = match_cuda(boxes, boxes, gt_valid, None, None, 0.5, 0.1, True, 0.5)
+    assert_equal(actual, match_cpu(boxes.cpu(), boxes.cpu(), gt_valid.cpu(), None, None, 0.5, 0.1, True, 0.5))
     strided = boxes.transpose(-1, -2).contiguous().transpose(-1, -2)
-    assert_equal(match_cuda(strided, strided, gt_valid, None, 0.5, 0.1, True), actual)
+    ignored = match_cuda(boxes, boxes, ~gt_valid, None, gt_valid, 0.5, 0.1, True, 0.5)
+    assert_equal(
+        ignored, match_cpu(boxes.cpu(), boxes.cpu(), ~gt_valid.cpu(), None, gt_valid.cpu(), 0.5, 0.1, True, 0.5)
+    )
+    assert_equal(match_cuda(strided, strided, gt_valid, None, None, 0.5, 0.1, True, 0.5), actual)

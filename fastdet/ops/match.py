@@ -36,11 +36,15 @@ def match_cpu(
     gt_boxes: Tensor,
     gt_valid: Tensor,
     valid: Tensor | None,
+    gt_ignore: Tensor | None,
     high: float,
     low: float,
     allow_low_quality: bool,
+    ignore_iof: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    index, iou, label = match_fake(candidates, gt_boxes, gt_valid, valid, high, low, allow_low_quality)
+    index, iou, label = match_fake(
+        candidates, gt_boxes, gt_valid, valid, gt_ignore, high, low, allow_low_quality, ignore_iof
+    )
     tiles = _Tiles(candidates, gt_boxes.shape[1])
     for image in range(gt_boxes.shape[0]):
         mine = candidates if candidates.ndim == 2 else candidates[image]
@@ -48,6 +52,9 @@ def match_cpu(
         one, other = _Side(mine, allowed), _Side(gt_boxes[image], gt_valid[image])
         hopeful, gt_best = _best(tiles, one, other, index[image], iou[image], allow_low_quality)
         label[image] = torch.where(iou[image] >= high, 1, torch.where(iou[image] < low, 0, -1))
+        if gt_ignore is not None and gt_ignore[image].any():
+            covered = _covered(tiles, one, _Side(gt_boxes[image][gt_ignore[image]], None))
+            label[image].masked_fill_((label[image] == 0) & (covered >= ignore_iof), -1)
         if allow_low_quality:
             label[image, _as_good(tiles, one, other, hopeful, gt_best)] = 1
         if allowed is not None:
@@ -97,6 +104,11 @@ class _Tiles:
 
     def iou(self, gt: tuple[Tensor, ...], candidates: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """IoU [g, k], rounded as the kernels round, and spare memory of that shape; valid until the next call."""
+        inter, other, spare = self.intersection(gt, candidates)
+        return inter.div_(torch.add(candidates[4], gt[4], out=other).sub_(inter)), spare
+
+    def intersection(self, gt: tuple[Tensor, ...], candidates: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Shared areas [g, k], and twice as much spare memory of that shape; valid until the next call."""
         bx1, by1, bx2, by2, area_b = gt
         ax1, ay1, ax2, ay2, area_a = candidates
         shape = area_b.shape[0], area_a.shape[0]
@@ -105,8 +117,7 @@ class _Tiles:
         inter, other, spare = self.buffers
         torch.minimum(ax2, bx2, out=inter).sub_(torch.maximum(ax1, bx1, out=spare)).clamp_(min=0)
         torch.minimum(ay2, by2, out=other).sub_(torch.maximum(ay1, by1, out=spare)).clamp_(min=0)
-        inter.mul_(other)
-        return inter.div_(torch.add(area_a, area_b, out=other).sub_(inter)), spare
+        return inter.mul_(other), other, spare
 
 
 def _best(
@@ -155,23 +166,52 @@ def _as_good(tiles: _Tiles, candidates: _Side, gt: _Side, hopeful: Tensor, gt_be
     return some[hit > 0]
 
 
+def _covered(tiles: _Tiles, candidates: _Side, ignored: _Side) -> Tensor:
+    """fp32 [K]: the largest share of each candidate's area that one of the ignored boxes covers."""
+    covered = candidates.rows.new_zeros(candidates.rows.shape[1])
+    parts = [coordinates for _, coordinates in tiles.down(ignored.rows)]
+    for which, block in tiles.across(candidates.rows):
+        for coordinates in parts:
+            share = tiles.intersection(coordinates, block)[0].div_(block[4])
+            covered[which] = torch.maximum(covered[which], share.amax(0))
+    return covered
+
+
 def match_cuda(
     candidates: Tensor,
     gt_boxes: Tensor,
     gt_valid: Tensor,
     valid: Tensor | None,
+    gt_ignore: Tensor | None,
     high: float,
     low: float,
     allow_low_quality: bool,
+    ignore_iof: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from fastdet.kernels import match as kernel
 
-    index, iou, label = match_fake(candidates, gt_boxes, gt_valid, valid, high, low, allow_low_quality)
+    index, iou, label = match_fake(
+        candidates, gt_boxes, gt_valid, valid, gt_ignore, high, low, allow_low_quality, ignore_iof
+    )
     if index.numel():
         candidates, gt_boxes, gt_valid = candidates.contiguous(), gt_boxes.contiguous(), gt_valid.contiguous()
         valid = None if valid is None else valid.contiguous()
+        gt_ignore = None if gt_ignore is None else gt_ignore.contiguous()
         gt_best = torch.zeros(gt_valid.shape, dtype=torch.int32, device=gt_valid.device) if allow_low_quality else None
-        kernel.launch(candidates, gt_boxes, gt_valid, valid, gt_best, index, iou, label, high=high, low=low)
+        kernel.launch(
+            candidates,
+            gt_boxes,
+            gt_valid,
+            valid,
+            gt_ignore,
+            gt_best,
+            index,
+            iou,
+            label,
+            high=high,
+            low=low,
+            ignore_iof=ignore_iof,
+        )
     return index, iou, label
 
 
@@ -180,9 +220,11 @@ def match_fake(
     gt_boxes: Tensor,
     gt_valid: Tensor,
     valid: Tensor | None,
+    gt_ignore: Tensor | None,
     high: float,
     low: float,
     allow_low_quality: bool,
+    ignore_iof: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (gt_boxes.shape[0], candidates.shape[-2])
     index = candidates.new_empty(shape, dtype=torch.int64)
@@ -190,8 +232,8 @@ def match_fake(
 
 
 define(
-    "match(Tensor candidates, Tensor gt_boxes, Tensor gt_valid, Tensor? valid, float high, float low, "
-    "bool allow_low_quality) -> (Tensor index, Tensor iou, Tensor label)",
+    "match(Tensor candidates, Tensor gt_boxes, Tensor gt_valid, Tensor? valid, Tensor? gt_ignore, float high, "
+    "float low, bool allow_low_quality, float ignore_iof) -> (Tensor index, Tensor iou, Tensor label)",
     cpu=match_cpu,
     cuda=match_cuda,
     fake=match_fake,
@@ -207,6 +249,8 @@ def match(
     low: float,
     allow_low_quality: bool = False,
     valid: Tensor | None = None,
+    gt_ignore: Tensor | None = None,
+    ignore_iof: float = 0.5,
 ) -> Matches:
     """The best ground truth of every candidate, its IoU, and a label, in memory O(K + G).
 
@@ -215,7 +259,9 @@ def match(
     IoU is at least `high`, 0 where it is below `low`, else -1, and -1 with index 0 and IoU 0 for candidates left out;
     the thresholds are rounded to fp32. With `allow_low_quality` every candidate that has with some ground truth the
     largest IoU (above 0, equal in fp32) which that ground truth has with any candidate is labelled 1 too; its index
-    stays that of its own best. Boxes that are degenerate or not finite overlap nothing. Carries no gradient.
+    stays that of its own best. A candidate that would be labelled 0 is labelled -1 where one of the boxes of `gt_ignore`
+    (bool [B, G]) covers at least the share `ignore_iof` of its area: nobody has looked at what lies in these regions,
+    so it may be an object. They are matched only if they are in `gt_valid` too. Boxes that are degenerate or not finite overlap nothing. Carries no gradient.
 
     Raises:
         TypeError: an argument is not a tensor of the kind above.
@@ -234,7 +280,12 @@ def match(
     if valid is not None:
         _checks.booleans("valid", valid, (batch, candidates.shape[-2]))
         _checks.same_device(candidates=candidates, valid=valid)
+    if gt_ignore is not None:
+        _checks.booleans("gt_ignore", gt_ignore, (batch, num_gt))
+        _checks.same_device(candidates=candidates, gt_ignore=gt_ignore)
     high, low = _checks.threshold("high", high), _checks.threshold("low", low)
+    ignore_iof = _checks.threshold("ignore_iof", ignore_iof)
     if low > high:
         raise ValueError(f"low must not exceed high, got {low} and {high}")
-    return Matches(*torch.ops.fastdet.match(candidates, gt_boxes, gt_valid, valid, high, low, allow_low_quality))
+    masks = gt_valid, valid, gt_ignore
+    return Matches(*torch.ops.fastdet.match(candidates, gt_boxes, *masks, high, low, allow_low_quality, ignore_iof))
