@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from .bins import axis_of, edges, image_of
+from .visits import BLOCK_R, launch_visits
 
-BLOCK_R = 128
 UNROLL_FORWARD = 4
 UNROLL_BACKWARD = 8
 
@@ -147,72 +147,6 @@ def _spans_kernel(
 
 
 @triton.jit
-def _at(spans_ptr, line, num_rois, roi, mask):
-    return tl.load(spans_ptr + tl.cast(line, tl.int64) * num_rois + roi, mask=mask, other=0)
-
-
-@triton.jit
-def _visits_kernel(
-    images_ptr,
-    spans_ptr,
-    bounds_ptr,
-    visits_ptr,
-    num_rois,
-    height,
-    width,
-    POOLED_HEIGHT: tl.constexpr,
-    POOLED_WIDTH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """The bins that reach one cell, in ascending order: one list of a CSR array that no two programs share.
-
-    Program (cell of all images). Where its list begins follows from the spans alone, so programs need not wait for
-    each other:  all bins of earlier images  +  the rows above this one  +  this row, left of the cell.
-
-    images_ptr [R], spans_ptr [2, H + W + 2, R]: as the kernel before wrote them.
-    bounds_ptr [B * H * W, 2]: int64, where the list of a cell begins and ends.
-    visits_ptr [visits_bound]: int32, (roi * PH + bin row) * PW + bin column.
-    """
-    cell = tl.program_id(0)
-    image = cell // (height * width)
-    row = cell // width % height
-    column = height + 1 + cell % width
-    right = height + 1 + width
-    num_lines = height + width + 2
-
-    ahead = tl.zeros([BLOCK_R], tl.int64)
-    for first in range(0, num_rois, BLOCK_R):
-        roi = first + tl.arange(0, BLOCK_R)
-        owner = tl.load(images_ptr + roi, mask=roi < num_rois, other=-1)
-        mine = owner == image
-        known = (owner >= 0) & (owner <= image)
-        above = tl.where(mine, row, height)
-        rows = _at(spans_ptr, above, num_rois, roi, known).to(tl.int64)
-        columns = _at(spans_ptr, right, num_rois, roi, known).to(tl.int64)
-        here = _at(spans_ptr, row + 1, num_rois, roi, mine) - rows
-        before = _at(spans_ptr, column, num_rois, roi, mine)
-        ahead += rows * columns + tl.where(mine, here * before, 0)
-
-    place = tl.sum(ahead, axis=0)
-    tl.store(bounds_ptr + cell.to(tl.int64) * 2, place)
-    for first in range(0, num_rois, BLOCK_R):
-        roi = first + tl.arange(0, BLOCK_R)
-        mine = tl.load(images_ptr + roi, mask=roi < num_rois, other=-1) == image
-        tall = _at(spans_ptr, row + 1, num_rois, roi, mine) - _at(spans_ptr, row, num_rois, roi, mine)
-        wide = _at(spans_ptr, column + 1, num_rois, roi, mine) - _at(spans_ptr, column, num_rois, roi, mine)
-        count = tall * wide
-        top = _at(spans_ptr, num_lines + row, num_rois, roi, mine)
-        left = _at(spans_ptr, num_lines + column, num_rois, roi, mine)
-        corner = (roi * POOLED_HEIGHT + top) * POOLED_WIDTH + left
-        wide = tl.maximum(wide, 1)
-        mine_ptr = visits_ptr + place + (tl.cumsum(count, axis=0) - count)
-        for k in range(0, tl.max(count, axis=0)):
-            tl.store(mine_ptr + k, corner + k // wide * POOLED_WIDTH + k % wide, mask=k < count)
-        place += tl.sum(count, axis=0)
-    tl.store(bounds_ptr + cell.to(tl.int64) * 2 + 1, place)
-
-
-@triton.jit
 def _roi_pool_backward_kernel(
     grad_ptr,
     argmax_ptr,
@@ -230,7 +164,7 @@ def _roi_pool_backward_kernel(
     Program (cell of all images, channel block); UNROLL bins of its list in flight, added in ascending order in fp32.
 
     grad_ptr, argmax_ptr [R, PH, PW, C]: fp32, fp16 or bf16, and int32; contiguous.
-    bounds_ptr [B * H * W, 2], visits_ptr [visits_bound]: as the kernel before wrote them.
+    bounds_ptr [B * H * W, 2], visits_ptr [visits_bound]: as `launch_visits` wrote them.
     grad_input_ptr [B, H, W, C]: the dtype of grad, contiguous.
     """
     cell = tl.program_id(0)
@@ -319,20 +253,7 @@ def launch_backward(
         BLOCK_R=BLOCK_R,
         enable_fp_fusion=False,
     )
-    _visits_kernel[(cells,)](
-        images_ptr=images,
-        spans_ptr=spans,
-        bounds_ptr=bounds,
-        visits_ptr=visits,
-        num_rois=num_rois,
-        height=height,
-        width=width,
-        POOLED_HEIGHT=pooled_height,
-        POOLED_WIDTH=pooled_width,
-        BLOCK_R=BLOCK_R,
-        num_warps=1,
-        enable_fp_fusion=False,
-    )
+    launch_visits(images, spans, bounds, visits, grid=(height, width), pooled=(pooled_height, pooled_width))
     block, warps = tile(channels)
     _roi_pool_backward_kernel[(cells, triton.cdiv(channels, block))](
         grad_ptr=grad,

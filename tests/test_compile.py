@@ -15,6 +15,7 @@ from fastdet.ops.box_iou import box_iou_cuda
 from fastdet.ops.decode import decode_cuda
 from fastdet.ops.match import match_cuda
 from fastdet.ops.nms import nms_cuda
+from fastdet.ops.roi_align import roi_align_backward_cuda, roi_align_cuda
 from fastdet.ops.roi_pool import roi_pool_backward_cuda, roi_pool_cuda
 from fastdet.ops.sample import sample_cuda
 
@@ -27,6 +28,16 @@ def roi_pool_both_ways(batch: int, channels: int, height: int, width: int, num_r
     rois = torch.zeros(num_rois, 5)
     pooled, argmax = roi_pool_cuda(torch.zeros(batch, channels, height, width, dtype=dtype), rois, 1 / 16, 7, 7)
     roi_pool_backward_cuda(pooled, rois, argmax, 1 / 16, 7, 7, batch, channels, height, width)
+
+
+def roi_align_both_ways(num_levels: int, channels: int, dtype: torch.dtype, sampling_ratio: int, aligned: bool) -> None:
+    sides = [(200 >> level, 304 >> level) for level in range(num_levels)]
+    levels = [torch.zeros(1, channels, *side, dtype=dtype) for side in sides]
+    scales = [2.0 ** -(level + 2) for level in range(num_levels)]
+    rules = (sampling_ratio, aligned, 224.0, 4)
+    rois, sizes = torch.zeros(50, 5), [1, channels, *(length for side in sides for length in side)]
+    pooled = roi_align_cuda(rois, levels, scales, 7, 7, *rules)
+    roi_align_backward_cuda(pooled, rois, sizes, scales, *rules)
 
 
 def match_anchors(batch: int, num_candidates: int, num_gt: int, masked: bool, allow_low_quality: bool) -> None:
@@ -66,6 +77,10 @@ CALLS: dict[str, Callable[[], object]] = {
     "sample of pyramids, thinned": lambda: sample_candidates(1, 268_569, 256, 128),
     "sample of many": lambda: sample_candidates(1, 30_000, 20_000, 10_000),
     "complete_box_iou": lambda: box_iou_cuda(random_boxes(2, 64), random_boxes(2, 256), "complete", 1e-7),
+    "roi_align": lambda: roi_align_both_ways(4, 256, torch.float32, 2, False),
+    "roi_align in bf16": lambda: roi_align_both_ways(5, 256, torch.bfloat16, 2, False),
+    "roi_align, adaptive": lambda: roi_align_both_ways(1, 512, torch.float32, -1, True),
+    "roi_align of ones": lambda: roi_align_both_ways(1, 1, torch.float16, 1, False),
     "roi_pool": lambda: roi_pool_both_ways(1, 512, 37, 56, 128, torch.float32),
     "roi_pool in bf16": lambda: roi_pool_both_ways(2, 256, 30, 30, 50, torch.bfloat16),
     "roi_pool of ones": lambda: roi_pool_both_ways(1, 1, 1, 1, 1, torch.float16),

@@ -47,7 +47,7 @@ def test_only_the_operations_reach_the_kernels():
 
 def test_each_operation_has_its_four_files():
     operations = {path.stem for path in (ROOT / "fastdet" / "ops").glob("[a-z]*.py")}
-    assert {"box_iou", "match", "decode", "nms", "sample", "roi_pool"} <= operations
+    assert {"box_iou", "match", "decode", "nms", "sample", "roi_pool", "roi_align"} <= operations
     for name in operations:
         for path in (f"kernels/{name}.py", f"tests/test_{name}.py", f"bench/bench_{name}.py"):
             assert (ROOT / path).is_file(), path

@@ -4,6 +4,7 @@ from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_bo
 from .decode import Decoded, decode
 from .match import Matches, match
 from .nms import Kept, batched_nms, nms, nms_padded
+from .roi_align import batched_roi_align, multiscale_roi_align, roi_align
 from .roi_pool import batched_roi_pool, roi_pool
 from .sample import Sampled, sample
 
@@ -13,6 +14,7 @@ __all__ = [
     "Matches",
     "Sampled",
     "batched_nms",
+    "batched_roi_align",
     "batched_roi_pool",
     "box_iou",
     "complete_box_iou",
@@ -20,8 +22,10 @@ __all__ = [
     "distance_box_iou",
     "generalized_box_iou",
     "match",
+    "multiscale_roi_align",
     "nms",
     "nms_padded",
+    "roi_align",
     "roi_pool",
     "sample",
 ]

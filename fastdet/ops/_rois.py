@@ -1,4 +1,7 @@
-"""What the operations on regions of interest ask of their arguments, in words that name the argument."""
+"""What the operations on regions of interest share: what they ask of their arguments, rows of boxes, threads."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -11,21 +14,24 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def features(value: object) -> Tensor:
+def features(value: object, name: str = "input") -> Tensor:
     """`value` as features [B, C, H, W] of a dtype that can be pooled."""
-    tensor = _checks.is_tensor("input", value)
+    tensor = _checks.is_tensor(name, value)
     if tensor.ndim != 4:
-        raise ValueError(f"input must have the shape [B, C, H, W], got {list(tensor.shape)}")
+        raise ValueError(f"{name} must have the shape [B, C, H, W], got {list(tensor.shape)}")
     if tensor.dtype == torch.float64:
         if tensor.device.type == "cuda":
-            raise TypeError("input must be float32, float16 or bfloat16 on a GPU, got torch.float64")
+            raise TypeError(f"{name} must be float32, float16 or bfloat16 on a GPU, got torch.float64")
     elif tensor.dtype not in _checks.FLOATS:
-        raise TypeError(f"input must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
     return tensor
 
 
-def boxes(name: str, value: object, shape: tuple[str, ...], input: Tensor) -> Tensor:
-    """`value` in the dtype that the operation computes in, its last dimension and rank as in `shape`."""
+def boxes(name: str, value: object, shape: tuple[str, ...], input: Tensor, holder: str = "input") -> Tensor:
+    """`value` in the dtype that the operation computes in, its last dimension and rank as in `shape`.
+
+    `holder` is the name of the argument that `input` came from, here and below.
+    """
     tensor = _checks.is_tensor(name, value)
     if input.dtype == torch.float64 and tensor.is_floating_point():
         tensor = tensor.double()
@@ -33,7 +39,7 @@ def boxes(name: str, value: object, shape: tuple[str, ...], input: Tensor) -> Te
         tensor = _checks.floats(name, tensor)
     if tensor.ndim != len(shape) or tensor.shape[-1] != int(shape[-1]):
         raise ValueError(f"{name} must have the shape [{', '.join(shape)}], got {list(tensor.shape)}")
-    _checks.same_device(**{"input": input, name: tensor})
+    _checks.same_device(**{holder: input, name: tensor})
     return tensor
 
 
@@ -47,21 +53,72 @@ def output_size(value: object) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def of_list(per_image: list[Tensor] | tuple[Tensor, ...], input: Tensor) -> Tensor:
-    """One tensor [L, 4] an image as rows [K, 5] of image index and corners."""
+def of_any(value: object, input: Tensor, holder: str = "input") -> Tensor:
+    """Boxes [K, 5] as they are, or one tensor [L, 4] an image, as rows [K, 5] of image index and corners."""
+    if isinstance(value, list | tuple):
+        return _of_list(value, input, holder)
+    rois = boxes("boxes", value, ("K", "5"), input, holder)
+    if rois.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_images(rois, input.shape[0], holder)
+    return rois
+
+
+def of_batch(value: object, valid: object, input: Tensor, holder: str = "input") -> Tensor:
+    """Boxes [B, S, 4] as rows [B * S, 5] of image index and corners; the image is -1 where `valid` [B, S] is False."""
+    corners = boxes("boxes", value, ("B", "S", "4"), input, holder)
+    batch, num_boxes = corners.shape[:2]
+    if batch != input.shape[0]:
+        raise ValueError(f"boxes holds {batch} images, but {holder} holds {input.shape[0]}")
+    images = torch.arange(batch, dtype=corners.dtype, device=corners.device)[:, None].expand(batch, num_boxes)
+    if valid is not None:
+        counted = _checks.booleans("valid", valid, (batch, num_boxes))
+        _checks.same_device(**{holder: input, "valid": counted})
+        images = images.masked_fill(~counted, -1)
+    return torch.cat([images[..., None], corners], dim=2).reshape(batch * num_boxes, 5)
+
+
+def _of_list(per_image: list[object] | tuple[object, ...], input: Tensor, holder: str) -> Tensor:
     if len(per_image) != input.shape[0]:
         raise ValueError(f"boxes must hold one tensor an image: got {len(per_image)} for {input.shape[0]} images")
     rois = [input.new_empty(0, 5, dtype=wide(input).dtype)]
     for image, value in enumerate(per_image):
-        corners = boxes(f"boxes[{image}]", value, ("L", "4"), input)
+        corners = boxes(f"boxes[{image}]", value, ("L", "4"), input, holder)
         rois.append(torch.nn.functional.pad(corners, (1, 0), value=image))
     return torch.cat(rois)
 
 
-def check_images(rois: Tensor, num_images: int) -> None:
+def _check_images(rois: Tensor, num_images: int, holder: str) -> None:
     """Raises ValueError for a row of `rois` [K, 5] whose image does not exist; looks at the values."""
     images = rois[:, 0]
     wrong = ~((images >= 0) & (images < num_images))
     if wrong.any():
         row = int(wrong.nonzero()[0])
-        raise ValueError(f"boxes[{row}] lies in image {images[row].item():g}, but input holds {num_images} images")
+        raise ValueError(f"boxes[{row}] lies in image {images[row].item():g}, but {holder} holds {num_images} images")
+
+
+def known(rois: Tensor, num_images: int) -> Tensor:
+    """bool [K, 1]: False for padding, an image outside [0, num_images) or a NaN."""
+    images = rois[:, :1]
+    return (images >= 0) & (images < num_images) & ~rois[:, 1:].isnan().any(1, keepdim=True)
+
+
+def in_slices(count: int, step: int, fill: Callable[[int, int], None]) -> None:
+    """Call `fill(first, last)` over [0, count) in slices of `step`, on as many threads as torch uses."""
+    step = max(1, step)
+    firsts = range(0, count, step)
+    threads = min(torch.get_num_threads(), len(firsts))
+    inference = torch.is_inference_mode_enabled()
+
+    def run(first: int) -> None:
+        # These states belong to a thread: without them a worker would record a second gradient, or be refused the
+        # inference tensors that it fills.
+        with torch.inference_mode(inference), torch._C._AutoDispatchBelowAutograd():
+            fill(first, min(first + step, count))
+
+    if threads < 2:
+        for first in firsts:
+            run(first)
+        return
+    # Not kept between calls: a pool does not survive the fork of a data loader's worker.
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, firsts))

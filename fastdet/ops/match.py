@@ -259,9 +259,11 @@ def match(
     IoU is at least `high`, 0 where it is below `low`, else -1, and -1 with index 0 and IoU 0 for candidates left out;
     the thresholds are rounded to fp32. With `allow_low_quality` every candidate that has with some ground truth the
     largest IoU (above 0, equal in fp32) which that ground truth has with any candidate is labelled 1 too; its index
-    stays that of its own best. A candidate that would be labelled 0 is labelled -1 where one of the boxes of `gt_ignore`
-    (bool [B, G]) covers at least the share `ignore_iof` of its area: nobody has looked at what lies in these regions,
-    so it may be an object. They are matched only if they are in `gt_valid` too. Boxes that are degenerate or not finite overlap nothing. Carries no gradient.
+    stays that of its own best. Boxes that are degenerate or not finite overlap nothing. Carries no gradient.
+
+    A candidate that would be labelled 0 is labelled -1 where one of the boxes marked in `gt_ignore` (bool [B, G])
+    covers at least the share `ignore_iof` of its area: what lies in such a region may well be an object. These boxes
+    are matched only if they are in `gt_valid` too.
 
     Raises:
         TypeError: an argument is not a tensor of the kind above.

@@ -4,8 +4,6 @@ Source: Girshick 2015 (arXiv:1504.08083), section 2.1. Corners round half away f
 the region, neighbouring bins may share a row or column of cells, the first maximum in scan order takes the gradient.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -21,28 +19,6 @@ FAR = 1e9
 SLICE = 1 << 17
 
 
-def _in_slices(count: int, values_each: int, fill: Callable[[int, int], None]) -> None:
-    """Call `fill(first, last)` over [0, count) in slices, on as many threads as torch uses."""
-    step = max(1, SLICE // max(values_each, 1))
-    firsts = range(0, count, step)
-    threads = min(torch.get_num_threads(), len(firsts))
-    inference = torch.is_inference_mode_enabled()
-
-    def run(first: int) -> None:
-        # These states belong to a thread: without them a worker would record a second gradient, or be refused the
-        # inference tensors that it fills.
-        with torch.inference_mode(inference), torch._C._AutoDispatchBelowAutograd():
-            fill(first, min(first + step, count))
-
-    if threads < 2:
-        for first in firsts:
-            run(first)
-        return
-    # Not kept between calls: a pool does not survive the fork of a data loader's worker.
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, firsts))
-
-
 def _cells(rois: Tensor, spatial_scale: float, num_images: int) -> Tensor:
     """The RoIs with corners in whole cells; padding becomes a cell of image 0 far outside."""
     corners = rois[:, 1:] * spatial_scale
@@ -50,7 +26,7 @@ def _cells(rois: Tensor, spatial_scale: float, num_images: int) -> Tensor:
     whole = size.floor()
     whole += size - whole >= 0.5
     images = rois[:, :1]
-    known = (images >= 0) & (images < num_images) & ~corners.isnan().any(1, keepdim=True)
+    known = _rois.known(rois, num_images)
     return torch.cat(
         [
             images.where(known, images.new_zeros(())),
@@ -75,7 +51,7 @@ def roi_pool_cpu(
             pooled[first:last] = values
             argmax[first:last] = indices
 
-        _in_slices(len(rois), pooled[0].numel(), fill)
+        _rois.in_slices(len(rois), SLICE // pooled[0].numel(), fill)
     return pooled, argmax
 
 
@@ -112,7 +88,7 @@ def roi_pool_backward_cpu(
             width,
         )
 
-    _in_slices(channels, grad.numel() // channels, fill)
+    _rois.in_slices(channels, SLICE // (grad.numel() // channels), fill)
     return grad_input
 
 
@@ -272,12 +248,7 @@ def roi_pool(
     features = _rois.features(input)
     pooled_height, pooled_width = _rois.output_size(output_size)
     scale = _checks.positive("spatial_scale", spatial_scale)
-    if isinstance(boxes, list | tuple):
-        rois = _rois.of_list(boxes, features)
-    else:
-        rois = _rois.boxes("boxes", boxes, ("K", "5"), features)
-        if rois.device.type == "cpu" and not torch.compiler.is_compiling():
-            _rois.check_images(rois, features.shape[0])
+    rois = _rois.of_any(boxes, features)
     pooled, _ = torch.ops.fastdet.roi_pool(features, rois, scale, pooled_height, pooled_width)
     return pooled
 
@@ -305,17 +276,6 @@ def batched_roi_pool(
     features = _rois.features(input)
     pooled_height, pooled_width = _rois.output_size(output_size)
     scale = _checks.positive("spatial_scale", spatial_scale)
-    corners = _rois.boxes("boxes", boxes, ("B", "S", "4"), features)
-    batch, num_boxes = corners.shape[:2]
-    if batch != features.shape[0]:
-        raise ValueError(f"boxes holds {batch} images, but input holds {features.shape[0]}")
-    images = torch.arange(batch, dtype=corners.dtype, device=corners.device)[:, None].expand(batch, num_boxes)
-    if valid is not None:
-        _checks.shape("valid", valid, (batch, num_boxes))
-        if valid.dtype != torch.bool:
-            raise TypeError(f"valid must be bool, got {valid.dtype}")
-        _checks.same_device(input=features, valid=valid)
-        images = images.masked_fill(~valid, -1)
-    rois = torch.cat([images[..., None], corners], dim=2).reshape(batch * num_boxes, 5)
+    rois = _rois.of_batch(boxes, valid, features)
     pooled, _ = torch.ops.fastdet.roi_pool(features, rois, scale, pooled_height, pooled_width)
-    return pooled.unflatten(0, (batch, num_boxes))
+    return pooled.unflatten(0, boxes.shape[:2])

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import MultiScaleRoIAlign
+
+from fastdet import ops
+
+SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="large: only on a GPU")
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="small: only without a GPU")
+sizes = pytest.mark.parametrize(
+    ("images", "side", "channels", "num_rois", "dtype"),
+    [
+        pytest.param(1, (320, 480), 128, 256, torch.float32, marks=on_cpu),
+        pytest.param(1, (800, 1216), 256, 512, torch.float32, marks=on_gpu),
+        pytest.param(1, (800, 1216), 256, 512, torch.bfloat16, marks=on_gpu),
+        pytest.param(8, (800, 1216), 256, 512, torch.bfloat16, marks=on_gpu),
+    ],
+)
+
+
+def training(
+    images: int, side: tuple[int, int], channels: int, num_rois: int, dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], Tensor]:
+    """Four levels of a feature pyramid, and boxes [images, num_rois, 4] of 16 to 512 pixels, so of every level."""
+    generator = torch.Generator().manual_seed(0)
+    levels = [
+        torch.randn(images, channels, *(round(length * scale) for length in side), generator=generator)
+        for scale in SCALES
+    ]
+    height, width = side
+    limit = torch.tensor([width, height], dtype=torch.float32)
+    centre = torch.rand(images, num_rois, 2, generator=generator) * limit
+    length = 16 * torch.exp2(5 * torch.rand(images, num_rois, 1, generator=generator))
+    shape = torch.exp2(torch.rand(images, num_rois, 1, generator=generator) - 0.5)
+    half = length * torch.cat([shape, 1 / shape], dim=2) / 2
+    boxes = torch.cat([centre - half, centre + half], dim=2).clamp(min=0).minimum(limit.repeat(2))
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return [level.to(device, dtype, memory_format=layout) for level in levels], boxes.to(device)
+
+
+class Torchvision:
+    """Its pooler, and the time it takes; it has no bf16: features are upcast, as autocast does there."""
+
+    def __init__(self, side: tuple[int, int]) -> None:
+        self.pooler = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
+        self.side = side
+
+    def __call__(self, levels: list[Tensor], boxes: Tensor) -> Tensor:
+        named = {str(number): level.float() for number, level in enumerate(levels)}
+        return self.pooler(named, list(boxes), [self.side] * len(boxes)).to(levels[0].dtype)
+
+
+def ours_of(levels: list[Tensor], boxes: Tensor) -> Tensor:
+    return ops.batched_roi_align(levels, boxes, 7, SCALES).flatten(0, 1)
+
+
+def name(levels: list[Tensor], boxes: Tensor) -> str:
+    return f"{boxes.shape[0] * boxes.shape[1]} RoIs of {'x'.join(map(str, levels[0].shape))} .. to 7x7"
+
+
+@sizes
+def test_forward(versus, device, images, side, channels, num_rois, dtype):
+    levels, boxes = training(images, side, channels, num_rois, dtype, device)
+    theirs_of = Torchvision(side)
+    # On a GPU a box at the edge of a level may go to another one there.
+    differing = (ours_of(levels, boxes) - theirs_of(levels, boxes)).flatten(1).abs().amax(1) > 0.05
+    assert differing.sum() <= (0 if device.type == "cpu" else 2)
+    versus(
+        lambda: ours_of(levels, boxes),
+        lambda: theirs_of(levels, boxes),
+        op="roi_align",
+        size=name(levels, boxes),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+@sizes
+def test_forward_and_backward(versus, device, images, side, channels, num_rois, dtype):
+    levels, boxes = training(images, side, channels, num_rois, dtype, device)
+    theirs_of = Torchvision(side)
+    for level in levels:
+        level.requires_grad_()
+    grad = torch.randn(images * num_rois, channels, 7, 7, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+
+    def ours() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(ours_of(levels, boxes), levels, grad)
+
+    def theirs() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(theirs_of(levels, boxes), levels, grad)
+
+    if device.type == "cpu":  # on a GPU torchvision adds in no fixed order
+        assert all(map(torch.equal, ours(), theirs()))
+    versus(
+        ours,
+        theirs,
+        op="roi_align with gradient",
+        size=name(levels, boxes),
+        dtype=str(dtype).removeprefix("torch."),
+        rounds=5,
+    )
