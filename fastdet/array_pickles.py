@@ -1,0 +1,145 @@
+"""Pickles of NumPy arrays, read without NumPy's own constructors: they can name nothing but the stand-ins below."""
+
+from __future__ import annotations
+
+import operator
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads plain values and NumPy arrays, which `finished` turns into tensors. Other names raise UnpicklingError."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        full_name = f"{module}.{name}"
+        if full_name not in STAND_INS:
+            raise pickle.UnpicklingError(f"GLOBAL {full_name} is refused")
+        return _Callable(STAND_INS[full_name])
+
+
+class _Callable:
+    """What a pickle may call but not change: a state that it gives to a class or function would outlive the reading."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a state is given to something that has none")
+
+
+class _Dict(dict[Any, Any]):
+    """Stands in for OrderedDict. The attributes that a state dict notes its modules' versions in are dropped."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Dtype:
+    """Stands in for numpy.dtype: numbers and truth values alone, no objects, records or strings."""
+
+    __slots__ = ("_code", "_order")
+
+    def __init__(self, code: str, *flags: Any) -> None:
+        if code not in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"):
+            raise pickle.UnpicklingError(f"GLOBAL numpy.dtype({code!r}) is refused")
+        self._code = code
+        self._order: Any = "="
+
+    def __setstate__(self, state: Sequence[Any]) -> None:
+        self._order = state[1]
+
+    def numpy(self) -> np.dtype[Any]:
+        return np.dtype(self._code).newbyteorder(self._order)
+
+
+class _Array:
+    """Stands in for numpy.ndarray: becomes a tensor once its state is known."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, *description: Any) -> None:
+        self.tensor: Tensor | None = None
+
+    def __setstate__(self, state: Sequence[Any]) -> None:
+        shape, dtype, fortran, data = state[-4:]
+        self.tensor = _tensor(data, dtype, shape, "F" if fortran else "C")
+
+
+def _tensor(data: bytes | str, dtype: _Dtype, shape: Iterable[int], order: Any) -> Tensor:
+    content, sizes = data.encode("latin1") if isinstance(data, str) else data, tuple(shape)
+    if any(size < 0 for size in sizes):
+        raise pickle.UnpicklingError(f"an array of shape {sizes}")
+    array = np.frombuffer(content, dtype.numpy()).reshape(sizes, order=order)
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+
+
+def _array_from_buffer(data: bytes, dtype: _Dtype, shape: Iterable[int], order: str, axes: Any = None) -> _Array:
+    array = _Array()
+    array.tensor = _tensor(data, dtype, shape, "C" if order == "K" else order)
+    if axes is not None:
+        array.tensor = array.tensor.permute(tuple(axes)).contiguous()
+    return array
+
+
+def _scalar(dtype: _Dtype, data: bytes | str) -> float | int | bool:
+    return _tensor(data, dtype, (), "C").item()
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """Stands in for the function that pickles of an old protocol make bytes with, always in this encoding."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"GLOBAL _codecs.encode to {encoding!r} is refused")
+    return text.encode("latin1")
+
+
+def _no_bytes() -> bytes:
+    """Stands in for the class of bytes, which pickles of an old protocol call where there are none."""
+    return b""
+
+
+# What a file names -> what it gets. NumPy 2 renamed `core`.
+STAND_INS: dict[str, Any] = {
+    "collections.OrderedDict": _Dict,
+    "numpy.ndarray": _Array,
+    "numpy.dtype": _Dtype,
+    "_codecs.encode": _encode,
+    "builtins.bytes": _no_bytes,
+    "__builtin__.bytes": _no_bytes,
+    "numpy.core.multiarray._reconstruct": _Array,
+    "numpy._core.multiarray._reconstruct": _Array,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,
+    "numpy.core.numeric._frombuffer": _array_from_buffer,
+    "numpy._core.numeric._frombuffer": _array_from_buffer,
+}
+
+
+def finished(value: Any) -> Any:
+    """The value with its arrays as tensors; dicts and lists are changed in place."""
+    if isinstance(value, _Array):
+        if value.tensor is None:
+            raise pickle.UnpicklingError("an array without content")
+        return value.tensor
+    if isinstance(value, (_Callable, _Dtype)):
+        raise pickle.UnpicklingError("GLOBAL of NumPy that is no array is refused")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            value[key] = finished(item)
+    elif isinstance(value, list):
+        value[:] = [finished(item) for item in value]
+    elif isinstance(value, tuple):
+        items = [finished(item) for item in value]
+        return value if all(map(operator.is_, items, value)) else tuple(items)
+    return value
