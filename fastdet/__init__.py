@@ -1,12 +1,21 @@
 """fastdet: the two-stage object detector as batched, fixed-shape tensor operations with Triton kernels."""
 
-from . import data, ops
+from . import data, ops, weights
 from .anchors import AnchorGenerator
-from .config import TORCHVISION, VGG16, Settings
-from .faster_rcnn import FasterRCNN, fasterrcnn_vgg16
+from .config import DETECTRON2, TORCHVISION, VGG16, Settings
+from .faster_rcnn import FasterRCNN
+from .models import (
+    fasterrcnn_mobilenet_v3_large_320_fpn,
+    fasterrcnn_mobilenet_v3_large_fpn,
+    fasterrcnn_resnet50_fpn,
+    fasterrcnn_resnet50_fpn_detectron2,
+    fasterrcnn_resnet50_fpn_v2,
+    fasterrcnn_vgg16,
+)
 from .structures import Detections, Proposals, Samples, Targets
 
 __all__ = [
+    "DETECTRON2",
     "TORCHVISION",
     "VGG16",
     "AnchorGenerator",
@@ -17,6 +26,12 @@ __all__ = [
     "Settings",
     "Targets",
     "data",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "fasterrcnn_mobilenet_v3_large_fpn",
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnet50_fpn_detectron2",
+    "fasterrcnn_resnet50_fpn_v2",
     "fasterrcnn_vgg16",
     "ops",
+    "weights",
 ]

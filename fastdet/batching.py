@@ -44,7 +44,7 @@ def padded_size(sizes: Sequence[Size], divisible: int, buckets: Sequence[Size]) 
 
 
 def check_images(images: Any, channels: int) -> None:
-    """Raises ValueError unless `images` is a non-empty list of floating-point tensors [channels, H, W]."""
+    """Raises ValueError unless `images` is a non-empty list of floating-point or uint8 tensors [channels, H, W]."""
     if not isinstance(images, (list, tuple)):
         raise ValueError(f"images must be a list of tensors, got {type(images).__name__}")
     if not images:
@@ -52,8 +52,9 @@ def check_images(images: Any, channels: int) -> None:
     for i, image in enumerate(images):
         if not isinstance(image, Tensor):
             raise ValueError(f"image {i} must be a tensor, got {type(image).__name__}")
-        if image.ndim != 3 or image.shape[0] != channels or 0 in image.shape or not image.is_floating_point():
-            expected = f"a floating-point tensor of {channels} x H x W"
+        number = image.is_floating_point() or image.dtype == torch.uint8
+        if image.ndim != 3 or image.shape[0] != channels or 0 in image.shape or not number:
+            expected = f"a floating-point or uint8 tensor of {channels} x H x W (image_mean has {channels} numbers)"
             raise ValueError(f"image {i} must be {expected}, got {image.dtype} of {list(image.shape)}")
 
 
@@ -122,7 +123,7 @@ def batch_images(images: Sequence[Tensor], settings: Settings, mean: Tensor, std
     batch = torch.zeros(len(images), len(mean), *canvas, device=mean.device)
     for original in sorted({_size(image) for image in images}):
         members = [i for i, image in enumerate(images) if _size(image) == original]
-        pixels = torch.stack([images[i].to(mean.device, torch.float32, non_blocking=True) for i in members])
+        pixels = torch.stack([_unit_range(images[i].to(mean.device, non_blocking=True)) for i in members])
         if settings.image_format == "bgr255":
             pixels = pixels.flip(1) * 255
         pixels = (pixels - mean[:, None, None]) / std[:, None, None]
@@ -133,6 +134,11 @@ def batch_images(images: Sequence[Tensor], settings: Settings, mean: Tensor, std
             batch[i, :, :height, :width] = pixels[row]
     scales = torch.tensor([scale for _, scale in resized])
     return Batch(batch, _moved(torch.tensor(sizes), mean.device), _moved(scales, mean.device))
+
+
+def _unit_range(image: Tensor) -> Tensor:
+    """fp32, uint8 brought from 0..255 to 0..1."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
 
 
 def batch_targets(targets: Sequence[dict[str, Tensor]], originals: Sequence[Size], sizes: Tensor) -> Targets:
@@ -162,13 +168,19 @@ def resize_factors(originals: Sequence[Size], sizes: Tensor) -> Tensor:
     return ratio.flip(-1).repeat(1, 2).float()
 
 
-def unbatch(detections: Detections, originals: Sequence[Size], sizes: Tensor) -> list[dict[str, Tensor]]:
-    """Padded detections as one dict an image, boxes in pixels of the original images. Waits for the counts."""
+def unbatch(
+    detections: Detections, originals: Sequence[Size], sizes: Tensor, by_proposal: Mapping[str, Tensor]
+) -> list[dict[str, Tensor]]:
+    """Padded detections as one dict an image, boxes in pixels of the original images. Waits for the counts.
+
+    Of each tensor [B, P, ...] of `by_proposal` the row of the proposal is added that the detection comes from.
+    """
     boxes = detections.boxes / resize_factors(originals, sizes)[:, None]
-    return [
-        {"boxes": boxes[i, :count], "labels": detections.labels[i, :count], "scores": detections.scores[i, :count]}
-        for i, count in enumerate(detections.count.tolist())
-    ]
+    columns = {"boxes": boxes, "labels": detections.labels, "scores": detections.scores}
+    for name, values in by_proposal.items():
+        columns[name] = values.gather(1, detections.index[..., None].expand(-1, -1, values.shape[-1]))
+    counts = detections.count.tolist()
+    return [{name: values[i, :count] for name, values in columns.items()} for i, count in enumerate(counts)]
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import pickle
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastdet import tensor_files, weights
 from fastdet.anchors import AnchorGenerator
-from fastdet.backbones import STRIDES
+from fastdet.backbones import NAMED
 from fastdet.faster_rcnn import FasterRCNN
+from fastdet.tensor_files import TensorFileError, one_line
 
 
 class CheckpointError(ValueError):
@@ -24,9 +22,6 @@ class CheckpointError(ValueError):
 def save(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint so that the file is either the old one or the new one, never a part.
 
-    The bytes go to a temporary file in the same folder, are forced to the disk, and then take the file's name in one
-    move. A kill, a full disk or an error leaves the last good file as it was.
-
     Args:
         path: the file; its folder is made if it is not there.
         content: tensors, state dicts and plain Python values.
@@ -34,51 +29,22 @@ def save(path: str | Path, content: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    path = Path(path)
-    # In the same folder, because a move between file systems is a copy; with the process's id, so that two writers
-    # of the same name do not write into one file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    # On a full disk torch's writer raises a RuntimeError of its own.
-    except (OSError, RuntimeError) as error:
-        # Interrupted, the writer cannot close its archive either, and says so in place of the interruption.
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-        raise CheckpointError(f"{path}: the checkpoint cannot be written: {one_line(error)}") from error
-    finally:
-        # Gone already after the move; what else is left here is a part. It must not hide the error.
-        _remove(temporary)
+        tensor_files.write(path, lambda file: torch.save(dict(content), file), kind="checkpoint")
+    except TensorFileError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, as tensors and plain values only (`weights_only=True`): it cannot run code.
+    """Read a checkpoint onto the CPU, as tensors and plain values only: it cannot run code.
 
     Raises:
         CheckpointError: the file is missing, cut short, not a checkpoint, or holds other objects.
     """
     try:
-        with warnings.catch_warnings():
-            # It warns of foreign files before it refuses them.
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: the checkpoint cannot be read: {error.strerror or one_line(error)}") from error
-    except pickle.UnpicklingError as error:
-        refused = "global" in str(error).lower()
-        reason = "it holds objects other than tensors and plain values, refused" if refused else "damaged or foreign"
-        raise CheckpointError(f"{path}: not a checkpoint: {reason}") from error
-    # The bytes of a damaged file can lead the unpickler into any exception.
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a checkpoint, or cut short: {one_line(error)}") from error
+        content = tensor_files.read(path, kind="checkpoint")
+    except TensorFileError as error:
+        raise CheckpointError(str(error)) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a dict")
     return content
@@ -87,20 +53,32 @@ def load(path: str | Path) -> dict[str, Any]:
 def describe_anchors(
     backbone: str, sizes: Sequence[float] | None = None, aspect_ratios: Sequence[float] | None = None
 ) -> dict[str, Any]:
-    """The "anchors" of an architecture for a named backbone, centred on the cells of its one feature level.
+    """The "anchors" of an architecture for a named backbone.
 
     Args:
         backbone: a name that `fastdet.FasterRCNN` knows.
-        sizes: sides of the square anchors in pixels of the resized image; None takes 128, 256, 512.
+        sizes: sides of the square anchors in pixels of the resized image, for each level of a feature pyramid equally
+            many, the finest level's first; None takes the backbone's usual ones.
         aspect_ratios: height over width; None takes 1:2, 1:1, 2:1.
+
+    Raises:
+        ValueError: an unknown backbone, or sizes that can't be shared out among its levels.
     """
-    if backbone not in STRIDES:
-        raise ValueError(f"backbone must be one of {', '.join(STRIDES)}, got {backbone!r}")
+    if backbone not in NAMED:
+        raise ValueError(f"backbone must be one of {', '.join(NAMED)}, got {backbone!r}")
+    strides, usual = NAMED[backbone].strides, NAMED[backbone].settings.rpn_anchor_generator
+    levels = len(strides)
+    if sizes is not None and len(sizes) % levels:
+        raise ValueError(
+            f"{backbone} has {levels} feature levels: its anchors need {levels} sizes or a multiple, got {len(sizes)}"
+        )
+    each = len(sizes) // levels if sizes is not None else 0
     return {
-        "sizes": (tuple(sizes or (128.0, 256.0, 512.0)),),
+        "sizes": tuple(tuple(sizes[k * each : (k + 1) * each]) for k in range(levels)) if sizes else usual.sizes,
         "aspect_ratios": (tuple(aspect_ratios or (0.5, 1.0, 2.0)),),
-        "offset": STRIDES[backbone] / 2,
-        "rounded": False,
+        # On a single level they are centred on its cells, as in the paper.
+        "offset": usual.offset if levels > 1 else strides[0] / 2,
+        "rounded": usual.rounded,
     }
 
 
@@ -150,28 +128,9 @@ def load_model(path: str | Path) -> tuple[FasterRCNN, tuple[str, ...]]:
         raise CheckpointError(f"{path}: not the checkpoint of a detector: it has no {', '.join(missing)}")
     try:
         model = build_model(content["architecture"])
-        model.load_state_dict(content["model"])
+        weights.load(model, content["model"], name=str(path))
+    except weights.WeightsError as error:
+        raise CheckpointError(str(error)) from error
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the checkpoint does not fit the model: {one_line(error)}") from error
     return model.eval(), tuple(content["class_names"])
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error with its line breaks and length taken out."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force the move itself to the disk, where the system can: Windows cannot open folders."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

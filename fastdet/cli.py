@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Subset
 
 from fastdet import checkpoint, demo
-from fastdet.backbones import TRAINABLE
+from fastdet.backbones import NAMED
 from fastdet.checkpoint import CheckpointError, one_line
 from fastdet.data import VOC, DataError
 from fastdet.draw import draw_detections
@@ -174,16 +174,15 @@ def _architecture(options: argparse.Namespace, num_classes: int) -> dict[str, An
     settings.update({n: getattr(options, n) for n in ("min_size", "max_size") if getattr(options, n) is not None})
     with _naming("--backbone"):
         anchors = checkpoint.describe_anchors(options.backbone, options.anchor_sizes, options.aspect_ratios)
-    trainable = options.trainable_backbone_layers
-    pretrained = options.weights_backbone is not None
+    named, pretrained = NAMED[options.backbone], options.weights_backbone is not None
     return {
         "backbone": options.backbone,
         "num_classes": num_classes,
         "anchors": anchors,
         "settings": settings,
         # Said even where it is the default of pretrained weights: whoever loads the checkpoint has none to go by.
-        "trainable_backbone_layers": TRAINABLE[options.backbone] if trainable is None and pretrained else trainable,
-        "freeze_batchnorm": pretrained,
+        "trainable_backbone_layers": named.trainable_layers(options.trainable_backbone_layers, pretrained),
+        "freeze_batchnorm": named.freezes_batchnorm(pretrained),
     }
 
 

@@ -26,6 +26,12 @@ class Settings:
     # A batch is padded to multiples of this, or to the smallest bucket (height, width) that holds it.
     size_divisible: int = 1
     size_buckets: tuple[tuple[int, int], ...] = ()
+    # Make what is found in an image independent of the images beside it in the batch: see `fastdet.padding`.
+    mask_padding: bool = False
+    # Background that a box to be ignored covers by at least this share is not trained on; None trains on it.
+    ignore_iof_thresh: float | None = 0.5
+    # Factors of the four losses, in the order of `fastdet.losses.NAMES`.
+    loss_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
 
     # Region proposal network.
     rpn_anchor_generator: AnchorGenerator = field(default_factory=lambda: AnchorGenerator(offset=8.0, rounded=False))
@@ -33,6 +39,8 @@ class Settings:
     rpn_objectness: Literal["softmax", "sigmoid"] = "softmax"
     # None: as many as the features have.
     rpn_hidden_channels: int | None = 512
+    # 3x3 convolutions before the two of 1x1.
+    rpn_conv_depth: int = 1
     rpn_anchors_inside_only: bool = True
     rpn_pre_nms_top_n_train: int = 12000
     rpn_pre_nms_top_n_test: int = 6000
@@ -57,11 +65,17 @@ class Settings:
     # Box head.
     box_pooling: Literal["max", "align"] = "max"
     box_pool_size: int = 7
-    # RoI align's samples a bin and side.
+    # RoI align's samples a bin and side; 0 takes as many as the bin has cells.
     box_sampling_ratio: int = 2
+    # RoI align with corners between the centres of cells.
+    box_aligned: bool = False
     # Which of the backbone's named levels are pooled; None pools all.
     box_featmap_names: tuple[str, ...] | None = None
+    # The head is two hidden layers, or so many convolutions with BatchNorm and one hidden layer.
+    box_num_convs: int = 0
     box_representation_size: int = 1024
+    # Deviation of the weights that the layers of class scores and of boxes start from; None: as torch starts them.
+    box_predictor_std: tuple[float, float] | None = (0.01, 0.001)
     box_fg_iou_thresh: float = 0.5
     box_bg_iou_thresh: float = 0.5
     # Background samples have at least this IoU with some ground truth (if the image has any).
@@ -69,6 +83,8 @@ class Settings:
     box_batch_size_per_image: int = 128
     box_positive_fraction: float = 0.25
     box_smooth_l1_beta: float = 1.0
+    # Of the classifier's loss, one number a class, the background's first; None weighs all alike.
+    class_weights: tuple[float, ...] | None = None
     box_score_thresh: float = 0.05
     box_nms_thresh: float = 0.3
     # None: no cap.
@@ -81,6 +97,8 @@ class Settings:
                 raise ValueError(f"{name} must be one of {_CHOICES[name]}, got {getattr(self, name)!r}")
         for setting in fields(self):
             value = getattr(self, setting.name)
+            if setting.name == "ignore_iof_thresh" and value is None:
+                continue
             if setting.name.endswith(("_thresh", "_thresh_low", "_fraction")):
                 _require(setting.name, value, _is_number(value) and 0 <= value <= 1, "a number in [0, 1]")
             elif setting.type is bool:
@@ -95,7 +113,16 @@ class Settings:
         _require("bbox_xform_clip", clip, clip is None or (_is_number(clip) and clip > 0), "a positive number or None")
         weights = self.bbox_reg_weights
         _require("bbox_reg_weights", weights, _are_positive(weights, 4), "4 positive numbers")
-        _require("box_sampling_ratio", self.box_sampling_ratio, _is_count(self.box_sampling_ratio), "a positive number")
+        for name in ("box_sampling_ratio", "box_num_convs"):
+            count = getattr(self, name)
+            _require(name, count, count == 0 or _is_count(count), "a whole number, at least 0")
+        _require("loss_weights", self.loss_weights, _are_weights(self.loss_weights, 4), "4 numbers, at least 0")
+        deviation = self.box_predictor_std
+        _require("box_predictor_std", deviation, deviation is None or _are_positive(deviation, 2), "2 numbers or None")
+        balance = self.class_weights
+        numbers = isinstance(balance, (tuple, list)) and _are_weights(balance, len(balance)) and any(balance)
+        good = balance is None or numbers
+        _require("class_weights", balance, good, "numbers, at least 0 and not all 0, or None")
         _require("box_featmap_names", names, names is None or _are(str, names), "names, or None")
         fit = isinstance(buckets, (tuple, list)) and all(_are(int, pair) and len(pair) == 2 for pair in buckets)
         _require("size_buckets", buckets, fit, "pairs of height and width")
@@ -136,6 +163,7 @@ _COUNTS = (
     "max_size",
     "size_divisible",
     "rpn_batch_size_per_image",
+    "rpn_conv_depth",
     "box_pool_size",
     "box_representation_size",
     "box_batch_size_per_image",
@@ -161,6 +189,12 @@ def _are_positive(values: object, count: int) -> bool:
     return all(_is_number(value) and value > 0 for value in values)
 
 
+def _are_weights(values: object, count: int) -> bool:
+    if not isinstance(values, (tuple, list)) or len(values) != count:
+        return False
+    return all(_is_number(value) and value >= 0 for value in values)
+
+
 def _require(name: str, value: object, good: bool, what: str) -> None:
     if not good:
         raise ValueError(f"{name} must be {what}, got {value!r}")
@@ -168,11 +202,12 @@ def _require(name: str, value: object, good: bool, what: str) -> None:
 
 VGG16 = Settings()
 
+# torchvision's, made for a feature pyramid over a ResNet.
 TORCHVISION = Settings(
     min_size=800,
     max_size=1333,
     size_divisible=32,
-    rpn_anchor_generator=AnchorGenerator(),
+    rpn_anchor_generator=AnchorGenerator(((32,), (64,), (128,), (256,), (512,))),
     rpn_objectness="sigmoid",
     rpn_hidden_channels=None,
     rpn_anchors_inside_only=False,
@@ -185,10 +220,33 @@ TORCHVISION = Settings(
     rpn_min_size_before_top_n=False,
     bbox_xform_clip=math.log(1000 / 16),
     box_pooling="align",
+    box_featmap_names=("0", "1", "2", "3"),
+    box_predictor_std=None,
     box_bg_iou_thresh_low=0.0,
     box_batch_size_per_image=512,
     box_smooth_l1_beta=1 / 9,
     box_nms_thresh=0.5,
     box_detections_per_img=100,
     box_min_size=0.01,
+)
+
+# The Faster R-CNN with a feature pyramid of detectron2's model zoo. Its images are BGR in 0..255.
+DETECTRON2 = TORCHVISION.override(
+    image_format="bgr255",
+    image_mean=(103.53, 116.28, 123.675),
+    image_std=(1.0, 1.0, 1.0),
+    min_size=(640, 672, 704, 736, 768, 800),
+    rpn_anchor_generator=replace(TORCHVISION.rpn_anchor_generator, rounded=False, strides=(4, 8, 16, 32, 64)),
+    rpn_pre_nms_top_n_train=2000,
+    rpn_pre_nms_top_n_test=1000,
+    rpn_post_nms_top_n_train=1000,
+    rpn_post_nms_top_n_test=1000,
+    # It drops what has no area at all.
+    rpn_min_size=1e-12,
+    rpn_smooth_l1_beta=0.0,
+    box_aligned=True,
+    box_predictor_std=VGG16.box_predictor_std,
+    box_sampling_ratio=0,
+    box_smooth_l1_beta=0.0,
+    box_min_size=0.0,
 )

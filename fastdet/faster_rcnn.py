@@ -1,36 +1,42 @@
 """The two-stage detector: a backbone, the region proposal network, the box head, and the door around them."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import MultiScaleRoIAlign
 
-from . import backbones, batching
+from . import backbones, batching, interop, padding
 from .anchors import Size, inside
 from .config import Settings
+from .losses import NAMES
 from .roi_heads import RoIHeads
 from .rpn import HeadOutput, RegionProposalNetwork
-from .structures import Detections, Targets
+from .structures import Detections, Proposals, Targets
 
 
 class FasterRCNN(nn.Module):
     """Faster R-CNN (Ren et al. 2015, arXiv:1506.01497) on fixed shapes, called as torchvision's is.
 
     Args:
-        backbone: "vgg16" or "mobilenet_v2" (torchvision's, cut at a stride of 16 pixels), "small", or a module with
-            `out_channels` and, if it likes, `strides` (one number a level), that gives one feature map [B, C, H, W]
-            or a dict of them.
-        num_classes: with the background, so labels run from 1 to num_classes - 1.
+        backbone: one of `fastdet.backbones.NAMED`, or a module with `out_channels` and, if it likes, `strides` (one
+            number a level), that gives one feature map [B, C, H, W] or a dict of them.
+        num_classes: with the background, so labels run from 1 to num_classes - 1. None takes those of `box_predictor`.
         weights_backbone: for a named backbone, the name of torchvision's ImageNet weights or a file.
         trainable_backbone_layers: for a named backbone, how many of its last blocks train.
         freeze_batchnorm: for a named backbone, use stored statistics; by default so with `weights_backbone`.
         rpn_head, box_head, box_predictor: modules in place of the usual ones.
-        settings: every number; the defaults are those of the VGG16 detector.
-        overrides: any field of `Settings` by name, e.g. `rpn_post_nms_top_n_test=500`.
+        box_roi_pool: torchvision's `MultiScaleRoIAlign`, another way to say the settings of pooling.
+        settings: every number; the defaults are those of the named backbone (torchvision's for a feature pyramid), for
+            a module those of the VGG16 detector.
+        overrides: any field of `Settings` by name, e.g. `rpn_post_nms_top_n_test=500`. As `rpn_anchor_generator`,
+            torchvision's own is taken too.
+
+    Images have as many channels as `image_mean` has numbers; a named backbone is made for that many.
 
     Raises:
         TypeError: an unknown setting (the message lists the near ones).
@@ -43,7 +49,7 @@ class FasterRCNN(nn.Module):
     def __init__(
         self,
         backbone: str | nn.Module,
-        num_classes: int,
+        num_classes: int | None,
         *,
         weights_backbone: str | os.PathLike[str] | None = None,
         trainable_backbone_layers: int | None = None,
@@ -51,48 +57,69 @@ class FasterRCNN(nn.Module):
         rpn_head: nn.Module | None = None,
         box_head: nn.Module | None = None,
         box_predictor: nn.Module | None = None,
+        box_roi_pool: MultiScaleRoIAlign | None = None,
         settings: Settings | None = None,
         **overrides: Any,
     ) -> None:
         super().__init__()
-        self.settings = (settings or Settings()).override(**overrides)
-        if not isinstance(num_classes, int) or num_classes < 2:
-            raise ValueError(f"num_classes counts the background, so it is at least 2, got {num_classes!r}")
+        self.settings = _settings(backbone, settings, box_roi_pool, overrides)
+        num_classes = _num_classes(num_classes, box_predictor)
+        channels = len(self.settings.image_mean)
         if isinstance(backbone, str):
-            named = backbones.build(backbone, weights_backbone, trainable_backbone_layers, freeze_batchnorm)
+            choices = weights_backbone, trainable_backbone_layers, freeze_batchnorm
+            named = backbones.build(backbone, *choices, in_channels=channels)
             backbone, box_head = named[0], named[1] if box_head is None else box_head
         elif weights_backbone is not None or trainable_backbone_layers is not None or freeze_batchnorm is not None:
             raise ValueError(
                 "weights_backbone, trainable_backbone_layers and freeze_batchnorm are for a backbone given by name; "
                 "a module comes with its own weights"
             )
-        channels = getattr(backbone, "out_channels", None)
-        if not isinstance(channels, int):
-            raise ValueError(f"backbone must have an integer attribute out_channels, got {channels!r}")
+        width = getattr(backbone, "out_channels", None)
+        if not isinstance(width, int):
+            raise ValueError(f"backbone must have an integer attribute out_channels, got {width!r}")
         strides = getattr(backbone, "strides", None)
         if self.settings.rpn_anchor_generator.strides is None and strides is not None:
             anchors = replace(self.settings.rpn_anchor_generator, strides=tuple(strides))
             self.settings = self.settings.override(rpn_anchor_generator=anchors)
-        self.num_classes = num_classes
+        weights = self.settings.class_weights
+        if weights is not None and len(weights) != num_classes:
+            raise ValueError(f"class_weights must hold {num_classes} numbers, the background's first, got {weights}")
         self.backbone = backbone
-        self.rpn = RegionProposalNetwork(channels, self.settings, rpn_head)
-        self.roi_heads = RoIHeads(channels, num_classes, self.settings, box_head, box_predictor)
+        self.rpn = RegionProposalNetwork(width, self.settings, rpn_head)
+        self.roi_heads = RoIHeads(width, num_classes, self.settings, box_head, box_predictor)
+        self._num_classes = num_classes
+        self._padding = padding.Mask()
+        if self.settings.mask_padding:
+            self._padding.attach(self.backbone, self.rpn.head)
         self.register_buffer("_image_mean", torch.tensor(self.settings.image_mean), persistent=False)
         self.register_buffer("_image_std", torch.tensor(self.settings.image_std), persistent=False)
+
+    @property
+    def num_classes(self) -> int:
+        """With the background; of the predictor as it is now, which may have been replaced."""
+        scores = getattr(self.roi_heads.box_predictor, "cls_score", None)
+        return int(getattr(scores, "out_features", self._num_classes))
 
     def forward(
         self,
         images: Sequence[Tensor],
         targets: Sequence[Mapping[str, Tensor]] | None = None,
         return_losses: bool = False,
+        return_features: bool = False,
+        return_class_scores: bool = False,
     ) -> Any:
         """Losses in training, detections in evaluation; with `return_losses` both, in either mode.
 
         Args:
-            images: floating point [3, H, W] in 0..1, of any sizes; moved to the model's device.
+            images: [C, H, W], floating point in 0..1 or uint8, of any sizes; moved to the model's device.
             targets: for each image a dict of boxes [N, 4] (pixels), labels [N] (1..num_classes - 1) and, if wanted,
-                ignore bool [N] (boxes that are not trained on). Best left on the CPU, where they are checked.
+                ignore bool [N] (regions that are not trained on, such as crowds: no anchor or proposal learns to be
+                background where they are). Best left on the CPU, where they are checked.
             return_losses: give `(losses, detections)`; BatchNorm and dropout follow `self.training` all the same.
+            return_features: give with each detection "features" [N, D], what the box head makes of the proposal that
+                the detection comes from.
+            return_class_scores: give with each detection "class_scores" [N, classes], the probabilities of all classes
+                of that proposal, the background's first.
 
         Returns:
             A dict of "loss_classifier", "loss_box_reg", "loss_objectness" and "loss_rpn_box_reg"; or a list of dicts
@@ -104,17 +131,15 @@ class FasterRCNN(nn.Module):
         want_losses = self.training or return_losses
         want_detections = not self.training or return_losses
         batch, padded, originals = self._open(images, targets, want_losses)
-        losses, detections = self.core(
-            batch.images,
-            batch.sizes,
-            padded,
-            batch.scales,
-            want_losses=want_losses,
-            want_detections=want_detections,
-        )
-        if detections is None:
+        losses, found = self._step(batch, padded, want_losses, want_detections)
+        if found is None:
             return losses
-        results = batching.unbatch(detections, originals, batch.sizes)
+        wanted = {}
+        if return_features:
+            wanted["features"] = found["box_features"]
+        if return_class_scores:
+            wanted["class_scores"] = found["cls_scores"].float().softmax(-1)
+        results = batching.unbatch(found["detections"], originals, batch.sizes, wanted)
         return (losses, results) if return_losses else results
 
     def core(
@@ -144,15 +169,22 @@ class FasterRCNN(nn.Module):
         want_detections = not self.training if want_detections is None else want_detections
         if scales is None:
             scales = torch.ones(images.shape[0], device=images.device)
-        seen = self._look(images)
-        losses, detections = None, None
+        losses, found = self._step(batching.Batch(images, sizes, scales), targets, want_losses, want_detections)
+        return losses, None if found is None else found["detections"]
+
+    def _step(
+        self, batch: batching.Batch, targets: Targets | None, want_losses: bool, want_detections: bool
+    ) -> tuple[dict[str, Tensor] | None, dict[str, Any] | None]:
+        """The losses, and what `_detect` gives; None for what is not wanted."""
+        seen = self._look(batch.images, batch.sizes)
+        losses, found = None, None
         if want_losses:
             if targets is None or targets.boxes.shape[1] == 0:
                 raise ValueError("targets are needed for the losses, with at least one row (label 0 is padding)")
-            losses = self._train(seen, sizes, scales, targets)["losses"]
+            losses = self._train(seen, batch, targets)["losses"]
         if want_detections:
-            detections = self._detect(seen, sizes, scales)["detections"]
-        return losses, detections
+            found = self._detect(seen, batch)
+        return losses, found
 
     def inspect(
         self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None
@@ -161,18 +193,15 @@ class FasterRCNN(nn.Module):
 
         Always: `images` [B, C, H, W], `features` (one level, or a list of them), `anchors` [K, 4], `anchors_inside`
         bool [B, K], `rpn_locs` [B, K, 4], `rpn_scores` [B, K, 2 or 1], `proposals` (Proposals), `pooled`
-        [B, N, C, h, w], `cls_locs` [B, N, 4 * classes], `cls_scores` [B, N, classes].
+        [B, N, C, h, w], `box_features` [B, N, D], `cls_locs` [B, N, 4 * classes], `cls_scores` [B, N, classes].
 
         Without targets the numbers are those of evaluation, N is the number of proposals, and `detections`
         (Detections) is there. With targets they are those of training, N is the number of samples, and
         `anchor_labels` [B, K] in {-1, 0, 1}, `anchor_locs` [B, K, 4], `samples` (Samples) and `losses` are there.
         """
         batch, padded, _ = self._open(images, targets, targets is not None)
-        seen = self._look(batch.images)
-        if padded is None:
-            results = self._detect(seen, batch.sizes, batch.scales)
-        else:
-            results = self._train(seen, batch.sizes, batch.scales, padded)
+        seen = self._look(batch.images, batch.sizes)
+        results = self._detect(seen, batch) if padded is None else self._train(seen, batch, padded)
         anchors = self.rpn.anchors(seen.output, seen.image_size)
         logits, locs = self.rpn.flatten(seen.output)
         return {
@@ -185,50 +214,78 @@ class FasterRCNN(nn.Module):
             **results,
         }
 
-    def _look(self, images: Tensor) -> "_Seen":
+    def _look(self, images: Tensor, sizes: Tensor) -> "_Seen":
         """Run the backbone and the RPN's head."""
-        features = self.backbone(images)
-        named = features if isinstance(features, Mapping) else {"0": features}
+        image_size = images.shape[-2], images.shape[-1]
+        divisible = self.settings.size_divisible
+        own = -(-sizes // divisible) * divisible
+        with self._padding.over(own, image_size) if self.settings.mask_padding else nullcontext():
+            features = self.backbone(images)
+            named = features if isinstance(features, Mapping) else {"0": features}
+            output = self.rpn(list(named.values()))
         wanted = self.settings.box_featmap_names
         missing = set(wanted or ()) - set(named)
         if missing:
             raise ValueError(f"box_featmap_names {sorted(missing)} are not among the backbone's {list(named)}")
-        levels = list(named.values())
-        pooled = levels if wanted is None else [named[name] for name in wanted]
-        output, image_size = self.rpn(levels), (images.shape[-2], images.shape[-1])
         strides = dict(zip(named, self.rpn.strides(output, image_size), strict=True))
-        scales = [_cells_per_pixel(strides[name][0]) for name in wanted or named]
-        return _Seen(levels, pooled, scales, output, image_size)
+        pooled = list(wanted or named)
+        scales = [1 / padding.stride_of(strides[name][0], 1) for name in pooled]
+        seen = _Seen(list(named.values()), [named[name] for name in pooled], scales, None, output, image_size, None)
+        return self._masked(seen, own) if self.settings.mask_padding else seen
 
-    def _train(self, seen: "_Seen", sizes: Tensor, scales: Tensor, targets: Targets) -> dict[str, Any]:
-        anchor_targets = self.rpn.assign(self.rpn.anchors(seen.output, seen.image_size), sizes, targets)
-        proposals = self.rpn.propose(seen.output, sizes, scales, seen.image_size, training=True)
+    def _masked(self, seen: "_Seen", own: Tensor) -> "_Seen":
+        """What belongs to each image alone; `own` [B, 2] is its (height, width), padded as if there were no other."""
+        coarsest = round(1 / min(seen.pooled_scales))
+        if any(side % coarsest for side in (self.settings.size_divisible, *seen.image_size)):
+            raise ValueError(
+                f"mask_padding needs padded sizes that are multiples of {coarsest}, but size_divisible is "
+                f"{self.settings.size_divisible} and the batch is padded to {seen.image_size}"
+            )
+
+        def extent(level: Tensor) -> Tensor:
+            return padding.extents(own, seen.image_size, (level.shape[-2], level.shape[-1]))
+
+        down, across = (seen.image_size[k] - own[:, k].float() for k in (0, 1))
+        return seen._replace(
+            pooled_levels=[padding.to_far_corner(level, extent(level)) for level in seen.pooled_levels],
+            pooled_shift=torch.stack([across, down, across, down], dim=1),
+            cells=[padding.belonging(extent(level), (level.shape[-2], level.shape[-1])) for level in seen.features],
+        )
+
+    def _train(self, seen: "_Seen", batch: batching.Batch, targets: Targets) -> dict[str, Any]:
+        anchors = self.rpn.anchors(seen.output, seen.image_size)
+        anchor_targets = self.rpn.assign(anchors, batch.sizes, targets, seen.cells)
+        proposals = self._propose(seen, batch, training=True)
         samples = self.roi_heads.sample(proposals, targets)
-        pooled = self.roi_heads.pool(seen.pooled_levels, samples.boxes, samples.weight > 0, seen.pooled_scales)
-        scores, locs = self.roi_heads(pooled)
+        found = self._classify(seen, samples.boxes, samples.weight > 0)
         rpn_losses = self.rpn.losses(*self.rpn.flatten(seen.output), anchor_targets)
+        every = self.roi_heads.losses(found["cls_scores"], found["cls_locs"], samples) | rpn_losses
         return {
             "anchor_labels": anchor_targets.labels,
             "anchor_locs": anchor_targets.locs,
             "proposals": proposals,
             "samples": samples,
-            "pooled": pooled,
-            "cls_scores": scores,
-            "cls_locs": locs,
-            "losses": self.roi_heads.losses(scores, locs, samples) | rpn_losses,
+            **found,
+            "losses": {
+                name: every[name] if weight == 1 else every[name] * weight
+                for name, weight in zip(NAMES, self.settings.loss_weights, strict=True)
+            },
         }
 
-    def _detect(self, seen: "_Seen", sizes: Tensor, scales: Tensor) -> dict[str, Any]:
-        proposals = self.rpn.propose(seen.output, sizes, scales, seen.image_size, training=False)
-        pooled = self.roi_heads.pool(seen.pooled_levels, proposals.boxes, proposals.taken, seen.pooled_scales)
-        scores, locs = self.roi_heads(pooled)
-        return {
-            "proposals": proposals,
-            "pooled": pooled,
-            "cls_scores": scores,
-            "cls_locs": locs,
-            "detections": self.roi_heads.detect(scores, locs, proposals, sizes),
-        }
+    def _detect(self, seen: "_Seen", batch: batching.Batch) -> dict[str, Any]:
+        proposals = self._propose(seen, batch, training=False)
+        found = self._classify(seen, proposals.boxes, proposals.taken)
+        detections = self.roi_heads.detect(found["cls_scores"], found["cls_locs"], proposals, batch.sizes)
+        return {"proposals": proposals, **found, "detections": detections}
+
+    def _propose(self, seen: "_Seen", batch: batching.Batch, training: bool) -> Proposals:
+        return self.rpn.propose(seen.output, batch.sizes, batch.scales, seen.image_size, training, seen.cells)
+
+    def _classify(self, seen: "_Seen", boxes: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        shifted = boxes if seen.pooled_shift is None else boxes + seen.pooled_shift[:, None]
+        pooled = self.roi_heads.pool(seen.pooled_levels, shifted, valid, seen.pooled_scales)
+        scores, locs, hidden = self.roi_heads(pooled, valid)
+        return {"pooled": pooled, "box_features": hidden, "cls_scores": scores, "cls_locs": locs}
 
     def _open(
         self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None, want_targets: bool
@@ -247,46 +304,42 @@ class FasterRCNN(nn.Module):
 
 
 class _Seen(NamedTuple):
-    """What both passes start from: all feature levels, those that are pooled and their cells a pixel, the RPN head's
-    outputs, and the padded (height, width)."""
+    """What both passes start from.
+
+    features: all levels. pooled_levels: those that boxes are pooled from; pooled_scales: their cells a pixel.
+    pooled_shift: [B, 4], by how many pixels boxes move before they are pooled; None: not at all.
+    output: of the RPN's head. image_size: the padded (height, width).
+    cells: for each level bool [B, H, W], which cells belong to each image; None: all.
+    """
 
     features: list[Tensor]
     pooled_levels: list[Tensor]
     pooled_scales: list[float]
+    pooled_shift: Tensor | None
     output: HeadOutput
     image_size: Size
+    cells: list[Tensor] | None
 
 
-def _cells_per_pixel(stride: int) -> float:
-    """The power of two nearest to 1 / stride: strides are powers of two, but for what rounding down made of them."""
-    return 2.0 ** -round(math.log2(stride))
+def _settings(
+    backbone: object, settings: Settings | None, box_roi_pool: MultiScaleRoIAlign | None, overrides: dict[str, Any]
+) -> Settings:
+    """What the arguments of a detector say, torchvision's objects in our terms."""
+    if settings is None:
+        named = backbones.NAMED.get(backbone) if isinstance(backbone, str) else None
+        settings = Settings() if named is None else named.settings
+    if isinstance(overrides.get("rpn_anchor_generator"), interop.TheirAnchorGenerator):
+        overrides = {**overrides, "rpn_anchor_generator": interop.anchors(overrides["rpn_anchor_generator"])}
+    if box_roi_pool is not None:
+        overrides = {**interop.pooling(box_roi_pool), **overrides}
+    return settings.override(**overrides)
 
 
-def fasterrcnn_vgg16(
-    num_classes: int = 21,
-    *,
-    weights: str | os.PathLike[str] | None = None,
-    weights_backbone: str | os.PathLike[str] | None = None,
-    trainable_backbone_layers: int | None = None,
-    **overrides: Any,
-) -> FasterRCNN:
-    """The VGG16 detector of Ren et al. 2015: stride 16, RoI max-pooling, fc6 and fc7 from the classifier.
-
-    Args:
-        num_classes: with the background; 21 for PASCAL VOC.
-        weights: a file with a state dict of this detector.
-        weights_backbone: the name of torchvision's VGG16 weights, e.g. "IMAGENET1K_V1", or a file.
-        trainable_backbone_layers: of the five blocks of convolutions, how many of the last train; 3 with pretrained
-            weights (conv1 and conv2 frozen), else all.
-        overrides: fields of `Settings`.
-    """
-    model = FasterRCNN(
-        "vgg16",
-        num_classes,
-        weights_backbone=weights_backbone,
-        trainable_backbone_layers=trainable_backbone_layers,
-        **overrides,
-    )
-    if weights is not None:
-        model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return model
+def _num_classes(given: int | None, predictor: nn.Module | None) -> int:
+    found = getattr(getattr(predictor, "cls_score", None), "out_features", None)
+    number = found if given is None else given
+    if not isinstance(number, int) or number < 2:
+        raise ValueError(f"num_classes counts the background, so it is at least 2, got {given!r}")
+    if found is not None and found != number:
+        raise ValueError(f"num_classes is {number}, but box_predictor has {found}")
+    return number

@@ -34,10 +34,18 @@ def rpn_box(locs: Tensor, targets: AnchorTargets, beta: float) -> Tensor:
     return total / (targets.labels >= 0).sum().clamp(min=1)
 
 
-def classifier(scores: Tensor, samples: Samples) -> Tensor:
-    """Cross-entropy of `scores` [B, S, classes] over the samples."""
+def classifier(scores: Tensor, samples: Samples, class_weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy of `scores` [B, S, classes] over the samples.
+
+    With `class_weights` fp32 [classes] it is the weighted mean, as that of `torch.nn.functional.cross_entropy`.
+    """
     each = F.cross_entropy(scores.flatten(0, 1).float(), samples.labels.flatten(), reduction="none")
-    return (each * samples.weight.flatten()).sum() / samples.weight.sum().clamp(min=1)
+    weight = samples.weight.flatten()
+    if class_weights is None:
+        return (each * weight).sum() / weight.sum().clamp(min=1)
+    weight = weight * class_weights[samples.labels.flatten()]
+    # The smallest normal number stands for no weight at all: the weights of a batch may well be below 1.
+    return (each * weight).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def box(locs: Tensor, samples: Samples, beta: float) -> Tensor:

@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastdet.backbones import NAMED
+
 
 class UserError(ValueError):
     """An option says something that cannot be done; the message is one line naming it."""
@@ -66,12 +68,17 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--backbone", default="mobilenet_v2", help="mobilenet_v2, vgg16 or small (mobilenet_v2)")
+    group.add_argument("--backbone", default="mobilenet_v2", help=f"{', '.join(NAMED)} (mobilenet_v2)")
     group.add_argument("--weights-backbone", metavar="FILE_OR_NAME", help="its weights: a file, or IMAGENET1K_V1")
     group.add_argument("--trainable-backbone-layers", type=int, metavar="N", help="stages not frozen, from the end")
     group.add_argument("--min-size", type=_at_least_one, help="shorter side of resized images in pixels")
     group.add_argument("--max-size", type=_at_least_one, help="longest longer side")
-    group.add_argument("--anchor-sizes", type=_numbers, metavar="32,64,128", help="sides in pixels")
+    group.add_argument(
+        "--anchor-sizes",
+        type=_numbers,
+        metavar="32,64,128",
+        help="sides in pixels; of a pyramid its finest level's first",
+    )
     group.add_argument("--aspect-ratios", type=_numbers, metavar=".5,1,2", help="height over width")
     group.add_argument(
         "--set", type=_assignment, action="append", default=[], metavar="NAME=VALUE", help="a field of fastdet.Settings"

@@ -6,19 +6,21 @@ Girshick 2015 (arXiv:1504.08083), section 2. Every step works on the whole batch
 import math
 
 import torch
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 
 from . import boxes as box_algebra
 from . import losses, ops
 from .config import Settings
+from .norms import RowBatchNorm2d
 from .rpn import start_normal
 from .structures import Detections, Proposals, Samples, Targets
 
 
 class RoIHeads(nn.Module):
     """The box head and predictor, and everything around them."""
+
+    _class_weights: Tensor | None
 
     def __init__(
         self,
@@ -30,15 +32,17 @@ class RoIHeads(nn.Module):
     ) -> None:
         super().__init__()
         self.settings = settings
-        size = settings.box_representation_size
-        self.box_head = TwoMLPHead(in_channels * settings.box_pool_size**2, size) if box_head is None else box_head
+        self.box_head = _box_head(in_channels, settings) if box_head is None else box_head
         if box_predictor is None:
-            features = getattr(getattr(self.box_head, "fc7", None), "out_features", size)
-            predictor = FastRCNNPredictor(features, num_classes)
-            start_normal(predictor.cls_score, std=0.01)
-            start_normal(predictor.bbox_pred, std=0.001)
+            predictor = FastRCNNPredictor(_width(self.box_head, settings), num_classes)
+            for layer, std in zip(
+                (predictor.cls_score, predictor.bbox_pred), settings.box_predictor_std or (), strict=False
+            ):
+                start_normal(layer, std)
             box_predictor = predictor
         self.box_predictor = box_predictor
+        weights = settings.class_weights
+        self.register_buffer("_class_weights", None if weights is None else torch.tensor(weights), persistent=False)
 
     @torch.no_grad()
     def sample(self, proposals: Proposals, targets: Targets) -> Samples:
@@ -53,6 +57,7 @@ class RoIHeads(nn.Module):
             high=settings.box_fg_iou_thresh,
             low=settings.box_bg_iou_thresh,
             valid=valid,
+            **targets.ignored(settings.ignore_iof_thresh),
         )
         # Background too far from everything teaches little; where there is nothing, all is background.
         far = (matches.iou < settings.box_bg_iou_thresh_low) & targets.valid.any(1, keepdim=True)
@@ -73,36 +78,35 @@ class RoIHeads(nn.Module):
 
         `scales` are the levels' cells a pixel.
         """
+        settings, size = self.settings, self.settings.box_pool_size
+        if settings.box_pooling == "align":
+            ratio, aligned = settings.box_sampling_ratio, settings.box_aligned
+            return ops.batched_roi_align(features, boxes, size, scales, ratio, aligned, valid)
         if len(features) == 1:
-            return self._pool_level(features[0], boxes, valid, scales[0])
+            return ops.batched_roi_pool(features[0], boxes, size, scales[0], valid)
         level = _level_of(boxes, scales)
         pooled = [
-            self._pool_level(feature, boxes, valid & (level == i), scale)
-            for i, (feature, scale) in enumerate(zip(features, scales, strict=True))
+            ops.batched_roi_pool(feature, boxes, size, scale, valid & (level == k))
+            for k, (feature, scale) in enumerate(zip(features, scales, strict=True))
         ]
         return torch.stack(pooled).sum(0)
 
-    def _pool_level(self, feature: Tensor, boxes: Tensor, valid: Tensor, scale: float) -> Tensor:
-        size = self.settings.box_pool_size
-        if self.settings.box_pooling == "max":
-            return ops.batched_roi_pool(feature, boxes, size, scale, valid)
-        batch, count, _ = boxes.shape
-        image = torch.arange(batch, device=boxes.device, dtype=boxes.dtype)[:, None, None].expand(batch, count, 1)
-        rois = torch.cat([image, boxes], dim=2).flatten(0, 1)
-        # The operator takes features and boxes of one type, and in half precision a box would move by pixels.
-        pooled = torchvision.ops.roi_align(feature.float(), rois, size, scale, self.settings.box_sampling_ratio)
-        pooled = pooled.to(feature.dtype).unflatten(0, (batch, count))
-        return torch.where(valid[..., None, None, None], pooled, 0.0)
-
-    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits [B, N, classes] and normalised offsets [B, N, 4 * classes] of `pooled` [B, N, C, h, w]."""
-        batch, count = pooled.shape[:2]
-        scores, locs = self.box_predictor(self.box_head(pooled.flatten(0, 1)))
-        return scores.unflatten(0, (batch, count)), locs.unflatten(0, (batch, count))
+    def forward(self, pooled: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `pooled` [B, N, C, h, w]: class logits [B, N, classes], normalised offsets [B, N, 4 * classes], and the
+        box head's output [B, N, D] that both are made of. Rows that are not `valid` (bool [B, N]) are padding."""
+        norms = [layer for layer in self.box_head.modules() if isinstance(layer, RowBatchNorm2d)]
+        for norm in norms:
+            norm.rows = valid.flatten()
+        hidden = self.box_head(pooled.flatten(0, 1))
+        for norm in norms:
+            norm.rows = None
+        parts = *self.box_predictor(hidden), hidden
+        scores, locs, hidden = (part.unflatten(0, pooled.shape[:2]) for part in parts)
+        return scores, locs, hidden
 
     def losses(self, scores: Tensor, locs: Tensor, samples: Samples) -> dict[str, Tensor]:
         return {
-            "loss_classifier": losses.classifier(scores, samples),
+            "loss_classifier": losses.classifier(scores, samples, self._class_weights),
             "loss_box_reg": losses.box(locs, samples, self.settings.box_smooth_l1_beta),
         }
 
@@ -139,11 +143,26 @@ class RoIHeads(nn.Module):
             torch.where(found, best, 0.0),
             torch.where(found, order // per_group + 1, 0),
             found.sum(1),
+            torch.where(found, kept.index.reshape(batch, -1).gather(1, order), 0),
         )
 
 
+def _box_head(in_channels: int, settings: Settings) -> nn.Module:
+    pooled, size = settings.box_pool_size, settings.box_representation_size
+    if settings.box_num_convs:
+        widths = [in_channels] * settings.box_num_convs
+        return FastRCNNConvFCHead((in_channels, pooled, pooled), widths, [size], norm_layer=RowBatchNorm2d)
+    return TwoMLPHead(in_channels * pooled**2, size)
+
+
+def _width(box_head: nn.Module, settings: Settings) -> int:
+    """How many numbers a box head gives for a RoI: as its last linear layer says, if it has any."""
+    linear = [layer for layer in box_head.modules() if isinstance(layer, nn.Linear)]
+    return linear[-1].out_features if linear else settings.box_representation_size
+
+
 def _level_of(boxes: Tensor, scales: list[float]) -> Tensor:
-    """int64 [B, N]: index of the level for each box. Lin et al. 2017 (arXiv:1612.03144), equation 1."""
+    """int64 [B, N]: the level that RoI max-pool takes each box from, by the rule of RoI align."""
     width, height = box_algebra.sides(boxes)
     lowest, highest = -math.log2(scales[0]), -math.log2(scales[-1])
     level = torch.floor(4 + torch.log2((width * height).clamp(min=0).sqrt() / 224) + 1e-6)

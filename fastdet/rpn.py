@@ -5,7 +5,8 @@ settings and the padded image size alone.
 """
 
 import math
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from . import boxes as box_algebra
 from . import losses, ops
 from .anchors import Size
 from .config import Settings
+from .padding import stride_of
 from .structures import AnchorTargets, Proposals, Targets
 
 
@@ -26,16 +28,27 @@ class HeadOutput(NamedTuple):
 
 
 class RPNHead(nn.Module):
-    """A 3x3 convolution and two 1x1 ones over every level; the names of torchvision's head."""
+    """3x3 convolutions, one as a rule, and two 1x1 ones over every level; the names of torchvision's head."""
 
-    def __init__(self, in_channels: int, hidden_channels: int, num_anchors: int, logits_per_anchor: int) -> None:
+    def __init__(
+        self, in_channels: int, hidden_channels: int, num_anchors: int, logits_per_anchor: int, depth: int = 1
+    ) -> None:
         super().__init__()
-        convolution = nn.Conv2d(in_channels, hidden_channels, kernel_size=3, padding=1)
-        self.conv = nn.Sequential(nn.Sequential(convolution, nn.ReLU(inplace=True)))
+        widths = [in_channels, *[hidden_channels] * depth]
+        convolutions = [nn.Conv2d(a, b, kernel_size=3, padding=1) for a, b in pairwise(widths)]
+        self.conv = nn.Sequential(*(nn.Sequential(layer, nn.ReLU(inplace=True)) for layer in convolutions))
         self.cls_logits = nn.Conv2d(hidden_channels, num_anchors * logits_per_anchor, kernel_size=1)
         self.bbox_pred = nn.Conv2d(hidden_channels, num_anchors * 4, kernel_size=1)
-        for layer in (convolution, self.cls_logits, self.bbox_pred):
+        for layer in (*convolutions, self.cls_logits, self.bbox_pred):
             start_normal(layer, std=0.01)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The names that torchvision's head had before version 0.13, and its older files have still.
+        for kind in ("weight", "bias"):
+            former = f"{prefix}conv.{kind}"
+            if former in state_dict:
+                state_dict[f"{prefix}conv.0.0.{kind}"] = state_dict.pop(former)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, features: list[Tensor]) -> HeadOutput:
         hidden = [self.conv(level) for level in features]
@@ -54,7 +67,9 @@ class RegionProposalNetwork(nn.Module):
             raise ValueError(f"rpn_anchor_generator must have as many anchors at each level, got {counts}")
         self.logits_per_anchor = 2 if settings.rpn_objectness == "softmax" else 1
         hidden = settings.rpn_hidden_channels or in_channels
-        self.head = RPNHead(in_channels, hidden, counts[0], self.logits_per_anchor) if head is None else head
+        if head is None:
+            head = RPNHead(in_channels, hidden, counts[0], self.logits_per_anchor, settings.rpn_conv_depth)
+        self.head = head
         for level, cell in enumerate(generator.cell_anchors()):
             self.register_buffer(f"_cell_anchors{level}", cell, persistent=False)
 
@@ -64,11 +79,29 @@ class RegionProposalNetwork(nn.Module):
         return [getattr(self, f"_cell_anchors{i}") for i in range(len(self.settings.rpn_anchor_generator.sizes))]
 
     def forward(self, features: list[Tensor]) -> HeadOutput:
-        return HeadOutput(*self.head(features))
+        output = HeadOutput(*self.head(features))
+        self._check(output)
+        return output
+
+    def _check(self, output: HeadOutput) -> None:
+        """Raises ValueError if a head that was given does not fit the anchors."""
+        counts = self.settings.rpn_anchor_generator.num_anchors_per_location()
+        for name, levels, each in (("logits", output.logits, self.logits_per_anchor), ("deltas", output.deltas, 4)):
+            expected, given = [count * each for count in counts], [level.shape[1] for level in levels]
+            if len(given) == len(expected) and given != expected:
+                raise ValueError(
+                    f"the RPN's head gives {given} channels of {name} at its levels, but {counts} anchors a cell need "
+                    f"{expected}"
+                )
 
     def strides(self, output: HeadOutput, image_size: Size) -> list[Size]:
         grids = [(level.shape[-2], level.shape[-1]) for level in output.logits]
-        return self.settings.rpn_anchor_generator.level_strides(image_size, grids)
+        generator = self.settings.rpn_anchor_generator
+        strides = generator.level_strides(image_size, grids)
+        if generator.strides is None and self.settings.mask_padding:
+            # The quotient of the padded sides would depend on the largest image of the batch.
+            return [(stride_of(image_size[0], grid[0]), stride_of(image_size[1], grid[1])) for grid in grids]
+        return strides
 
     def anchors(self, output: HeadOutput, image_size: Size) -> Tensor:
         """All anchors, level after level, fp32 [K, 4]."""
@@ -79,21 +112,31 @@ class RegionProposalNetwork(nn.Module):
         ]
         return torch.cat(levels)
 
-    def trainable_anchors(self, anchors: Tensor, sizes: Tensor) -> Tensor:
-        """bool [B, K]: the anchors that may get a label."""
+    def trainable_anchors(self, anchors: Tensor, sizes: Tensor, cells: list[Tensor] | None = None) -> Tensor:
+        """bool [B, K]: the anchors that may get a label; `cells` as in `propose`."""
         if self.settings.rpn_anchors_inside_only:
-            return anchor_boxes.inside(anchors, sizes)
-        return torch.ones(len(sizes), len(anchors), dtype=torch.bool, device=anchors.device)
+            trainable = anchor_boxes.inside(anchors, sizes)
+        else:
+            trainable = torch.ones(len(sizes), len(anchors), dtype=torch.bool, device=anchors.device)
+        if cells is not None:
+            counts = self.settings.rpn_anchor_generator.num_anchors_per_location()
+            trainable &= torch.cat([_per_anchor(*level) for level in zip(cells, counts, strict=True)], dim=1)
+        return trainable
 
     def flatten(self, output: HeadOutput) -> tuple[Tensor, Tensor]:
         """Logits [B, K, L] and offsets [B, K, 4] in the anchors' order."""
         return _by_anchor(output.logits, self.logits_per_anchor), _by_anchor(output.deltas, 4)
 
     @torch.no_grad()
-    def assign(self, anchors: Tensor, sizes: Tensor, targets: Targets) -> AnchorTargets:
-        """Label the anchors by their overlap with the ground truth and sample those that train."""
+    def assign(
+        self, anchors: Tensor, sizes: Tensor, targets: Targets, cells: list[Tensor] | None = None
+    ) -> AnchorTargets:
+        """Label the anchors by their overlap with the ground truth and sample those that train.
+
+        `cells` as in `propose`.
+        """
         settings = self.settings
-        trainable = self.trainable_anchors(anchors, sizes)
+        trainable = self.trainable_anchors(anchors, sizes, cells)
         matches = ops.match(
             anchors,
             targets.boxes,
@@ -102,6 +145,7 @@ class RegionProposalNetwork(nn.Module):
             low=settings.rpn_bg_iou_thresh,
             allow_low_quality=True,
             valid=trainable,
+            **targets.ignored(settings.ignore_iof_thresh),
         )
         num_samples = settings.rpn_batch_size_per_image
         sampled = ops.sample(matches.label, num_samples, int(num_samples * settings.rpn_positive_fraction))
@@ -116,16 +160,27 @@ class RegionProposalNetwork(nn.Module):
         return AnchorTargets(labels, torch.where(matched[..., None], locs, 0.0))
 
     @torch.no_grad()
-    def propose(self, output: HeadOutput, sizes: Tensor, scales: Tensor, image_size: Size, training: bool) -> Proposals:
-        """The best boxes after suppression, with the numbers of training or of evaluation."""
+    def propose(
+        self,
+        output: HeadOutput,
+        sizes: Tensor,
+        scales: Tensor,
+        image_size: Size,
+        training: bool,
+        cells: list[Tensor] | None = None,
+    ) -> Proposals:
+        """The best boxes after suppression, with the numbers of training or of evaluation.
+
+        `cells`: for each level bool [B, H, W], the cells whose anchors count; None: all.
+        """
         settings = self.settings
         pre_nms = settings.rpn_pre_nms_top_n_train if training else settings.rpn_pre_nms_top_n_test
         post_nms = settings.rpn_post_nms_top_n_train if training else settings.rpn_post_nms_top_n_test
         original_pixels = settings.rpn_min_size_in_original_pixels
         min_side = settings.rpn_min_size * (scales if original_pixels else torch.ones_like(scales))
         boxes, scores = [], []
-        for cell, logits, deltas, stride in zip(
-            self.cell_anchors, output.logits, output.deltas, self.strides(output, image_size), strict=True
+        for k, (cell, logits, deltas, stride) in enumerate(
+            zip(self.cell_anchors, output.logits, output.deltas, self.strides(output, image_size), strict=True)
         ):
             decoded = ops.decode(
                 deltas,
@@ -136,7 +191,10 @@ class RegionProposalNetwork(nn.Module):
                 min_side=min_side if settings.rpn_min_size_before_top_n else None,
                 clamp=settings.bbox_xform_clip,
             )
-            top = decoded.scores.topk(min(pre_nms, decoded.scores.shape[1]), dim=1)
+            score = decoded.scores
+            if cells is not None:
+                score = score.masked_fill(~_per_anchor(cells[k], len(cell)), -math.inf)
+            top = score.topk(min(pre_nms, score.shape[1]), dim=1)
             scores.append(top.values)
             boxes.append(decoded.boxes.gather(1, top.indices[..., None].expand(-1, -1, 4)))
         # One group an image and level, levels padded to the longest.
@@ -185,6 +243,11 @@ def start_normal(layer: nn.Conv2d | nn.Linear, std: float) -> None:
 def _by_anchor(levels: list[Tensor], values: int) -> Tensor:
     """[B, A * values, H, W] of each level to [B, all anchors, values]."""
     return torch.cat([level.permute(0, 2, 3, 1).reshape(level.shape[0], -1, values) for level in levels], dim=1)
+
+
+def _per_anchor(cells: Tensor, num_anchors: int) -> Tensor:
+    """bool [B, H, W] of cells as [B, H * W * A] of their anchors."""
+    return cells[..., None].expand(*cells.shape, num_anchors).flatten(1)
 
 
 def _stack_padded(levels: list[Tensor], fill: float) -> Tensor:

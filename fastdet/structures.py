@@ -4,7 +4,7 @@ B images, G ground-truth boxes, P proposals, S samples, D detections. Boxes are 
 image, fp32; labels are int64, 0 is background. Named tuples, so that torch.compile and torch.export can take them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ class Targets(NamedTuple):
     def valid(self) -> Tensor:
         """bool [B, G]: the boxes that are trained on."""
         return (self.labels > 0) & ~self.ignore
+
+    def ignored(self, share: float | None) -> dict[str, Any]:
+        """What `ops.match` is told of the boxes that are ignored; None: nothing."""
+        return {} if share is None else {"gt_ignore": (self.labels > 0) & self.ignore, "ignore_iof": share}
 
 
 class Proposals(NamedTuple):
@@ -54,9 +58,11 @@ class Samples(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """Final boxes in descending order of score: boxes [B, D, 4], scores [B, D], labels [B, D], count [B]."""
+    """Final boxes in descending order of score: boxes [B, D, 4], scores [B, D], labels [B, D], count [B], and of each
+    the proposal that it comes from, index int64 [B, D]."""
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     count: Tensor  # type: ignore[assignment]
+    index: Tensor  # type: ignore[assignment]

@@ -184,6 +184,21 @@ def test_options_reach_model_and_recipe(tree, tmp_path):
     assert model.settings.rpn_anchor_generator.strides == (8,)
 
 
+def test_a_feature_pyramid_trains_and_comes_back(tree, tmp_path, capsys):
+    run = ["train", "--data", f"voc:{tree}", "--out", str(tmp_path / "run"), "--epochs", "1", *SMALL]
+    run[run.index("small")] = "mobilenet_v2_fpn"
+    run[run.index("12,20,32")] = "8,12,16,24,32,48,64,96"
+    assert main(run) == 0
+    trained = [line for line in capsys.readouterr().out.splitlines() if "minutes" not in line]
+    model, _ = checkpoint.load_model(tmp_path / "run" / "last.pth")
+    assert model.settings.rpn_anchor_generator.sizes == ((8, 12), (16, 24), (32, 48), (64, 96))
+    assert model.settings.box_pooling == "align"
+    assert main(["eval", "--data", f"voc:{tree}", "--weights", str(tmp_path / "run/last.pth")]) == 0
+    assert capsys.readouterr().out.splitlines() == trained
+    run[run.index("8,12,16,24,32,48,64,96")] = "8,16,32"
+    fails(capsys, [*run, "--overwrite"], "mobilenet_v2_fpn has 4 feature levels", "got 3")
+
+
 @pytest.mark.shared
 def test_a_run_from_pretrained_weights_is_loaded_without_them(tree, tmp_path, shared_dir, capsys):
     """Pretrained, the backbone's BatchNorm is frozen; the checkpoint has to fit a model that is built without."""

@@ -98,9 +98,12 @@ def test_mobilenet_is_cut_at_stride_16_and_its_pretrained_batchnorm_is_frozen(tm
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"features.0.weight": torch.zeros(3)}, "Missing key|size mismatch"),
+        (
+            {"features.0.weight": torch.zeros(3)},
+            r"1 misshapen, 25 missing \(0.weight is \[3\] in place of \[64, 3, 3, 3\]",
+        ),
         ({"layer1.conv.weight": torch.zeros(3)}, "not a state dict of vgg16: it holds 'layer1.conv.weight'"),
-        ([1, 2], "does not hold a state dict"),
+        ([1, 2], "file.pth.* a list"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(tmp_path, content, words):
@@ -139,7 +142,7 @@ def test_evaluation_gives_detections_in_pixels_of_the_images_as_given():
     sizes = torch.tensor([[64, 80]])
     _, found = model.core(model.inspect([images[0]])["images"], sizes)
     count = int(found.count[0])
-    [large] = unbatch(found, [(128, 160)], sizes)
+    [large] = unbatch(found, [(128, 160)], sizes, {})
     torch.testing.assert_close(large["boxes"], 2 * found.boxes[0, :count])
 
 
@@ -210,7 +213,7 @@ def test_an_image_without_boxes_trains_on_background():
 
 
 def test_ignored_boxes_are_not_trained_on():
-    model = small_detector().eval()
+    model = small_detector(ignore_iof_thresh=None).eval()
     images, targets = small_scene()
     without = {name: value[:2] for name, value in targets[2].items()}
     torch.manual_seed(3)
@@ -219,6 +222,41 @@ def test_ignored_boxes_are_not_trained_on():
     dropped = model.inspect([images[2]], [without])
     assert torch.equal(kept["anchor_labels"], dropped["anchor_labels"])
     assert int((kept["samples"].labels == 1).sum()) == 0
+
+
+def covered_by(boxes, region):
+    """The share of each box's area inside a region."""
+    corner, far = torch.maximum(boxes[:, :2], region[:2]), torch.minimum(boxes[:, 2:], region[2:])
+    return (far - corner).clamp(min=0).prod(1) / (boxes[:, 2:] - boxes[:, :2]).prod(1)
+
+
+def test_nothing_learns_to_be_background_in_ignored_regions():
+    """A crowd over the right half of the image, and an object within it that is trained on."""
+    crowd, inside = torch.tensor([38.0, 0, 80, 64]), torch.tensor([44.0, 20, 70, 50])
+    targets = {
+        "boxes": torch.stack([torch.tensor([5.0, 5, 30, 30]), crowd, inside]),
+        "labels": torch.tensor([1, 2, 3]),
+        "ignore": torch.tensor([False, True, False]),
+    }
+    image = small_scene()[0][0]
+    everything = {"rpn_batch_size_per_image": 2000, "box_batch_size_per_image": 200, "box_bg_iou_thresh_low": 0.0}
+    seen, blind = (
+        small_detector(ignore_iof_thresh=share, **everything).eval().inspect([image], [targets])
+        for share in (0.6, None)
+    )
+    covered = covered_by(seen["anchors"], crowd) >= 0.6
+    labels, plain = seen["anchor_labels"][0], blind["anchor_labels"][0]
+    assert torch.equal(labels, torch.where(covered & (plain == 0), -1, plain))
+    assert (covered & (plain == 0)).sum() > 10
+    assert (covered & (labels == 1)).any(), "what is known to be an object is trained on"
+    samples = seen["samples"]
+    background = samples.boxes[0][(samples.labels[0] == 0) & (samples.weight[0] > 0)]
+    assert len(background) > 0
+    assert (covered_by(background, crowd) < 0.6).all()
+    samples = blind["samples"]
+    assert (covered_by(samples.boxes[0][(samples.labels[0] == 0) & (samples.weight[0] > 0)], crowd) >= 0.6).any()
+    assert 3 in seen["samples"].labels.tolist()[0]
+    assert 2 not in seen["samples"].labels.tolist()[0]
 
 
 def test_a_seed_fixes_the_samples():
@@ -249,6 +287,7 @@ def test_several_levels_and_torchvisions_settings(pooling):
     torch.manual_seed(0)
     generator = fastdet.AnchorGenerator(sizes=((16,), (32,)), aspect_ratios=((0.5, 1.0, 2.0),))
     numbers = {"min_size": 64, "max_size": 96, "box_pooling": pooling, "rpn_post_nms_top_n_test": 30}
+    numbers["box_featmap_names"] = None
     settings = fastdet.TORCHVISION.override(rpn_anchor_generator=generator, **numbers)
     model = fastdet.FasterRCNN(TwoLevels(), 3, settings=settings)
     images, targets = small_scene()
@@ -272,7 +311,7 @@ def test_anchors_and_pooling_use_the_backbones_stride():
     assert model.settings.rpn_anchor_generator.strides == (8,)
     # A feature map of one row says nothing about the stride.
     low = fastdet.FasterRCNN("mobilenet_v2", 3, min_size=17, max_size=400).eval()
-    seen = low._look(torch.rand(1, 3, 17, 400))
+    seen = low._look(torch.rand(1, 3, 17, 400), torch.tensor([[17, 400]]))
     assert seen.pooled_scales == [1 / 16]
     assert low.rpn.anchors(seen.output, seen.image_size)[-1].tolist() == pytest.approx(
         low.rpn.anchors(seen.output, seen.image_size)[8].add(torch.tensor([24 * 16, 16, 24 * 16, 16])).tolist()
@@ -341,6 +380,115 @@ def test_shares_of_positives_and_clamps_are_obeyed():
     assert (boxes[:, 2] - boxes[:, 0]).max() <= 32 * 2**0.5 * 1.106
 
 
+def step_losses(**changes):
+    model = small_detector(**changes).eval()
+    torch.manual_seed(5)
+    return model.inspect(*small_scene())
+
+
+def test_losses_are_weighted():
+    plain = step_losses()["losses"]
+    weighted = step_losses(loss_weights=(2.0, 0.5, 3.0, 0.0))["losses"]
+    for name, factor in zip(fastdet.losses.NAMES, (2.0, 0.5, 3.0, 0.0), strict=True):
+        torch.testing.assert_close(weighted[name], plain[name] * factor)
+    model = small_detector(loss_weights=(0.0, 0.0, 0.0, 1.0)).eval()
+    sum(model(*small_scene(), return_losses=True)[0].values()).backward()
+    assert model.rpn.head.cls_logits.weight.grad.abs().sum() == 0
+    assert model.rpn.head.bbox_pred.weight.grad.abs().sum() > 0
+
+
+def test_classes_are_weighted():
+    weights = (0.5, 2.0, 1.0, 4.0)
+    seen = step_losses(class_weights=weights)
+    taken = seen["samples"].weight > 0
+    scores, labels = seen["cls_scores"][taken], seen["samples"].labels[taken]
+    assert len(labels.unique()) > 2
+    expected = nn.functional.cross_entropy(scores, labels, torch.tensor(weights))
+    torch.testing.assert_close(seen["losses"]["loss_classifier"], expected)
+    torch.testing.assert_close(step_losses(class_weights=(1.0,) * 4)["losses"], step_losses()["losses"])
+    nothing = step_losses(class_weights=(0.0, 0.0, 0.0, 1e-3))["losses"]["loss_classifier"]
+    assert torch.isfinite(nothing)
+    with pytest.raises(ValueError, match="class_weights must hold 4 numbers"):
+        small_detector(class_weights=(1.0, 1.0))
+
+
+def test_features_and_all_scores_of_each_detection():
+    model = small_detector(box_score_thresh=0.2).eval()
+    images, _ = small_scene()
+    seen = model.inspect(images)
+    plain = model(images)
+    found = model(images, return_features=True, return_class_scores=True)
+    assert sum(len(one["boxes"]) for one in found) > 10
+    for i, one in enumerate(found):
+        assert set(one) == {"boxes", "labels", "scores", "features", "class_scores"}
+        assert torch.equal(one["boxes"], plain[i]["boxes"])
+        rows = one["class_scores"]
+        assert rows.shape == (len(one["boxes"]), NUM_CLASSES)
+        torch.testing.assert_close(rows.sum(1), torch.ones(len(rows)))
+        # The score of a detection is the one of its class.
+        torch.testing.assert_close(rows.gather(1, one["labels"][:, None])[:, 0], one["scores"])
+        # The predictor makes of the features what it made of the proposal.
+        again = model.roi_heads.box_predictor(one["features"])[0].softmax(1)
+        torch.testing.assert_close(again, rows)
+        assert one["features"].shape == (len(rows), 16)
+    index = seen["detections"].index
+    torch.testing.assert_close(seen["box_features"][0, index[0, 0]], found[0]["features"][0])
+    losses, both = model(images, small_scene()[1], return_losses=True, return_features=True)
+    assert set(losses) == LOSSES
+    assert "features" in both[0]
+    nothing = small_detector(box_score_thresh=1.0).eval()(images, return_features=True, return_class_scores=True)
+    assert nothing[0]["features"].shape == (0, 16)
+    assert nothing[0]["class_scores"].shape == (0, NUM_CLASSES)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("name", ["small", "mobilenet_v2", "resnet18_fpn"])
+def test_other_channel_counts(name, channels):
+    numbers = {"image_mean": (0.5,) * channels, "image_std": (0.2,) * channels, "min_size": 64, "max_size": 96}
+    model = fastdet.FasterRCNN(name, 3, rpn_post_nms_top_n_test=10, **numbers)
+    images, targets = small_scene()
+    images = [torch.rand(channels, *image.shape[1:]) for image in images]
+    targets = [{**target, "labels": target["labels"].clamp(max=2)} for target in targets]
+    sum(model(images, targets).values()).backward()
+    first = next(layer for layer in model.backbone.modules() if isinstance(layer, nn.Conv2d))
+    assert first.weight.shape[1] == channels
+    assert (first.weight.grad.flatten(2).abs().sum(2) > 0).any(0).all()
+    filters = first.weight.detach().flatten(2).transpose(0, 1)
+    assert channels == 1 or not torch.equal(filters[0], filters[3]), "channels that start alike stay alike"
+    with pytest.raises(ValueError, match=rf"{channels} x H x W \(image_mean has {channels} numbers\)"):
+        model([torch.rand(3, 64, 64)])
+
+
+def test_pretrained_weights_are_repeated_over_more_channels(tmp_path):
+    features = torchvision.models.mobilenet_v2().features
+    torch.save(features.state_dict(), tmp_path / "features.pth")
+    old = features[0][0].weight
+    for channels in (1, 2, 5):
+        backbone, _ = fastdet.backbones.build("mobilenet_v2", tmp_path / "features.pth", in_channels=channels)
+        new = backbone[0][0].weight
+        for channel in range(channels):
+            torch.testing.assert_close(new[:, channel], old[:, channel % 3] * 3 / channels)
+    assert torch.equal(fastdet.backbones.build("mobilenet_v2", tmp_path / "features.pth")[0][0][0].weight, old)
+
+
+def test_images_of_bytes():
+    images, _ = small_scene()
+    model = small_detector().eval()
+    whole = [(image * 255).round() for image in images]
+    found, expected = model([image.byte() for image in whole]), model([image / 255 for image in whole])
+    assert all(torch.equal(one["boxes"], other["boxes"]) for one, other in zip(found, expected, strict=True))
+    torch.testing.assert_close(
+        model.inspect([whole[0].byte()])["images"], model.inspect([whole[0] / 255])["images"], rtol=0, atol=1e-6
+    )
+
+
+def test_heads_that_do_not_fit_the_anchors_are_told_apart():
+    head = fastdet.rpn.RPNHead(4, 8, num_anchors=3, logits_per_anchor=2)
+    model = small_detector(rpn_head=head).eval()
+    with pytest.raises(ValueError, match=r"gives \[6\] channels of logits .* \[6\] anchors a cell need \[12\]"):
+        model([torch.rand(3, 64, 64)])
+
+
 def test_size_buckets_fix_the_padded_shape():
     images, _ = small_scene()
     model = small_detector(size_buckets=((96, 96), (128, 128))).eval()
@@ -380,6 +528,13 @@ def test_unknown_settings_are_refused_with_the_near_names():
         ({"bbox_reg_weights": 5}, "bbox_reg_weights must be 4 positive numbers"),
         ({"bbox_xform_clip": "a"}, "bbox_xform_clip"),
         ({"box_sampling_ratio": -3}, "box_sampling_ratio"),
+        ({"box_num_convs": 1.5}, "box_num_convs"),
+        ({"rpn_conv_depth": 0}, "rpn_conv_depth"),
+        ({"ignore_iof_thresh": 2}, r"ignore_iof_thresh .*\[0, 1\], got 2"),
+        ({"loss_weights": (1, 1, 1)}, "loss_weights must be 4 numbers"),
+        ({"class_weights": (0, 0)}, "class_weights must be numbers"),
+        ({"class_weights": 3}, "class_weights must be numbers"),
+        ({"mask_padding": 1}, "mask_padding must be True or False"),
         ({"size_buckets": (64, 64)}, "size_buckets must be pairs"),
         ({"box_featmap_names": 5}, "box_featmap_names"),
         ({"rpn_anchor_generator": None}, "rpn_anchor_generator must be an AnchorGenerator"),
@@ -392,7 +547,7 @@ def test_settings_out_of_range_are_named(setting, words):
 
 def test_backbones_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="one of vgg16, mobilenet_v2"):
-        fastdet.FasterRCNN("resnet18", 3)
+        fastdet.FasterRCNN("resnet", 3)
     with pytest.raises(ValueError, match="out_channels"):
         fastdet.FasterRCNN(nn.Identity(), 3)
     with pytest.raises(ValueError, match="num_classes"):
@@ -416,8 +571,8 @@ def target(*boxes, labels=None):
     [
         ([], [], "images is empty"),
         (torch.zeros(2, 3, 64, 64), None, "images must be a list"),
-        ([IMAGE, torch.zeros(1, 64, 64)], None, r"image 1 must be .*3 x H x W, got .*\[1, 64, 64\]"),
-        ([IMAGE.byte()], None, "image 0 .*uint8"),
+        ([IMAGE, torch.zeros(1, 64, 64)], None, r"image 1 must be .*3 x H x W .*, got .*\[1, 64, 64\]"),
+        ([IMAGE.int()], None, "image 0 .*int32"),
         ([IMAGE, IMAGE], [target([0.0, 0, 9, 9])], "2 images, but 1 targets"),
         ([IMAGE], None, "targets are needed"),
         ([IMAGE], [{"boxes": torch.zeros(1, 4)}], r"target 0 must be a dict with boxes and labels, got \['boxes'\]"),

@@ -79,7 +79,7 @@ def test_inference_step_on_the_cpu(cap):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("settings", [fastdet.VGG16, fastdet.TORCHVISION], ids=["vgg16", "torchvision"])
 def test_forward_on_a_fake_gpu(settings, training):
-    numbers = {**SMALL_NUMBERS, "rpn_hidden_channels": settings.rpn_hidden_channels and 8}
+    numbers = {**SMALL_NUMBERS, "box_featmap_names": None, "rpn_hidden_channels": settings.rpn_hidden_channels and 8}
     shapes = [(2, 3, 64, 80), (2, 2), (2, 3, 4), (2, 3), (2,)]
     with FakeTensorMode(), torch.device("cuda"):
         model = FasterRCNN(TinyBackbone(), NUM_CLASSES, settings=settings, **numbers).train(training)

@@ -8,6 +8,8 @@ from scenes_of_detection import NUM_CLASSES, small_detector, small_scene
 
 # With quotas this large everything that may be sampled is, and nothing is left to chance.
 EVERYTHING = {
+    # The loops know nothing of ignored regions.
+    "ignore_iof_thresh": None,
     "rpn_batch_size_per_image": 2000,
     "rpn_positive_fraction": 1.0,
     "box_batch_size_per_image": 100,

@@ -1,0 +1,123 @@
+"""What other libraries call the layers of a detector, and how the rows of their last layers differ: plain tables."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+# The number of training steps, which BatchNorm counts and frozen BatchNorm does not.
+TRACKED = "num_batches_tracked"
+PREDICTOR = "roi_heads.box_predictor."
+
+# Layers with their rows for each anchor (logits, offsets) and each class (scores, offsets), in fastdet's names.
+ROWS = (
+    "rpn.head.cls_logits",
+    "rpn.head.bbox_pred",
+    f"{PREDICTOR}cls_score",
+    f"{PREDICTOR}bbox_pred",
+)
+
+# Theirs to ours; all have a weight and a bias.
+_SIMPLE_LAYERS = {
+    **{f"extractor.{i}": f"backbone.{i}" for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)},
+    "rpn.conv1": "rpn.head.conv.0.0",
+    "rpn.score": "rpn.head.cls_logits",
+    "rpn.loc": "rpn.head.bbox_pred",
+    "head.classifier.0": "roi_heads.box_head.fc6",
+    "head.classifier.2": "roi_heads.box_head.fc7",
+    "head.score": "roi_heads.box_predictor.cls_score",
+    "head.cls_loc": "roi_heads.box_predictor.bbox_pred",
+}
+
+# Theirs to ours; all but the convolutions of the ResNet have a weight and a bias.
+_DETECTRON2_LAYERS = {
+    **{f"backbone.fpn_lateral{i + 2}": f"backbone.fpn.inner_blocks.{i}.0" for i in range(4)},
+    **{f"backbone.fpn_output{i + 2}": f"backbone.fpn.layer_blocks.{i}.0" for i in range(4)},
+    "proposal_generator.rpn_head.conv": "rpn.head.conv.0.0",
+    "proposal_generator.rpn_head.objectness_logits": "rpn.head.cls_logits",
+    "proposal_generator.rpn_head.anchor_deltas": "rpn.head.bbox_pred",
+    "roi_heads.box_head.fc1": "roi_heads.box_head.fc6",
+    "roi_heads.box_head.fc2": "roi_heads.box_head.fc7",
+    "roi_heads.box_predictor.cls_score": "roi_heads.box_predictor.cls_score",
+    "roi_heads.box_predictor.bbox_pred": "roi_heads.box_predictor.bbox_pred",
+}
+DETECTRON2_SETTINGS = r"pixel_mean|pixel_std|proposal_generator\.anchor_generator\.cell_anchors\.\d+"
+
+# Blocks in the four stages of ResNet-18; 34 and 50; 101; 152.
+_RESNETS = ((2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3))
+
+
+def _xy_and_yx(rows: Tensor) -> Tensor:
+    """Rows in fours of (dy, dx, dh, dw) as (dx, dy, dw, dh), and back."""
+    return rows.unflatten(0, (-1, 4))[:, [1, 0, 3, 2]].flatten(0, 1)
+
+
+def _last_to_front(rows: Tensor) -> Tensor:
+    return torch.cat([rows[-1:], rows[:-1]])
+
+
+def _front_to_last(rows: Tensor) -> Tensor:
+    return torch.cat([rows[1:], rows[:1]])
+
+
+def _with_background(rows: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(rows[:4]), rows])
+
+
+def _without_background(rows: Tensor) -> Tensor:
+    return rows[4:]
+
+
+# What happens to the tensors of some layers, by fastdet's name or by the other one's.
+Changes = dict[str, Callable[[Tensor], Tensor]]
+SWAPPED: Changes = dict.fromkeys(("rpn.loc", "head.cls_loc", ROWS[1], ROWS[3]), _xy_and_yx)
+BACKGROUND_FIRST: Changes = {ROWS[2]: _last_to_front, ROWS[3]: _with_background}
+BACKGROUND_LAST: Changes = {ROWS[2]: _front_to_last, ROWS[3]: _without_background}
+
+
+def simple_names(dropout: bool) -> dict[str, str]:
+    # Dropout stands between the two layers, and so moves the second one's number.
+    layers = {
+        ("head.classifier.3" if dropout and old == "head.classifier.2" else old): new
+        for old, new in _SIMPLE_LAYERS.items()
+    }
+    return _leaves(layers, ("weight", "bias"))
+
+
+def detectron2_names(blocks: Sequence[int], bottleneck: bool) -> dict[str, str]:
+    """Their names and ours for a ResNet of so many blocks in each stage."""
+    theirs, ours = "backbone.bottom_up", "backbone.body"
+    convolutions = {f"{theirs}.stem.conv1": f"{ours}.conv1"}
+    norms = {f"{theirs}.stem.conv1.norm": f"{ours}.bn1"}
+    for stage, count in enumerate(blocks, start=1):
+        for block in range(count):
+            old, new = f"{theirs}.res{stage + 1}.{block}", f"{ours}.layer{stage}.{block}"
+            for i in range(1, 4 if bottleneck else 3):
+                convolutions[f"{old}.conv{i}"] = f"{new}.conv{i}"
+                norms[f"{old}.conv{i}.norm"] = f"{new}.bn{i}"
+            # Where the number of channels changes: in a first stage of plain blocks it does not.
+            if block == 0 and (bottleneck or stage > 1):
+                convolutions[f"{old}.shortcut"] = f"{new}.downsample.0"
+                norms[f"{old}.shortcut.norm"] = f"{new}.downsample.1"
+    return {
+        **_leaves(convolutions, ("weight",)),
+        **_leaves(norms, ("weight", "bias", "running_mean", "running_var", TRACKED)),
+        **_leaves(_DETECTRON2_LAYERS, ("weight", "bias")),
+    }
+
+
+def _leaves(layers: Mapping[str, str], leaves: Sequence[str]) -> dict[str, str]:
+    return {f"{old}.{leaf}": f"{new}.{leaf}" for old, new in layers.items() for leaf in leaves}
+
+
+def blocks_of(names: Iterable[str], pattern: str, first: int) -> Sequence[int]:
+    """How many blocks the stages of the smallest ResNet have that has all the blocks that are named."""
+    found = [0, 0, 0, 0]
+    for name in names:
+        match = re.match(pattern, name)
+        if match and 0 <= int(match[1]) - first < 4:
+            stage = int(match[1]) - first
+            found[stage] = max(found[stage], int(match[2]) + 1)
+    fitting = [blocks for blocks in _RESNETS if all(have >= need for have, need in zip(blocks, found, strict=True))]
+    return (fitting or _RESNETS[-1:])[0]
