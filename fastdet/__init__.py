@@ -1,6 +1,7 @@
 """fastdet: the two-stage object detector as batched, fixed-shape tensor operations with Triton kernels."""
 
 from . import data, ops, weights
+from .accelerate import accelerate
 from .anchors import AnchorGenerator
 from .config import DETECTRON2, TORCHVISION, VGG16, Settings
 from .faster_rcnn import FasterRCNN
@@ -25,6 +26,7 @@ __all__ = [
     "Samples",
     "Settings",
     "Targets",
+    "accelerate",
     "data",
     "fasterrcnn_mobilenet_v3_large_320_fpn",
     "fasterrcnn_mobilenet_v3_large_fpn",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
-from fastdet import checkpoint, demo
+from fastdet import checkpoint, demo, weights
 from fastdet.backbones import NAMED
 from fastdet.checkpoint import CheckpointError, one_line
 from fastdet.data import VOC, DataError
@@ -23,7 +23,9 @@ from fastdet.draw import draw_detections
 from fastdet.options import UserError, parser
 from fastdet.predict import detect, evaluate, write_report
 from fastdet.recipes import RECIPES, TrainSettings
+from fastdet.tensor_files import TensorFileError
 from fastdet.train import train
+from fastdet.weights import WeightsError
 
 _USER_ERROR, _FAILED, _INTERRUPTED = 2, 1, 130
 
@@ -72,6 +74,8 @@ def _naming(option: str) -> Iterator[None]:
         yield
     except (UserError, DataError, CheckpointError):
         raise
+    except (WeightsError, TensorFileError) as error:
+        raise UserError(f"{option}: {error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{option}: {one_line(error)}") from error
 
@@ -85,10 +89,15 @@ def _train(options: argparse.Namespace) -> None:
     with _naming("--seed"):
         torch.manual_seed(settings.seed)
     with _naming("the model"):
-        model = checkpoint.build_model(architecture, weights_backbone=options.weights_backbone).to(device)
+        model = checkpoint.build_model(architecture, weights_backbone=options.weights_backbone)
+    if options.weights:
+        with _naming("--weights"):
+            weights.load(model, options.weights, replace_predictor=options.replace_predictor)
+    elif options.replace_predictor:
+        raise UserError("--replace-predictor: it goes with --weights")
     start = time.perf_counter()
     train(
-        model,
+        model.to(device),
         _limited(data, options.limit),
         options.out,
         settings,
@@ -174,7 +183,7 @@ def _architecture(options: argparse.Namespace, num_classes: int) -> dict[str, An
     settings.update({n: getattr(options, n) for n in ("min_size", "max_size") if getattr(options, n) is not None})
     with _naming("--backbone"):
         anchors = checkpoint.describe_anchors(options.backbone, options.anchor_sizes, options.aspect_ratios)
-    named, pretrained = NAMED[options.backbone], options.weights_backbone is not None
+    named, pretrained = NAMED[options.backbone], bool(options.weights_backbone or options.weights)
     return {
         "backbone": options.backbone,
         "num_classes": num_classes,

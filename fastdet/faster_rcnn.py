@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from .anchors import Size, inside
 from .config import Settings
 from .losses import NAMES
 from .roi_heads import RoIHeads
-from .rpn import HeadOutput, RegionProposalNetwork
-from .structures import Detections, Proposals, Targets
+from .rpn import RegionProposalNetwork
+from .structures import Detections, Proposals, Seen, Targets
 
 
 class FasterRCNN(nn.Module):
@@ -62,13 +62,16 @@ class FasterRCNN(nn.Module):
         **overrides: Any,
     ) -> None:
         super().__init__()
-        self.settings = _settings(backbone, settings, box_roi_pool, overrides)
+        if settings is None:
+            known = backbones.NAMED.get(backbone) if isinstance(backbone, str) else None
+            settings = Settings() if known is None else known.settings
+        self.settings = settings.override(**interop.overrides(overrides, box_roi_pool))
         num_classes = _num_classes(num_classes, box_predictor)
         channels = len(self.settings.image_mean)
         if isinstance(backbone, str):
             choices = weights_backbone, trainable_backbone_layers, freeze_batchnorm
-            named = backbones.build(backbone, *choices, in_channels=channels)
-            backbone, box_head = named[0], named[1] if box_head is None else box_head
+            backbone, named_head = backbones.build(backbone, *choices, in_channels=channels)
+            box_head = named_head if box_head is None else box_head
         elif weights_backbone is not None or trainable_backbone_layers is not None or freeze_batchnorm is not None:
             raise ValueError(
                 "weights_backbone, trainable_backbone_layers and freeze_batchnorm are for a backbone given by name; "
@@ -214,7 +217,7 @@ class FasterRCNN(nn.Module):
             **results,
         }
 
-    def _look(self, images: Tensor, sizes: Tensor) -> "_Seen":
+    def _look(self, images: Tensor, sizes: Tensor) -> Seen:
         """Run the backbone and the RPN's head."""
         image_size = images.shape[-2], images.shape[-1]
         divisible = self.settings.size_divisible
@@ -230,29 +233,10 @@ class FasterRCNN(nn.Module):
         strides = dict(zip(named, self.rpn.strides(output, image_size), strict=True))
         pooled = list(wanted or named)
         scales = [1 / padding.stride_of(strides[name][0], 1) for name in pooled]
-        seen = _Seen(list(named.values()), [named[name] for name in pooled], scales, None, output, image_size, None)
-        return self._masked(seen, own) if self.settings.mask_padding else seen
+        seen = Seen(list(named.values()), [named[name] for name in pooled], scales, None, output, image_size, None)
+        return padding.masked(seen, own, self.settings.size_divisible) if self.settings.mask_padding else seen
 
-    def _masked(self, seen: "_Seen", own: Tensor) -> "_Seen":
-        """What belongs to each image alone; `own` [B, 2] is its (height, width), padded as if there were no other."""
-        coarsest = round(1 / min(seen.pooled_scales))
-        if any(side % coarsest for side in (self.settings.size_divisible, *seen.image_size)):
-            raise ValueError(
-                f"mask_padding needs padded sizes that are multiples of {coarsest}, but size_divisible is "
-                f"{self.settings.size_divisible} and the batch is padded to {seen.image_size}"
-            )
-
-        def extent(level: Tensor) -> Tensor:
-            return padding.extents(own, seen.image_size, (level.shape[-2], level.shape[-1]))
-
-        down, across = (seen.image_size[k] - own[:, k].float() for k in (0, 1))
-        return seen._replace(
-            pooled_levels=[padding.to_far_corner(level, extent(level)) for level in seen.pooled_levels],
-            pooled_shift=torch.stack([across, down, across, down], dim=1),
-            cells=[padding.belonging(extent(level), (level.shape[-2], level.shape[-1])) for level in seen.features],
-        )
-
-    def _train(self, seen: "_Seen", batch: batching.Batch, targets: Targets) -> dict[str, Any]:
+    def _train(self, seen: Seen, batch: batching.Batch, targets: Targets) -> dict[str, Any]:
         anchors = self.rpn.anchors(seen.output, seen.image_size)
         anchor_targets = self.rpn.assign(anchors, batch.sizes, targets, seen.cells)
         proposals = self._propose(seen, batch, training=True)
@@ -272,16 +256,16 @@ class FasterRCNN(nn.Module):
             },
         }
 
-    def _detect(self, seen: "_Seen", batch: batching.Batch) -> dict[str, Any]:
+    def _detect(self, seen: Seen, batch: batching.Batch) -> dict[str, Any]:
         proposals = self._propose(seen, batch, training=False)
         found = self._classify(seen, proposals.boxes, proposals.taken)
         detections = self.roi_heads.detect(found["cls_scores"], found["cls_locs"], proposals, batch.sizes)
         return {"proposals": proposals, **found, "detections": detections}
 
-    def _propose(self, seen: "_Seen", batch: batching.Batch, training: bool) -> Proposals:
+    def _propose(self, seen: Seen, batch: batching.Batch, training: bool) -> Proposals:
         return self.rpn.propose(seen.output, batch.sizes, batch.scales, seen.image_size, training, seen.cells)
 
-    def _classify(self, seen: "_Seen", boxes: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    def _classify(self, seen: Seen, boxes: Tensor, valid: Tensor) -> dict[str, Tensor]:
         shifted = boxes if seen.pooled_shift is None else boxes + seen.pooled_shift[:, None]
         pooled = self.roi_heads.pool(seen.pooled_levels, shifted, valid, seen.pooled_scales)
         scores, locs, hidden = self.roi_heads(pooled, valid)
@@ -301,38 +285,6 @@ class FasterRCNN(nn.Module):
         batch = batching.batch_images(images, self.settings, self._image_mean, self._image_std, self.training)
         padded = None if checked is None else batching.batch_targets(checked, originals, batch.sizes)
         return batch, padded, originals
-
-
-class _Seen(NamedTuple):
-    """What both passes start from.
-
-    features: all levels. pooled_levels: those that boxes are pooled from; pooled_scales: their cells a pixel.
-    pooled_shift: [B, 4], by how many pixels boxes move before they are pooled; None: not at all.
-    output: of the RPN's head. image_size: the padded (height, width).
-    cells: for each level bool [B, H, W], which cells belong to each image; None: all.
-    """
-
-    features: list[Tensor]
-    pooled_levels: list[Tensor]
-    pooled_scales: list[float]
-    pooled_shift: Tensor | None
-    output: HeadOutput
-    image_size: Size
-    cells: list[Tensor] | None
-
-
-def _settings(
-    backbone: object, settings: Settings | None, box_roi_pool: MultiScaleRoIAlign | None, overrides: dict[str, Any]
-) -> Settings:
-    """What the arguments of a detector say, torchvision's objects in our terms."""
-    if settings is None:
-        named = backbones.NAMED.get(backbone) if isinstance(backbone, str) else None
-        settings = Settings() if named is None else named.settings
-    if isinstance(overrides.get("rpn_anchor_generator"), interop.TheirAnchorGenerator):
-        overrides = {**overrides, "rpn_anchor_generator": interop.anchors(overrides["rpn_anchor_generator"])}
-    if box_roi_pool is not None:
-        overrides = {**interop.pooling(box_roi_pool), **overrides}
-    return settings.override(**overrides)
 
 
 def _num_classes(given: int | None, predictor: nn.Module | None) -> int:

@@ -8,6 +8,14 @@ from torchvision.ops import MultiScaleRoIAlign
 from .anchors import AnchorGenerator
 
 
+def overrides(given: dict[str, Any], box_roi_pool: MultiScaleRoIAlign | None) -> dict[str, Any]:
+    """The `given` changes of settings, torchvision's objects among them in our terms, and what `box_roi_pool` says."""
+    generator = given.get("rpn_anchor_generator")
+    if isinstance(generator, TheirAnchorGenerator):
+        given = {**given, "rpn_anchor_generator": anchors(generator)}
+    return given if box_roi_pool is None else {**pooling(box_roi_pool), **given}
+
+
 def anchors(theirs: TheirAnchorGenerator) -> AnchorGenerator:
     """The same anchors on each level."""
     return AnchorGenerator(tuple(map(tuple, theirs.sizes)), tuple(map(tuple, theirs.aspect_ratios)))

@@ -69,7 +69,10 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--backbone", default="mobilenet_v2", help=f"{', '.join(NAMED)} (mobilenet_v2)")
-    group.add_argument("--weights-backbone", metavar="FILE_OR_NAME", help="its weights: a file, or IMAGENET1K_V1")
+    start = group.add_mutually_exclusive_group()
+    start.add_argument("--weights-backbone", metavar="FILE_OR_NAME", help="its weights: a file, or IMAGENET1K_V1")
+    start.add_argument("--weights", type=Path, metavar="FILE", help="weights of the whole detector to start from")
+    group.add_argument("--replace-predictor", action="store_true", help="those of --weights are for other classes")
     group.add_argument("--trainable-backbone-layers", type=int, metavar="N", help="stages not frozen, from the end")
     group.add_argument("--min-size", type=_at_least_one, help="shorter side of resized images in pixels")
     group.add_argument("--max-size", type=_at_least_one, help="longest longer side")

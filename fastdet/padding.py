@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .anchors import Size
+from .structures import Seen
 
 _ONE_CELL = (1, (1, 1))
 
@@ -57,6 +58,30 @@ def to_far_corner(features: Tensor, extent: Tensor) -> Tensor:
         index = place.clamp(min=0).reshape(shape).expand(features.shape)
         features = features.gather(dimension, index)
     return features
+
+
+def masked(seen: Seen, own: Tensor, divisible: int) -> Seen:
+    """What was seen, with what belongs to each image alone; `own` as in `extents`, rounded up to `divisible`.
+
+    Raises:
+        ValueError: the strides of the levels do not divide the padded sizes.
+    """
+    coarsest = round(1 / min(seen.pooled_scales))
+    if any(side % coarsest for side in (divisible, *seen.image_size)):
+        raise ValueError(
+            f"mask_padding needs padded sizes that are multiples of {coarsest}, but size_divisible is {divisible} and "
+            f"the batch is padded to {seen.image_size}"
+        )
+
+    def extent(level: Tensor) -> Tensor:
+        return extents(own, seen.image_size, (level.shape[-2], level.shape[-1]))
+
+    down, across = (seen.image_size[k] - own[:, k].float() for k in (0, 1))
+    return seen._replace(
+        pooled_levels=[to_far_corner(level, extent(level)) for level in seen.pooled_levels],
+        pooled_shift=torch.stack([across, down, across, down], dim=1),
+        cells=[belonging(extent(level), (level.shape[-2], level.shape[-1])) for level in seen.features],
+    )
 
 
 class Mask:

@@ -6,7 +6,7 @@ settings and the padded image size alone.
 
 import math
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,7 @@ from . import losses, ops
 from .anchors import Size
 from .config import Settings
 from .padding import stride_of
-from .structures import AnchorTargets, Proposals, Targets
-
-
-class HeadOutput(NamedTuple):
-    """For each level the convolutions' raw outputs: logits [B, A * L, H, W] and deltas [B, A * 4, H, W]."""
-
-    logits: list[Tensor]
-    deltas: list[Tensor]
+from .structures import AnchorTargets, HeadOutput, Proposals, Targets
 
 
 class RPNHead(nn.Module):

@@ -66,3 +66,28 @@ class Detections(NamedTuple):
     labels: Tensor
     count: Tensor  # type: ignore[assignment]
     index: Tensor  # type: ignore[assignment]
+
+
+class HeadOutput(NamedTuple):
+    """For each level the convolutions' raw outputs: logits [B, A * L, H, W] and deltas [B, A * 4, H, W]."""
+
+    logits: list[Tensor]
+    deltas: list[Tensor]
+
+
+class Seen(NamedTuple):
+    """What both passes start from.
+
+    features: all levels. pooled_levels: those that boxes are pooled from; pooled_scales: their cells a pixel.
+    pooled_shift: [B, 4], by how many pixels boxes move before they are pooled; None: not at all.
+    output: of the RPN's head. image_size: the padded (height, width).
+    cells: for each level bool [B, H, W], which cells belong to each image; None: all.
+    """
+
+    features: list[Tensor]
+    pooled_levels: list[Tensor]
+    pooled_scales: list[float]
+    pooled_shift: Tensor | None
+    output: HeadOutput
+    image_size: tuple[int, int]
+    cells: list[Tensor] | None

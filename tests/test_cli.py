@@ -199,6 +199,26 @@ def test_a_feature_pyramid_trains_and_comes_back(tree, tmp_path, capsys):
     fails(capsys, [*run, "--overwrite"], "mobilenet_v2_fpn has 4 feature levels", "got 3")
 
 
+def test_a_run_starts_from_another_runs_weights(trained, tree, tmp_path, capsys):
+    _, run = trained
+    first = checkpoint.load(run / "last.pth")["model"]
+    train = ["train", "--data", f"voc:{tree}", "--out", str(tmp_path / "run"), "--epochs", "1", *SMALL, "--overwrite"]
+    start = ["--weights", str(run / "last.pth"), "--stop-after", "0"]
+    assert main([*train, *start]) == 0
+    model = checkpoint.load(tmp_path / "run" / "last.pth")["model"]
+    # What was trained with the batch's statistics goes on frozen, as pretrained weights do.
+    assert all(torch.equal(first[name], value) for name, value in model.items())
+    other = [*train, *start, "--classes", "circle,square,triangle,star,none"]
+    fails(capsys, other, "--weights", "last.pth", "5 classes, the model 6", "replace_predictor")
+    assert main([*other, "--replace-predictor"]) == 0
+    replaced = checkpoint.load(tmp_path / "run" / "last.pth")["model"]
+    assert replaced["roi_heads.box_predictor.cls_score.weight"].shape[0] == 6
+    assert torch.equal(replaced["rpn.head.cls_logits.weight"], first["rpn.head.cls_logits.weight"])
+    fails(capsys, [*train, "--replace-predictor"], "--replace-predictor", "--weights")
+    fails(capsys, [*train, "--weights", "a.pth", "--weights-backbone", "b.pth"], "not allowed with")
+    fails(capsys, [*train, "--weights", tmp_path / "nowhere.pth"], "nowhere.pth")
+
+
 @pytest.mark.shared
 def test_a_run_from_pretrained_weights_is_loaded_without_them(tree, tmp_path, shared_dir, capsys):
     """Pretrained, the backbone's BatchNorm is frozen; the checkpoint has to fit a model that is built without."""
