@@ -49,7 +49,7 @@ class FasterRCNN(nn.Module):
     def __init__(
         self,
         backbone: str | nn.Module,
-        num_classes: int | None,
+        num_classes: int | None = None,
         *,
         weights_backbone: str | os.PathLike[str] | None = None,
         trainable_backbone_layers: int | None = None,

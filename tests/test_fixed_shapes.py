@@ -92,6 +92,43 @@ def test_forward_on_a_fake_gpu(settings, training):
         assert detections.boxes.ndim == 3
 
 
+# Everything at once that a pyramid can have.
+PYRAMID = {
+    "min_size": 64,
+    "max_size": 96,
+    "rpn_post_nms_top_n_train": 30,
+    "rpn_post_nms_top_n_test": 20,
+    "box_batch_size_per_image": 16,
+    "box_num_convs": 1,
+    "class_weights": (1.0, 2.0, 3.0, 4.0),
+    "loss_weights": (1.0, 2.0, 3.0, 4.0),
+    "mask_padding": True,
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_pyramid_with_all_options_on_the_cpu(training):
+    model = FasterRCNN("resnet18_fpn", NUM_CLASSES, **PYRAMID).train(training)
+    images, sizes, targets, scales = padded_inputs(model)
+    with Refuse():
+        losses, detections = model.core(images, sizes, targets, scales, want_losses=True, want_detections=True)
+        sum(losses.values()).backward()
+    assert detections.boxes.shape == (2, 60, 4)
+
+
+def test_a_pyramid_with_all_options_on_a_fake_gpu():
+    with FakeTensorMode(), torch.device("cuda"):
+        model = FasterRCNN("resnet18_fpn", NUM_CLASSES, **PYRAMID).train()
+        images, sizes, boxes, labels, scales = (
+            torch.empty(shape) for shape in [(2, 3, 64, 96), (2, 2), (2, 3, 4), (2, 3), (2,)]
+        )
+        with Refuse():
+            losses, detections = model.core(
+                images, sizes.long(), Targets(boxes, labels.long(), labels > 0), scales, want_detections=True
+            )
+        assert losses["loss_box_reg"].device.type == detections.boxes.device.type == "cuda"
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_step_is_one_graph(training):
     model = small_detector().train(training)
