@@ -12,7 +12,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from . import backbones, batching, interop, padding
 from .anchors import Size, inside
-from .config import Settings
+from .config import TORCHVISION, VGG16, Settings
 from .losses import NAMES
 from .roi_heads import RoIHeads
 from .rpn import RegionProposalNetwork
@@ -31,8 +31,9 @@ class FasterRCNN(nn.Module):
         freeze_batchnorm: for a named backbone, use stored statistics; by default so with `weights_backbone`.
         rpn_head, box_head, box_predictor: modules in place of the usual ones.
         box_roi_pool: torchvision's `MultiScaleRoIAlign`, another way to say the settings of pooling.
-        settings: every number; the defaults are those of the named backbone (torchvision's for a feature pyramid), for
-            a module those of the VGG16 detector.
+        settings: every number. The defaults are those of the named backbone (torchvision's for a feature pyramid); for
+            a module torchvision's, if it or another argument is torchvision's pyramid, anchors or pooling, and those
+            of the VGG16 detector otherwise.
         overrides: any field of `Settings` by name, e.g. `rpn_post_nms_top_n_test=500`. As `rpn_anchor_generator`,
             torchvision's own is taken too.
 
@@ -63,8 +64,9 @@ class FasterRCNN(nn.Module):
     ) -> None:
         super().__init__()
         if settings is None:
+            usual = TORCHVISION if interop.is_torchvisions(backbone, overrides, box_roi_pool) else VGG16
             known = backbones.NAMED.get(backbone) if isinstance(backbone, str) else None
-            settings = Settings() if known is None else known.settings
+            settings = usual if known is None else known.settings
         self.settings = settings.override(**interop.overrides(overrides, box_roi_pool))
         num_classes = _num_classes(num_classes, box_predictor)
         channels = len(self.settings.image_mean)

@@ -2,10 +2,19 @@
 
 from typing import Any
 
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.rpn import AnchorGenerator as TheirAnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 from .anchors import AnchorGenerator
+
+
+def is_torchvisions(backbone: object, given: dict[str, Any], box_roi_pool: object) -> bool:
+    """Whether a detector is asked for as torchvision's is: with its pyramid, its anchors or its pooling."""
+    theirs = isinstance(backbone, BackboneWithFPN) or isinstance(
+        given.get("rpn_anchor_generator"), TheirAnchorGenerator
+    )
+    return theirs or box_roi_pool is not None
 
 
 def overrides(given: dict[str, Any], box_roi_pool: MultiScaleRoIAlign | None) -> dict[str, Any]:

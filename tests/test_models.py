@@ -294,7 +294,7 @@ def test_new_predictors_start_as_in_the_library_that_they_stand_for():
 def test_torchvisions_objects_are_understood():
     """The constructor call of a torchvision user, with one import changed."""
 
-    def build(cls, **more):
+    def build(cls):
         torch.manual_seed(3)
         body = torchvision.models.mobilenet_v2(norm_layer=FrozenBatchNorm2d).features[:18]
         backbone = BackboneWithFPN(
@@ -310,10 +310,9 @@ def test_torchvisions_objects_are_understood():
             rpn_post_nms_top_n_test=100,
             box_head=TwoMLPHead(128 * 49, 256),
             box_predictor=FastRCNNPredictor(256, 4),
-            **more,
         )
 
-    theirs, ours = build(detection.FasterRCNN), build(fastdet.FasterRCNN, settings=fastdet.TORCHVISION)
+    theirs, ours = build(detection.FasterRCNN), build(fastdet.FasterRCNN)
     assert ours.num_classes == 4
     strengthen(theirs, std=0.1)
     ours.load_state_dict(theirs.state_dict())
@@ -324,6 +323,24 @@ def test_torchvisions_objects_are_understood():
     assert list(by_name.state_dict()) == list(theirs.state_dict())
     with pytest.raises(ValueError, match=r"num_classes is 3, but box_predictor has 4"):
         fastdet.FasterRCNN("small", 3, box_predictor=FastRCNNPredictor(256, 4))
+
+
+def test_a_backbone_without_a_pyramid_as_torchvisions_users_build_it():
+    def build(cls):
+        torch.manual_seed(3)
+        backbone = torchvision.models.mobilenet_v2(norm_layer=FrozenBatchNorm2d).features
+        backbone.out_channels = 1280
+        anchors = TheirAnchorGenerator(sizes=((16, 32, 64, 128, 256),), aspect_ratios=((0.5, 1.0, 2.0),))
+        pool = MultiScaleRoIAlign(featmap_names=["0"], output_size=7, sampling_ratio=2)
+        numbers = {"min_size": 128, "max_size": 192, "rpn_post_nms_top_n_test": 50}
+        return cls(backbone, num_classes=2, rpn_anchor_generator=anchors, box_roi_pool=pool, **numbers)
+
+    theirs, ours = build(detection.FasterRCNN), build(fastdet.FasterRCNN)
+    strengthen(theirs, std=0.1)
+    ours.load_state_dict(theirs.state_dict())
+    images, _ = scene((128, 160), (96, 70))
+    with torch.no_grad():
+        assert_same_detections(theirs.eval()(images), ours.eval()(images))
 
 
 def test_pooling_that_cannot_be_said_in_settings_is_refused():
