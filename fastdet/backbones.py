@@ -1,10 +1,8 @@
 """Feature extractors by name: torchvision's networks, cut at a stride of 16 pixels or with a feature pyramid on top."""
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +12,9 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from . import tensor_files
 from .anchors import AnchorGenerator
 from .config import TORCHVISION, VGG16, Settings
+from .interop import Weights, read_weights
 from .norms import FrozenBatchNorm2d
 from .weights import WeightsError, load
 
@@ -99,7 +97,7 @@ class Backbone(nn.Sequential):
 
 def build(
     name: str,
-    weights: str | os.PathLike[str] | None = None,
+    weights: Weights | None = None,
     trainable_layers: int | None = None,
     freeze_batchnorm: bool | None = None,
     in_channels: int = 3,
@@ -109,8 +107,8 @@ def build(
 
     Args:
         name: one of `NAMED`.
-        weights: the name of torchvision's ImageNet weights ("IMAGENET1K_V1", ...), or a file with a state dict of the
-            classifier or of its features alone.
+        weights: torchvision's ImageNet weights (its enum, or a name such as "IMAGENET1K_V1"), or a file with a state
+            dict of the classifier or of its features alone.
         trainable_layers: how many of the last blocks train; the blocks before are frozen. Without `weights` all train.
         freeze_batchnorm: use the stored statistics and never update them; by default so with `weights`, but for
             "resnet50_fpn_v2".
@@ -144,7 +142,7 @@ def build(
         layers = _classifier(name, norm).features
         backbone, layers, blocks = _mobilenet(name, layers)
     if state is not None:
-        _load(layers, _features_of(layers, state, f"{os.fspath(weights or '')!r} is not a state dict of {name}"))
+        _load(layers, _features_of(layers, state, f"{str(weights)!r} is not a state dict of {name}"))
     if in_channels != 3:
         _widen_first_convolution(layers, in_channels, pretrained=state is not None)
     _freeze(name, blocks, trainable_layers, pretrained=weights is not None)
@@ -247,18 +245,10 @@ def _widen_first_convolution(layers: nn.Module, in_channels: int, pretrained: bo
     first.in_channels, first.weight = in_channels, nn.Parameter(weight)
 
 
-def _read(name: str, weights: str | os.PathLike[str], progress: bool) -> Mapping[str, Tensor]:
+def _read(name: str, weights: Weights, progress: bool) -> Mapping[str, Tensor]:
     network = NAMED[name].network
-    available = {} if network is None else torchvision.models.get_model_weights(network).__members__
-    if str(weights) in available:
-        return available[str(weights)].get_state_dict(progress=progress, check_hash=True)
-    if not Path(weights).exists():
-        known = ", ".join(available) or "none"
-        raise ValueError(f"weights_backbone: no file {os.fspath(weights)!r}, and not one of {known}")
-    try:
-        return tensor_files.read_state_dict(weights)
-    except tensor_files.TensorFileError as error:
-        raise ValueError(f"weights_backbone: {error}") from None
+    enum = None if network is None else torchvision.models.get_model_weights(network)
+    return read_weights("weights_backbone", enum, weights, progress)[1]
 
 
 def _renamed(state: Mapping[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from fastdet.draw import draw_detections
 from fastdet.options import UserError, parser
 from fastdet.predict import detect, evaluate, write_report
 from fastdet.recipes import RECIPES, TrainSettings
-from fastdet.tensor_files import TensorFileError
+from fastdet.tensor_files import TensorFileError, read
 from fastdet.train import train
 from fastdet.weights import WeightsError
 
@@ -92,6 +92,7 @@ def _train(options: argparse.Namespace) -> None:
         model = checkpoint.build_model(architecture, weights_backbone=options.weights_backbone)
     if options.weights:
         with _naming("--weights"):
+            _check_origin(options, architecture, data.class_names)
             weights.load(model, options.weights, replace_predictor=options.replace_predictor)
     elif options.replace_predictor:
         raise UserError("--replace-predictor: it goes with --weights")
@@ -110,6 +111,20 @@ def _train(options: argparse.Namespace) -> None:
     facts = {"backbone": options.backbone, "epochs": settings.epochs, **minutes}
     _evaluate(options, model, _limited(held_out, options.limit), data.class_names, facts)
     print(f"trained in {minutes['minutes_of_training']:.1f} minutes, all in {_minutes_since(start):.1f}: {options.out}")
+
+
+def _check_origin(options: argparse.Namespace, architecture: dict[str, Any], class_names: tuple[str, ...]) -> None:
+    """Raises UserError if a checkpoint to start from says that it is of other classes or anchors."""
+    content = read(options.weights)
+    if not isinstance(content, dict) or "architecture" not in content:
+        return
+    pairs = [("anchors", architecture["anchors"], content["architecture"].get("anchors"))]
+    if not options.replace_predictor:
+        pairs.append(("classes", class_names, tuple(content.get("class_names", ()))))
+    for what, now, then in pairs:
+        if now != then:
+            way_out = "; see --replace-predictor" if what == "classes" else ""
+            raise UserError(f"--weights: {options.weights} has the {what} {then}, this run {now}{way_out}")
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -154,6 +154,21 @@ class Settings:
         return replace(self, **changes)
 
 
+# What a detector's layers are made for, and cannot be changed once it is built.
+MADE_FOR = (
+    "image_mean",
+    "image_std",
+    "mask_padding",
+    "rpn_anchor_generator",
+    "rpn_objectness",
+    "rpn_hidden_channels",
+    "rpn_conv_depth",
+    "box_pool_size",
+    "box_num_convs",
+    "box_representation_size",
+    "class_weights",
+)
+
 _CHOICES = {
     "image_format": ("rgb", "bgr255"),
     "rpn_objectness": ("softmax", "sigmoid"),
@@ -198,6 +213,15 @@ def _are_weights(values: object, count: int) -> bool:
 def _require(name: str, value: object, good: bool, what: str) -> None:
     if not good:
         raise ValueError(f"{name} must be {what}, got {value!r}")
+
+
+def refuse(name: str, settings: dict[str, str]) -> None:
+    """Raise AttributeError for an attribute to be set that is a setting: `settings` are their names by attribute."""
+    if name in settings:
+        setting = settings[name]
+        raise AttributeError(
+            f"{name} is the setting {setting}: model.settings = model.settings.override({setting}=...)"
+        )
 
 
 VGG16 = Settings()

@@ -1,6 +1,5 @@
 """The two-stage detector: a backbone, the region proposal network, the box head, and the door around them."""
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,7 +11,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from . import backbones, batching, interop, padding
 from .anchors import Size, inside
-from .config import TORCHVISION, VGG16, Settings
+from .config import MADE_FOR, TORCHVISION, VGG16, Settings
 from .losses import NAMES
 from .roi_heads import RoIHeads
 from .rpn import RegionProposalNetwork
@@ -26,7 +25,8 @@ class FasterRCNN(nn.Module):
         backbone: one of `fastdet.backbones.NAMED`, or a module with `out_channels` and, if it likes, `strides` (one
             number a level), that gives one feature map [B, C, H, W] or a dict of them.
         num_classes: with the background, so labels run from 1 to num_classes - 1. None takes those of `box_predictor`.
-        weights_backbone: for a named backbone, the name of torchvision's ImageNet weights or a file.
+        weights_backbone: for a named backbone, torchvision's ImageNet weights (an enum or its name) or a file.
+        progress: show the download of named weights.
         trainable_backbone_layers: for a named backbone, how many of its last blocks train.
         freeze_batchnorm: for a named backbone, use stored statistics; by default so with `weights_backbone`.
         rpn_head, box_head, box_predictor: modules in place of the usual ones.
@@ -52,7 +52,8 @@ class FasterRCNN(nn.Module):
         backbone: str | nn.Module,
         num_classes: int | None = None,
         *,
-        weights_backbone: str | os.PathLike[str] | None = None,
+        weights_backbone: interop.Weights | None = None,
+        progress: bool = True,
         trainable_backbone_layers: int | None = None,
         freeze_batchnorm: bool | None = None,
         rpn_head: nn.Module | None = None,
@@ -63,16 +64,16 @@ class FasterRCNN(nn.Module):
         **overrides: Any,
     ) -> None:
         super().__init__()
+        known = backbones.NAMED.get(backbone) if isinstance(backbone, str) else None
         if settings is None:
             usual = TORCHVISION if interop.is_torchvisions(backbone, overrides, box_roi_pool) else VGG16
-            known = backbones.NAMED.get(backbone) if isinstance(backbone, str) else None
             settings = usual if known is None else known.settings
-        self.settings = settings.override(**interop.overrides(overrides, box_roi_pool))
+        settings = settings.override(**interop.overrides(overrides, box_roi_pool))
         num_classes = _num_classes(num_classes, box_predictor)
-        channels = len(self.settings.image_mean)
+        channels = len(settings.image_mean)
         if isinstance(backbone, str):
             choices = weights_backbone, trainable_backbone_layers, freeze_batchnorm
-            backbone, named_head = backbones.build(backbone, *choices, in_channels=channels)
+            backbone, named_head = backbones.build(backbone, *choices, in_channels=channels, progress=progress)
             box_head = named_head if box_head is None else box_head
         elif weights_backbone is not None or trainable_backbone_layers is not None or freeze_batchnorm is not None:
             raise ValueError(
@@ -83,21 +84,41 @@ class FasterRCNN(nn.Module):
         if not isinstance(width, int):
             raise ValueError(f"backbone must have an integer attribute out_channels, got {width!r}")
         strides = getattr(backbone, "strides", None)
-        if self.settings.rpn_anchor_generator.strides is None and strides is not None:
-            anchors = replace(self.settings.rpn_anchor_generator, strides=tuple(strides))
-            self.settings = self.settings.override(rpn_anchor_generator=anchors)
-        weights = self.settings.class_weights
-        if weights is not None and len(weights) != num_classes:
-            raise ValueError(f"class_weights must hold {num_classes} numbers, the background's first, got {weights}")
+        if settings.rpn_anchor_generator.strides is None and strides is not None:
+            anchors = replace(settings.rpn_anchor_generator, strides=tuple(strides))
+            settings = settings.override(rpn_anchor_generator=anchors)
+        _check_class_weights(settings, num_classes)
+        self._settings = settings
         self.backbone = backbone
         self.rpn = RegionProposalNetwork(width, self.settings, rpn_head)
         self.roi_heads = RoIHeads(width, num_classes, self.settings, box_head, box_predictor)
         self._num_classes = num_classes
         self._padding = padding.Mask()
-        if self.settings.mask_padding:
+        if settings.mask_padding:
+            known_strides = strides if known is None else known.strides
+            if known_strides is not None:
+                pooled = known_strides[: len(settings.box_featmap_names or known_strides)]
+                padding.require_multiples(max(pooled), settings.size_divisible)
+            # A head that takes the place of this one afterwards is not masked: give it as `rpn_head`.
             self._padding.attach(self.backbone, self.rpn.head)
         self.register_buffer("_image_mean", torch.tensor(self.settings.image_mean), persistent=False)
         self.register_buffer("_image_std", torch.tensor(self.settings.image_std), persistent=False)
+
+    @property
+    def settings(self) -> Settings:
+        """Every number. `model.settings = model.settings.override(box_score_thresh=0.3)` changes some afterwards.
+
+        Raises:
+            ValueError: on a change of what the layers were made for.
+        """
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        fixed = [name for name in MADE_FOR if getattr(settings, name) != getattr(self._settings, name)]
+        if fixed:
+            raise ValueError(f"{', '.join(fixed)}: the layers are made for the old value; build another detector")
+        self._settings = self.rpn.settings = self.roi_heads.settings = settings
 
     @property
     def num_classes(self) -> int:
@@ -135,6 +156,10 @@ class FasterRCNN(nn.Module):
         """
         want_losses = self.training or return_losses
         want_detections = not self.training or return_losses
+        if not want_detections and (return_features or return_class_scores):
+            raise ValueError(
+                "return_features and return_class_scores are of detections: in training, return_losses too"
+            )
         batch, padded, originals = self._open(images, targets, want_losses)
         losses, found = self._step(batch, padded, want_losses, want_detections)
         if found is None:
@@ -280,6 +305,8 @@ class FasterRCNN(nn.Module):
         if self._image_mean.dtype != torch.float32:
             raise TypeError(f"the model must be in float32, got {self._image_mean.dtype}; for less, use torch.autocast")
         batching.check_images(images, len(self.settings.image_mean))
+        if want_targets:
+            _check_class_weights(self.settings, self.num_classes)
         if want_targets and targets is None:
             raise ValueError("targets are needed for the losses")
         checked = batching.check_targets(targets, images, self.num_classes) if want_targets else None
@@ -287,6 +314,12 @@ class FasterRCNN(nn.Module):
         batch = batching.batch_images(images, self.settings, self._image_mean, self._image_std, self.training)
         padded = None if checked is None else batching.batch_targets(checked, originals, batch.sizes)
         return batch, padded, originals
+
+
+def _check_class_weights(settings: Settings, num_classes: int) -> None:
+    weights = settings.class_weights
+    if weights is not None and len(weights) != num_classes:
+        raise ValueError(f"class_weights must hold {num_classes} numbers, the background's first, got {weights}")
 
 
 def _num_classes(given: int | None, predictor: nn.Module | None) -> int:

@@ -1,12 +1,23 @@
-"""torchvision's modules in the terms of `fastdet.Settings`."""
+"""torchvision's objects in our terms: its modules as fields of `fastdet.Settings`, its enums of weights as tensors."""
 
-from typing import Any
+import os
+from pathlib import Path
+from typing import Any, TypeAlias
 
+from torch import Tensor
+from torchvision.models._api import WeightsEnum
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.rpn import AnchorGenerator as TheirAnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
+from . import tensor_files
 from .anchors import AnchorGenerator
+
+# A member of one of torchvision's enums of weights, its name ("COCO_V1"), or a file.
+Weights: TypeAlias = WeightsEnum | str | os.PathLike[str]
+
+# Fields for which torchvision's None stands for the default.
+_NONE_IS_DEFAULT = ("rpn_anchor_generator", "image_mean", "image_std", "bbox_reg_weights")
 
 
 def is_torchvisions(backbone: object, given: dict[str, Any], box_roi_pool: object) -> bool:
@@ -19,6 +30,7 @@ def is_torchvisions(backbone: object, given: dict[str, Any], box_roi_pool: objec
 
 def overrides(given: dict[str, Any], box_roi_pool: MultiScaleRoIAlign | None) -> dict[str, Any]:
     """The `given` changes of settings, torchvision's objects among them in our terms, and what `box_roi_pool` says."""
+    given = {name: value for name, value in given.items() if value is not None or name not in _NONE_IS_DEFAULT}
     generator = given.get("rpn_anchor_generator")
     if isinstance(generator, TheirAnchorGenerator):
         given = {**given, "rpn_anchor_generator": anchors(generator)}
@@ -26,7 +38,9 @@ def overrides(given: dict[str, Any], box_roi_pool: MultiScaleRoIAlign | None) ->
 
 
 def anchors(theirs: TheirAnchorGenerator) -> AnchorGenerator:
-    """The same anchors on each level."""
+    """The same anchors on each level. Raises ValueError for a subclass, whose anchors may be others."""
+    if type(theirs) is not TheirAnchorGenerator:
+        raise ValueError(f"rpn_anchor_generator must be torchvision's AnchorGenerator, got {type(theirs).__name__}")
     return AnchorGenerator(tuple(map(tuple, theirs.sizes)), tuple(map(tuple, theirs.aspect_ratios)))
 
 
@@ -51,3 +65,29 @@ def pooling(theirs: MultiScaleRoIAlign) -> dict[str, Any]:
         "box_pool_size": height,
         "box_sampling_ratio": max(theirs.sampling_ratio, 0),
     }
+
+
+def read_weights(
+    argument: str, enum: type[WeightsEnum] | None, weights: Weights, progress: bool
+) -> tuple[WeightsEnum | None, dict[str, Tensor]]:
+    """The member of `enum` that `weights` is or names, None for a file; and the state dict.
+
+    Raises:
+        ValueError: naming the `argument`; a member of another enum, a file that is not there or holds no state dict.
+    """
+    known = {} if enum is None else enum.__members__
+    if isinstance(weights, WeightsEnum):
+        if weights not in known.values():
+            raise ValueError(f"{argument}: {weights} are weights of another network")
+        member: WeightsEnum | None = weights
+    else:
+        member = known.get(str(weights).removeprefix("" if enum is None else f"{enum.__name__}."))
+    if member is not None:
+        return member, member.get_state_dict(progress=progress, check_hash=True)
+    path: Any = weights
+    if not Path(path).exists():
+        raise ValueError(f"{argument}: no file {os.fspath(path)!r}, and not one of {', '.join(known) or 'none'}")
+    try:
+        return None, tensor_files.read_state_dict(path)
+    except tensor_files.TensorFileError as error:
+        raise ValueError(f"{argument}: {error}") from None

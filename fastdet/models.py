@@ -1,7 +1,8 @@
 """Detectors by name. Those of torchvision have its builders' signatures, and give its numbers with its weights."""
 
 import os
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
 import torchvision
 from torch import Tensor
@@ -18,19 +19,18 @@ from . import weights as weights_of_others
 from .backbones import NAMED
 from .config import DETECTRON2
 from .faster_rcnn import FasterRCNN
+from .interop import Weights, read_weights
 from .norms import FrozenBatchNorm2d
-
-# A member of one of torchvision's enums of weights, its name ("COCO_V1"), or a file.
-Weights: TypeAlias = WeightsEnum | str | os.PathLike[str]
 
 _PREDICTOR = "roi_heads.box_predictor.cls_score.weight"
 _COCO_CLASSES = 91
 
 
 def fasterrcnn_vgg16(
-    num_classes: int = 21,
+    num_classes: int | None = None,
     *,
     weights: str | os.PathLike[str] | None = None,
+    progress: bool = True,
     weights_backbone: Weights | None = None,
     trainable_backbone_layers: int | None = None,
     replace_predictor: bool = False,
@@ -39,27 +39,30 @@ def fasterrcnn_vgg16(
     """The VGG16 detector of Ren et al. 2015: stride 16, RoI max-pooling, fc6 and fc7 from the classifier.
 
     Args:
-        num_classes: with the background; 21 for PASCAL VOC.
-        weights: a file with a state dict of this detector.
-        weights_backbone: the name of torchvision's VGG16 weights, e.g. "IMAGENET1K_V1", or a file.
+        num_classes: with the background; None takes those of `weights`, or the 21 of PASCAL VOC.
+        weights: a file with a state dict of this detector. The backbone's are not asked for then.
+        progress: show the download of named weights.
+        weights_backbone: torchvision's VGG16 weights, e.g. "IMAGENET1K_V1", or a file.
         trainable_backbone_layers: of the five blocks of convolutions, how many of the last train; 3 with pretrained
             weights (conv1 and conv2 frozen), else all.
         replace_predictor: load `weights` of another number of classes, all but the predictor.
-        overrides: fields of `Settings`.
+        overrides: fields of `Settings`, and the modules that `FasterRCNN` takes.
 
     Raises:
         ValueError: a file that cannot be read, or whose names or shapes do not fit.
     """
-    model = FasterRCNN(
+    return _pretrained(
         "vgg16",
+        None,
+        weights,
+        progress,
         num_classes,
-        weights_backbone=_name(weights_backbone),
-        trainable_backbone_layers=trainable_backbone_layers,
-        **overrides,
-    )
-    if weights is not None:
-        weights_of_others.load(model, weights, replace_predictor=replace_predictor)
-    return model
+        weights_backbone,
+        trainable_backbone_layers,
+        replace_predictor,
+        overrides,
+        usual_classes=21,
+    )[0]
 
 
 def fasterrcnn_resnet50_fpn(
@@ -204,17 +207,16 @@ def fasterrcnn_resnet50_fpn_detectron2(
         ValueError: a file that cannot be read, or whose names or shapes do not fit.
     """
     state = None
+    _require_weights(weights, replace_predictor)
     if weights is not None:
         with weights_of_others.naming(weights):
             state = weights_of_others.from_detectron2(tensor_files.read_state_dict(weights))
     trainable = NAMED["resnet50_fpn"].trainable_layers(trainable_backbone_layers, state is not None)
     model = FasterRCNN(
         "resnet50_fpn",
-        num_classes or (81 if state is None else len(state[_PREDICTOR])),
-        freeze_batchnorm=True,
+        _classes(num_classes, state, 81),
         trainable_backbone_layers=trainable,
-        settings=DETECTRON2,
-        **overrides,
+        **{"settings": DETECTRON2, "freeze_batchnorm": state is not None, **overrides},
     )
     if stride_in_1x1:
         backbones.move_stride_to_first_convolution(model.backbone)
@@ -225,7 +227,7 @@ def fasterrcnn_resnet50_fpn_detectron2(
 
 def _pretrained(
     name: str,
-    enum: type[WeightsEnum],
+    enum: type[WeightsEnum] | None,
     weights: Weights | None,
     progress: bool,
     num_classes: int | None,
@@ -233,18 +235,19 @@ def _pretrained(
     trainable_backbone_layers: int | None,
     replace_predictor: bool,
     overrides: dict[str, Any],
+    usual_classes: int = _COCO_CLASSES,
 ) -> tuple[FasterRCNN, WeightsEnum | None]:
     """The detector of a named backbone with its weights; and which of torchvision's they are, None for a file's."""
-    named, state = _read(enum, weights, progress)
+    _require_weights(weights, replace_predictor)
+    named, state = (None, None) if weights is None else read_weights("weights", enum, weights, progress)
     if state is not None:
         weights_backbone = None
-    if num_classes is None:
-        num_classes = _COCO_CLASSES if state is None or _PREDICTOR not in state else len(state[_PREDICTOR])
     pretrained = state is not None or weights_backbone is not None
     model = FasterRCNN(
         name,
-        num_classes,
-        weights_backbone=_name(weights_backbone),
+        _classes(num_classes, state, usual_classes),
+        weights_backbone=weights_backbone,
+        progress=progress,
         trainable_backbone_layers=NAMED[name].trainable_layers(trainable_backbone_layers, pretrained),
         **{"freeze_batchnorm": NAMED[name].freezes_batchnorm(pretrained), **overrides},
     )
@@ -253,17 +256,13 @@ def _pretrained(
     return model, named
 
 
-def _read(
-    enum: type[WeightsEnum], weights: Weights | None, progress: bool
-) -> tuple[WeightsEnum | None, dict[str, Tensor] | None]:
-    if weights is None:
-        return None, None
-    if isinstance(weights, WeightsEnum) or str(weights) in enum.__members__:
-        member = enum.verify(weights if isinstance(weights, WeightsEnum) else enum[str(weights)])
-        return member, member.get_state_dict(progress=progress, check_hash=True)
-    return None, tensor_files.read_state_dict(weights)
+def _require_weights(weights: Weights | None, replace_predictor: bool) -> None:
+    if replace_predictor and weights is None:
+        raise ValueError("replace_predictor says what to do with weights, but there are none")
 
 
-def _name(weights: Weights | None) -> str | os.PathLike[str] | None:
-    """torchvision's weights of a classifier by their name alone: which classifier is known."""
-    return weights.name if isinstance(weights, WeightsEnum) else weights
+def _classes(given: int | None, state: Mapping[str, Tensor] | None, usual: int) -> int:
+    """The number of classes asked for, or that of the weights, or the usual one."""
+    if given is not None:
+        return given
+    return usual if state is None or _PREDICTOR not in state else len(state[_PREDICTOR])

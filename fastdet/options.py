@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     _add_model_options(one)
     _add_recipe_options(one)
     again = one.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    again.add_argument("--resume", action="store_true", help="go on with the run in --out, all other options as then")
     again.add_argument("--overwrite", action="store_true", help="begin anew where --out has a run")
 
     one = command("eval", "Average precision of a trained detector.")
@@ -71,7 +71,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--backbone", default="mobilenet_v2", help=f"{', '.join(NAMED)} (mobilenet_v2)")
     start = group.add_mutually_exclusive_group()
     start.add_argument("--weights-backbone", metavar="FILE_OR_NAME", help="its weights: a file, or IMAGENET1K_V1")
-    start.add_argument("--weights", type=Path, metavar="FILE", help="weights of the whole detector to start from")
+    start.add_argument("--weights", type=Path, metavar="FILE", help="weights of a detector to start from")
     group.add_argument("--replace-predictor", action="store_true", help="those of --weights are for other classes")
     group.add_argument("--trainable-backbone-layers", type=int, metavar="N", help="stages not frozen, from the end")
     group.add_argument("--min-size", type=_at_least_one, help="shorter side of resized images in pixels")

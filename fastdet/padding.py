@@ -20,6 +20,18 @@ from .anchors import Size
 from .structures import Seen
 
 _ONE_CELL = (1, (1, 1))
+# Layers that mix cells in other ways than a window of zeros at the border.
+_UNKNOWN = (
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.LocalResponseNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.modules.conv._ConvTransposeNd,
+    nn.Upsample,
+    nn.AdaptiveMaxPool2d,
+    nn.FractionalMaxPool2d,
+    nn.LPPool2d,
+)
 
 
 def stride_of(pixels: int, cells: int) -> int:
@@ -60,18 +72,23 @@ def to_far_corner(features: Tensor, extent: Tensor) -> Tensor:
     return features
 
 
+def require_multiples(coarsest: int, divisible: int, image_size: Size | None = None) -> None:
+    """Raises ValueError unless padded sizes are multiples of the `coarsest` stride of the levels that are pooled."""
+    if any(side % coarsest for side in (divisible, *(image_size or ()))):
+        padded = "" if image_size is None else f" and the batch is padded to {image_size}"
+        raise ValueError(
+            f"mask_padding needs padded sizes that are multiples of {coarsest}, but size_divisible is "
+            f"{divisible}{padded}"
+        )
+
+
 def masked(seen: Seen, own: Tensor, divisible: int) -> Seen:
     """What was seen, with what belongs to each image alone; `own` as in `extents`, rounded up to `divisible`.
 
     Raises:
         ValueError: the strides of the levels do not divide the padded sizes.
     """
-    coarsest = round(1 / min(seen.pooled_scales))
-    if any(side % coarsest for side in (divisible, *seen.image_size)):
-        raise ValueError(
-            f"mask_padding needs padded sizes that are multiples of {coarsest}, but size_divisible is {divisible} and "
-            f"the batch is padded to {seen.image_size}"
-        )
+    require_multiples(round(1 / min(seen.pooled_scales)), divisible, seen.image_size)
 
     def extent(level: Tensor) -> Tensor:
         return extents(own, seen.image_size, (level.shape[-2], level.shape[-1]))
@@ -94,11 +111,16 @@ class Mask:
     def attach(self, *modules: nn.Module) -> None:
         """Mask from now on the inputs of all layers in `modules` that see more than one cell.
 
+        What a module does to its features by functions instead of layers is not seen, but for the upsampling of
+        torchvision's pyramid, which needs no mask.
+
         Raises:
             ValueError: a layer is one for which it is not known what lies beyond the border.
         """
         for module in modules:
             for name, layer in module.named_modules():
+                if isinstance(layer, _UNKNOWN):
+                    raise ValueError(f"mask_padding: {name} is a {type(layer).__name__}, which has no mask")
                 if isinstance(layer, nn.AdaptiveAvgPool2d):
                     if layer.output_size not in _ONE_CELL:
                         raise ValueError(f"mask_padding: {name} pools to {layer.output_size}, which has no mask")

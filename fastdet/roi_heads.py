@@ -4,6 +4,7 @@ Girshick 2015 (arXiv:1504.08083), section 2. Every step works on the whole batch
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,18 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 
 from . import boxes as box_algebra
 from . import losses, ops
-from .config import Settings
+from .config import Settings, refuse
 from .norms import RowBatchNorm2d
 from .rpn import start_normal
 from .structures import Detections, Proposals, Samples, Targets
+
+# torchvision's attributes that are settings here: assigned, they would change nothing.
+_SETTINGS = {
+    "score_thresh": "box_score_thresh",
+    "nms_thresh": "box_nms_thresh",
+    "detections_per_img": "box_detections_per_img",
+    "box_roi_pool": "box_pooling",
+}
 
 
 class RoIHeads(nn.Module):
@@ -43,6 +52,10 @@ class RoIHeads(nn.Module):
         self.box_predictor = box_predictor
         weights = settings.class_weights
         self.register_buffer("_class_weights", None if weights is None else torch.tensor(weights), persistent=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse(name, _SETTINGS)
+        super().__setattr__(name, value)
 
     @torch.no_grad()
     def sample(self, proposals: Proposals, targets: Targets) -> Samples:

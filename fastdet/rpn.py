@@ -15,7 +15,7 @@ from . import anchors as anchor_boxes
 from . import boxes as box_algebra
 from . import losses, ops
 from .anchors import Size
-from .config import Settings
+from .config import Settings, refuse
 from .padding import stride_of
 from .structures import AnchorTargets, HeadOutput, Proposals, Targets
 
@@ -48,6 +48,17 @@ class RPNHead(nn.Module):
         return HeadOutput([self.cls_logits(level) for level in hidden], [self.bbox_pred(level) for level in hidden])
 
 
+# torchvision's attributes that are settings here: assigned, they would change nothing.
+_SETTINGS = {
+    "anchor_generator": "rpn_anchor_generator",
+    "nms_thresh": "rpn_nms_thresh",
+    "score_thresh": "rpn_score_thresh",
+    "min_size": "rpn_min_size",
+    "_pre_nms_top_n": "rpn_pre_nms_top_n_test",
+    "_post_nms_top_n": "rpn_post_nms_top_n_test",
+}
+
+
 class RegionProposalNetwork(nn.Module):
     """The head and everything that is computed from its outputs."""
 
@@ -65,6 +76,10 @@ class RegionProposalNetwork(nn.Module):
         self.head = head
         for level, cell in enumerate(generator.cell_anchors()):
             self.register_buffer(f"_cell_anchors{level}", cell, persistent=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse(name, _SETTINGS)
+        super().__setattr__(name, value)
 
     @property
     def cell_anchors(self) -> list[Tensor]:

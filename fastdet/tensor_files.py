@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import re
@@ -52,6 +53,9 @@ def read(path: str | os.PathLike[str], *, kind: str = "file of tensors") -> Any:
     except FileNotFoundError:
         raise TensorFileError(f"{path}: no such {kind}") from None
     except OSError as error:
+        if error.errno == errno.EINVAL:
+            # torch's reader, where the file ends before it should.
+            raise TensorFileError(f"{path}: not a {kind}, or cut short") from error
         raise TensorFileError(f"{path}: the {kind} cannot be read: {error.strerror or one_line(error)}") from error
     except pickle.UnpicklingError as error:
         # Both unpicklers name the object so.
@@ -67,7 +71,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read names and tensors: a state dict, or one that a checkpoint holds as its "model" or "state_dict".
 
     That is how fastdet, torchvision's reference scripts, detectron2 and simple-faster-rcnn-pytorch lay out their
-    checkpoints. The prefix "module." that DistributedDataParallel gives to every name is taken off.
+    checkpoints. The prefixes that DistributedDataParallel and torch.compile give to every name are taken off.
 
     Raises:
         TensorFileError: as `read`; or what is left is not a mapping of names to tensors, or empty.
@@ -79,8 +83,15 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     problem = not_a_state_dict(content)
     if problem:
         raise TensorFileError(f"{path}: not a state dict: {problem}")
-    prefix = "module." if all(name.startswith("module.") for name in content) else ""
-    return {name.removeprefix(prefix): value for name, value in content.items()}
+    return unwrapped(content)
+
+
+def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes that DistributedDataParallel and torch.compile put before every name."""
+    for prefix in ("module.", "_orig_mod."):
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return dict(state)
 
 
 def not_a_state_dict(content: object) -> str:
@@ -92,6 +103,9 @@ def not_a_state_dict(content: object) -> str:
             return f"its key {name!r} is not a name"
         if not isinstance(value, Tensor):
             return f"its entry {name!r} is a {type(value).__name__}, not a tensor"
+        if value.layout != torch.strided or value.is_quantized:
+            kind = "quantised" if value.is_quantized else str(value.layout)
+            return f"its entry {name!r} is {kind}, not a plain tensor"
     return "" if content else "it is empty"
 
 

@@ -229,7 +229,7 @@ def _restore(path: Path, facts: Mapping[str, Any], model: nn.Module, optimizer: 
         raise CheckpointError(f"{path}: not the checkpoint of a run: it has no {', '.join(missing)}")
     for name, value in facts.items():
         if name not in _FREE_ON_RESUME and saved[name] != value:
-            raise CheckpointError(f"{path}: {name} is {value!r}, but the run to be resumed has {saved[name]!r}")
+            raise CheckpointError(f"{path}: {_difference(name, value, saved[name])}")
     try:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -239,6 +239,15 @@ def _restore(path: Path, facts: Mapping[str, Any], model: nn.Module, optimizer: 
     if device.type == "cuda" and "cuda" in saved["random"]:
         torch.cuda.set_rng_state(saved["random"]["cuda"], device)
     return int(saved["epoch"])
+
+
+def _difference(name: str, now: Any, then: Any) -> str:
+    """The first thing in which a run differs from the one to be resumed."""
+    if isinstance(now, Mapping) and isinstance(then, Mapping):
+        for key in {**now, **then}:
+            if now.get(key) != then.get(key):
+                return _difference(f"{name}, {key}", now.get(key), then.get(key))
+    return f"{name} is {now!r}, but the run to be resumed has {then!r}"
 
 
 def _read_rows(path: Path, last_epoch: int) -> list[Row]:

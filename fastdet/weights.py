@@ -78,10 +78,10 @@ def load(
         WeightsError: a name is missing or unexpected, or a shape is another.
     """
     if isinstance(weights, Mapping):
-        state = dict(weights)
         problem = tensor_files.not_a_state_dict(weights)
         if problem:
             raise WeightsError(f"{name} is not one: {problem}")
+        state = tensor_files.unwrapped(weights)
     else:
         name, state = os.fspath(weights), tensor_files.read_state_dict(weights)
     own = model.state_dict()
@@ -104,6 +104,11 @@ def load(
             if key in own and value.shape != own[key].shape
         ],
     )
+    for key, value in state.items():
+        if value.is_meta and not own[key].is_meta:
+            raise WeightsError(f"{name} does not fit the model: {key} is on the meta device, without content")
+        if value.is_floating_point() != own[key].is_floating_point() or value.is_complex():
+            raise WeightsError(f"{name} does not fit the model: {key} holds {value.dtype} in place of {own[key].dtype}")
     model.load_state_dict({**own, **state})
 
 

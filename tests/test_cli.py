@@ -209,12 +209,18 @@ def test_a_run_starts_from_another_runs_weights(trained, tree, tmp_path, capsys)
     # What was trained with the batch's statistics goes on frozen, as pretrained weights do.
     assert all(torch.equal(first[name], value) for name, value in model.items())
     other = [*train, *start, "--classes", "circle,square,triangle,star,none"]
-    fails(capsys, other, "--weights", "last.pth", "5 classes, the model 6", "replace_predictor")
+    fails(capsys, other, "--weights", "last.pth", "has the classes ('circle'", "--replace-predictor")
+    another = [*train, *start]
+    another[another.index("12,20,32")] = "16,32,48"
+    fails(capsys, another, "--weights", "last.pth", "has the anchors", "(12.0, 20.0, 32.0)", "(16.0, 32.0, 48.0)")
     assert main([*other, "--replace-predictor"]) == 0
     replaced = checkpoint.load(tmp_path / "run" / "last.pth")["model"]
     assert replaced["roi_heads.box_predictor.cls_score.weight"].shape[0] == 6
     assert torch.equal(replaced["rpn.head.cls_logits.weight"], first["rpn.head.cls_logits.weight"])
     fails(capsys, [*train, "--replace-predictor"], "--replace-predictor", "--weights")
+    bare = tmp_path / "bare.pth"
+    torch.save(first, bare)
+    fails(capsys, [*other, "--weights", bare], "--weights", "5 classes, the model 6", "replace_predictor")
     fails(capsys, [*train, "--weights", "a.pth", "--weights-backbone", "b.pth"], "not allowed with")
     fails(capsys, [*train, "--weights", tmp_path / "nowhere.pth"], "nowhere.pth")
 

@@ -77,7 +77,8 @@ def test_vgg16_takes_its_layers_and_the_classifiers_weights_from_torchvision(tmp
     expected = [f"backbone.{i}.{kind}" for i in (0, 2, 5, 7) for kind in ("weight", "bias")]
     assert frozen == expected, "conv1 and conv2"
     torch.save(model.state_dict(), tmp_path / "detector.pth")
-    again = fastdet.fasterrcnn_vgg16(weights=tmp_path / "detector.pth")
+    again = fastdet.fasterrcnn_vgg16(weights=tmp_path / "detector.pth", weights_backbone="not looked at")
+    assert [name for name, parameter in again.named_parameters() if not parameter.requires_grad] == expected
     assert all(torch.equal(state[name], value) for name, value in again.state_dict().items())
 
 
@@ -380,6 +381,27 @@ def test_shares_of_positives_and_clamps_are_obeyed():
     assert (boxes[:, 2] - boxes[:, 0]).max() <= 32 * 2**0.5 * 1.106
 
 
+def test_settings_are_changed_in_one_place():
+    model = small_detector().eval()
+    images, _ = small_scene()
+    before = model(images)
+    model.settings = model.settings.override(box_score_thresh=0.4, box_detections_per_img=3, rpn_nms_thresh=0.5)
+    found = model(images)
+    assert max(len(one["boxes"]) for one in found) <= 3 < max(len(one["boxes"]) for one in before)
+    assert all((one["scores"] > 0.4).all() for one in found)
+    with pytest.raises(ValueError, match="rpn_anchor_generator, box_pool_size: the layers are made for the old value"):
+        model.settings = model.settings.override(rpn_anchor_generator=fastdet.AnchorGenerator(), box_pool_size=5)
+    # torchvision's users write these, and would change nothing here.
+    for part, name, words in (
+        (model.roi_heads, "score_thresh", "box_score_thresh"),
+        (model.roi_heads, "detections_per_img", "box_detections_per_img"),
+        (model.rpn, "nms_thresh", "rpn_nms_thresh"),
+        (model.rpn, "anchor_generator", "rpn_anchor_generator"),
+    ):
+        with pytest.raises(AttributeError, match=rf"settings.override\({words}="):
+            setattr(part, name, 0.3)
+
+
 def step_losses(**changes):
     model = small_detector(**changes).eval()
     torch.manual_seed(5)
@@ -410,6 +432,10 @@ def test_classes_are_weighted():
     assert torch.isfinite(nothing)
     with pytest.raises(ValueError, match="class_weights must hold 4 numbers"):
         small_detector(class_weights=(1.0, 1.0))
+    model = small_detector(class_weights=weights)
+    model.roi_heads.box_predictor = torchvision.models.detection.faster_rcnn.FastRCNNPredictor(16, 7)
+    with pytest.raises(ValueError, match="class_weights must hold 7 numbers"):
+        model(*small_scene())
 
 
 def test_features_and_all_scores_of_each_detection():
@@ -433,6 +459,8 @@ def test_features_and_all_scores_of_each_detection():
         assert one["features"].shape == (len(rows), 16)
     index = seen["detections"].index
     torch.testing.assert_close(seen["box_features"][0, index[0, 0]], found[0]["features"][0])
+    with pytest.raises(ValueError, match=r"return_features .* in training, return_losses too"):
+        small_detector().train()(*small_scene(), return_features=True)
     losses, both = model(images, small_scene()[1], return_losses=True, return_features=True)
     assert set(losses) == LOSSES
     assert "features" in both[0]

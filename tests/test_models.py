@@ -258,9 +258,10 @@ def test_detectron2s_detector(tmp_path):
     torch.save({"model": fastdet.weights.to_detectron2(model.state_dict())}, tmp_path / "model_final.pth")
     again = fastdet.fasterrcnn_resnet50_fpn_detectron2(weights=tmp_path / "model_final.pth")
     assert again.num_classes == 4
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in again.modules())
     state = again.state_dict()
     for name, value in model.state_dict().items():
-        if not name.startswith("roi_heads.box_predictor.bbox_pred"):
+        if name in state and not name.startswith("roi_heads.box_predictor.bbox_pred"):
             assert torch.equal(state[name], value), name
     box = "roi_heads.box_predictor.bbox_pred.weight"
     assert torch.equal(state[box][4:], model.state_dict()[box][4:])
@@ -341,6 +342,46 @@ def test_a_backbone_without_a_pyramid_as_torchvisions_users_build_it():
     images, _ = scene((128, 160), (96, 70))
     with torch.no_grad():
         assert_same_detections(theirs.eval()(images), ours.eval()(images))
+
+
+def test_weights_of_another_network_are_refused(hub):
+    other = torchvision.models.MobileNet_V3_Large_Weights.IMAGENET1K_V1
+    for call in (
+        lambda: fastdet.fasterrcnn_resnet50_fpn(weights_backbone=other),
+        lambda: fastdet.FasterRCNN("resnet50_fpn", 3, weights_backbone=other),
+        lambda: fastdet.fasterrcnn_resnet50_fpn(weights=detection.FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1),
+    ):
+        with pytest.raises(ValueError, match="are weights of another network"):
+            call()
+    with pytest.raises(ValueError, match="weights: no file 'COCO_V2', and not one of COCO_V1, DEFAULT"):
+        fastdet.fasterrcnn_resnet50_fpn(weights="COCO_V2")
+    with pytest.raises(ValueError, match="replace_predictor says what to do with weights"):
+        fastdet.fasterrcnn_mobilenet_v3_large_fpn(weights_backbone=None, replace_predictor=True)
+
+
+@pytest.mark.parametrize("written", ["enum", "IMAGENET1K_V1", "DEFAULT", "MobileNet_V2_Weights.IMAGENET1K_V1"])
+def test_every_way_to_name_weights(hub, written):
+    enum = torchvision.models.MobileNet_V2_Weights
+    state = torchvision.models.mobilenet_v2().state_dict()
+    for member in enum:
+        put(hub, member, state)
+    given = enum.IMAGENET1K_V1 if written == "enum" else written
+    model = fastdet.FasterRCNN("mobilenet_v2_fpn", 3, weights_backbone=given)
+    assert torch.equal(model.backbone.body["0"][0].weight, state["features.0.0.weight"])
+
+
+def test_torchvisions_none_means_the_default():
+    nothing = {"rpn_anchor_generator": None, "image_mean": None, "image_std": None, "bbox_reg_weights": None}
+    model = fastdet.FasterRCNN("mobilenet_v2_fpn", 3, **nothing)
+    assert model.settings == fastdet.FasterRCNN("mobilenet_v2_fpn", 3).settings
+
+
+def test_anchors_of_a_subclass_are_refused():
+    class Mine(TheirAnchorGenerator):
+        pass
+
+    with pytest.raises(ValueError, match=r"rpn_anchor_generator .* got Mine"):
+        fastdet.FasterRCNN("small", 3, rpn_anchor_generator=Mine())
 
 
 def test_pooling_that_cannot_be_said_in_settings_is_refused():

@@ -118,11 +118,19 @@ def test_it_is_one_graph_of_fixed_shapes(batch):
 
 
 def test_sizes_that_cannot_be_masked_are_refused(batch):
-    with pytest.raises(ValueError, match=r"mask_padding needs .* multiples of 16, but size_divisible is 1 "):
-        detector("mobilenet_v2", mask_padding=True, size_divisible=1)
+    for name, coarsest in (("mobilenet_v2", 16), ("resnet18_fpn", 32)):
+        words = rf"mask_padding needs .* multiples of {coarsest}, but size_divisible is 8"
+        with pytest.raises(ValueError, match=words):
+            fastdet.FasterRCNN(name, 3, mask_padding=True, size_divisible=8)
+    odd = fastdet.FasterRCNN("mobilenet_v2_fpn", 3, mask_padding=True, size_buckets=((300, 300),), **NUMBERS).eval()
+    with pytest.raises(ValueError, match=r"the batch is padded to \(300, 300\)"):
+        odd(batch)
     mask = padding.Mask()
     with pytest.raises(ValueError, match=r"pools to \(7, 7\)"):
         mask.attach(torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d((7, 7))))
+    for layer in (torch.nn.GroupNorm(1, 3), torch.nn.InstanceNorm2d(3), torch.nn.ConvTranspose2d(3, 3, 2)):
+        with pytest.raises(ValueError, match=f"is a {type(layer).__name__}, which has no mask"):
+            mask.attach(torch.nn.Sequential(layer))
 
 
 def test_extents():

@@ -601,3 +601,29 @@ def test_converted_weights_are_loaded():
     )
     with pytest.raises(WeightsError, match="the weights have 3 classes, the model 21"):
         weights.load(model, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda value: value.to_sparse(), "is torch.sparse_coo, not a plain tensor"),
+        (lambda value: value.to("meta"), "1.weight is on the meta device, without content"),
+        (lambda value: value > 0, "holds torch.bool in place of torch.float32"),
+        (lambda value: value.to(torch.complex64), "holds torch.complex64 in place of torch.float32"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused_before_anything_is_loaded(change, words):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: torch.full_like(value, 9) for name, value in before.items()}
+    state["1.weight"] = change(state["1.weight"])
+    with pytest.raises(WeightsError, match=words):
+        weights.load(model, state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_taken_off_mappings_too(prefix):
+    model = torch.nn.Linear(2, 3)
+    weights.load(model, {f"{prefix}{name}": torch.full_like(value, 9) for name, value in model.state_dict().items()})
+    assert (model.weight == 9).all()
