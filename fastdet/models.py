@@ -210,7 +210,11 @@ def fasterrcnn_resnet50_fpn_detectron2(
     _require_weights(weights, replace_predictor)
     if weights is not None:
         with weights_of_others.naming(weights):
-            state = weights_of_others.from_detectron2(tensor_files.read_state_dict(weights))
+            state = weights_of_others.from_detectron2(
+                tensor_files.read_state_dict(weights),
+                pixel_mean=overrides.get("image_mean", DETECTRON2.image_mean),
+                pixel_std=overrides.get("image_std", DETECTRON2.image_std),
+            )
     trainable = NAMED["resnet50_fpn"].trainable_layers(trainable_backbone_layers, state is not None)
     model = FasterRCNN(
         "resnet50_fpn",

@@ -270,6 +270,11 @@ def test_detectron2s_detector(tmp_path):
         2,
         2,
     )
+    old = {**fastdet.weights.to_detectron2(model.state_dict()), "pixel_mean": torch.tensor([1.0, 2, 3])[:, None, None]}
+    torch.save({"model": old}, tmp_path / "old.pth")
+    with pytest.raises(ValueError, match=r"old\.pth.*pixel_mean of \(1.0, 2.0, 3.0\)"):
+        fastdet.fasterrcnn_resnet50_fpn_detectron2(weights=tmp_path / "old.pth")
+    fastdet.fasterrcnn_resnet50_fpn_detectron2(weights=tmp_path / "old.pth", image_mean=(1.0, 2.0, 3.0))
     settings = again.settings
     assert (settings.box_aligned, settings.box_sampling_ratio, settings.rpn_smooth_l1_beta) == (True, 0, 0)
     seen = again.eval().inspect([torch.rand(3, 100, 128)])
