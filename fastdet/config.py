@@ -143,6 +143,12 @@ class Settings:
             if getattr(self, low) > getattr(self, high):
                 raise ValueError(f"{low} ({getattr(self, low)}) must not be above {high} ({getattr(self, high)})")
 
+    def check_classes(self, num_classes: int) -> None:
+        """Raises ValueError if there are weights of another number of classes."""
+        weights = self.class_weights
+        if weights is not None and len(weights) != num_classes:
+            raise ValueError(f"class_weights must hold {num_classes} numbers, the background's first, got {weights}")
+
     def override(self, **changes: Any) -> "Settings":
         """A copy with some fields changed. Raises TypeError for a name that is not a field, listing the near ones."""
         known = [setting.name for setting in fields(self)]

@@ -69,7 +69,7 @@ class FasterRCNN(nn.Module):
             usual = TORCHVISION if interop.is_torchvisions(backbone, overrides, box_roi_pool) else VGG16
             settings = usual if known is None else known.settings
         settings = settings.override(**interop.overrides(overrides, box_roi_pool))
-        num_classes = _num_classes(num_classes, box_predictor)
+        num_classes = interop.count_classes(num_classes, box_predictor)
         channels = len(settings.image_mean)
         if isinstance(backbone, str):
             choices = weights_backbone, trainable_backbone_layers, freeze_batchnorm
@@ -87,7 +87,7 @@ class FasterRCNN(nn.Module):
         if settings.rpn_anchor_generator.strides is None and strides is not None:
             anchors = replace(settings.rpn_anchor_generator, strides=tuple(strides))
             settings = settings.override(rpn_anchor_generator=anchors)
-        _check_class_weights(settings, num_classes)
+        settings.check_classes(num_classes)
         self._settings = settings
         self.backbone = backbone
         self.rpn = RegionProposalNetwork(width, self.settings, rpn_head)
@@ -306,7 +306,7 @@ class FasterRCNN(nn.Module):
             raise TypeError(f"the model must be in float32, got {self._image_mean.dtype}; for less, use torch.autocast")
         batching.check_images(images, len(self.settings.image_mean))
         if want_targets:
-            _check_class_weights(self.settings, self.num_classes)
+            self.settings.check_classes(self.num_classes)
         if want_targets and targets is None:
             raise ValueError("targets are needed for the losses")
         checked = batching.check_targets(targets, images, self.num_classes) if want_targets else None
@@ -314,19 +314,3 @@ class FasterRCNN(nn.Module):
         batch = batching.batch_images(images, self.settings, self._image_mean, self._image_std, self.training)
         padded = None if checked is None else batching.batch_targets(checked, originals, batch.sizes)
         return batch, padded, originals
-
-
-def _check_class_weights(settings: Settings, num_classes: int) -> None:
-    weights = settings.class_weights
-    if weights is not None and len(weights) != num_classes:
-        raise ValueError(f"class_weights must hold {num_classes} numbers, the background's first, got {weights}")
-
-
-def _num_classes(given: int | None, predictor: nn.Module | None) -> int:
-    found = getattr(getattr(predictor, "cls_score", None), "out_features", None)
-    number = found if given is None else given
-    if not isinstance(number, int) or number < 2:
-        raise ValueError(f"num_classes counts the background, so it is at least 2, got {given!r}")
-    if found is not None and found != number:
-        raise ValueError(f"num_classes is {number}, but box_predictor has {found}")
-    return number

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models._api import WeightsEnum
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.rpn import AnchorGenerator as TheirAnchorGenerator
@@ -65,6 +65,21 @@ def pooling(theirs: MultiScaleRoIAlign) -> dict[str, Any]:
         "box_pool_size": height,
         "box_sampling_ratio": max(theirs.sampling_ratio, 0),
     }
+
+
+def count_classes(given: int | None, predictor: nn.Module | None) -> int:
+    """How many a detector has, the background included: as it is told, or as its predictor has.
+
+    Raises:
+        ValueError: there are fewer than two, or the two disagree.
+    """
+    found = getattr(getattr(predictor, "cls_score", None), "out_features", None)
+    number = found if given is None else given
+    if not isinstance(number, int) or number < 2:
+        raise ValueError(f"num_classes counts the background, so it is at least 2, got {given!r}")
+    if found is not None and found != number:
+        raise ValueError(f"num_classes is {number}, but box_predictor has {found}")
+    return number
 
 
 def read_weights(
