@@ -204,13 +204,12 @@ def _are(kind: type, values: object) -> bool:
     return isinstance(values, (tuple, list)) and all(isinstance(value, kind) for value in values)
 
 
-def _are_positive(values: object, count: int) -> bool:
-    if not isinstance(values, (tuple, list)) or len(values) != count:
-        return False
-    return all(_is_number(value) and value > 0 for value in values)
+def _are_positive(values: Any, count: int) -> bool:
+    return _are_weights(values, count) and all(values)
 
 
-def _are_weights(values: object, count: int) -> bool:
+def _are_weights(values: Any, count: int) -> bool:
+    """So many numbers, none below 0."""
     if not isinstance(values, (tuple, list)) or len(values) != count:
         return False
     return all(_is_number(value) and value >= 0 for value in values)

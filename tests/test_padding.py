@@ -16,16 +16,15 @@ CASES = {
     "mobilenet_v3_large_fpn": {"rpn_score_thresh": 0.0},
     "resnet18_fpn": {},
     "mobilenet_v2": {"size_divisible": 16, "rpn_min_size": 4.0},
-    "vgg of one level": {"size_divisible": 8, "rpn_min_size": 4.0, "box_pooling": "align"},
+    "small": {"size_divisible": 8, "rpn_min_size": 4.0, "box_pooling": "align"},
 }
 
 
 def detector(name, **changes):
     torch.manual_seed(0)
     anchors = fastdet.AnchorGenerator(((24, 48),), offset=4.0)
-    more = {"rpn_anchor_generator": anchors} if name.startswith("vgg") else {}
-    backbone = "small" if name.startswith("vgg") else name
-    model = fastdet.FasterRCNN(backbone, 4, **{**NUMBERS, **CASES[name], **more, **changes})
+    more = {"rpn_anchor_generator": anchors} if name == "small" else {}
+    model = fastdet.FasterRCNN(name, 4, **{**NUMBERS, **CASES[name], **more, **changes})
     images = [torch.rand(3, 96, 128), torch.rand(3, 100, 96)]
     calibrate(model, images)
     enliven(model, images)
