@@ -1,197 +1,254 @@
 """Greedy non-maximum suppression of many groups at once, exact, without a wait of the host.
 
-The boxes of a group come in descending order of priority and are worked through in chunks. A chunk is first filtered
-against the boxes kept so far (wide), then a bit matrix of "overlaps a box of higher priority" is written for the chunk
-(wide), and one program a group settles it in rounds: a box is removed once a kept box of higher priority overlaps it,
-and kept once every box of higher priority that overlaps it is removed. Each round decides at least the first undecided
-box, and no decision is ever revised, so the result is the greedy one whatever the data. A group that has kept
-`max_keep` boxes skips its later chunks.
+The boxes of a group come in descending order of priority and are worked through in chunks. One wide launch writes, for
+all chunks, a bit matrix of "overlaps a box of higher priority in the same chunk". Then, chunk after chunk, a wide launch
+marks the boxes that a box kept from an earlier chunk removes, and one program a group settles the rest in rounds: a box
+is removed once a kept box of higher priority overlaps it, and kept once every box of higher priority that overlaps it
+is removed. Each round decides at least the first undecided box, and no decision is ever revised, so the result is the
+greedy one whatever the data. A group that has kept `max_keep` boxes skips its later chunks.
 """
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.jit import JITFunction
 
-from .overlap import iou, load_boxes
+from .overlap import intersection_union, load_boxes, ratio_or_zero
 
 
 class Config(NamedTuple):
-    """Sizes of the work: boxes a chunk (a power of two, at least 32), rows and kept boxes of a tile, warps."""
+    """Sizes of the work, all powers of two: boxes a chunk, at least 32; rows a program compares with 32 others; rows
+    and kept boxes a program of the filter compares at a time, and kept boxes it compares in all; warps that settle."""
 
     chunk: int
-    block_rows: int
-    block_kept: int
-    num_warps: int
+    overlap_rows: int
+    filter_rows: int
+    filter_kept: int
+    filter_span: int
+    settle_warps: int
 
 
 def config(num_boxes: int) -> Config:
-    """Block sizes for groups of `num_boxes` boxes."""
+    """Sizes for groups of `num_boxes` boxes: the matrix of a chunk has to fit the registers of the program it settles.
+
+    1024 boxes are 64 of them in each of 512 threads.
+    """
     chunk = min(max(triton.next_power_of_2(num_boxes), 32), 1024)
-    return Config(chunk=chunk, block_rows=32, block_kept=64, num_warps=4 if chunk <= 256 else 8)
+    return Config(
+        chunk,
+        overlap_rows=min(chunk, 128),
+        filter_rows=32,
+        filter_kept=64,
+        filter_span=256,
+        settle_warps=max(chunk // 64, 1),
+    )
 
 
 @triton.jit
-def _filter_kernel(
-    boxes_ptr,
-    valid_ptr,
-    kept_ptr,
-    count_ptr,
-    alive_ptr,
-    num_boxes,
-    max_keep,
-    start,
-    iou_threshold,
-    CHUNK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_KEPT: tl.constexpr,
-):
-    """Which boxes of the chunk are valid, finite, and free of every box kept before.
+def _exceeds(inter, union, threshold, half_ulp, FUSED: tl.constexpr):
+    """Whether the quotient, rounded as IEEE division does, is above the threshold; not if it is undefined.
 
-                 kept boxes, up to count
-                 BLOCK_KEPT  BLOCK_KEPT ...
-                +----------+----------+
-    BLOCK_ROWS  |  -> any overlap ->  |    program (group and row block)
-                +----------+----------+
-
-    boxes_ptr [groups, N, 4] fp32, pixels; valid_ptr [groups, N] bool; kept_ptr [groups, max_keep, 4] fp32;
-    count_ptr [groups] int64; alive_ptr [groups, CHUNK] int8, written.
+    The rounded quotient is above if the true one is above threshold + half_ulp, the middle between the threshold and
+    the next fp32 number; it never lies there, as that middle has one digit more than a quotient's numerator. Near it,
+    inter - threshold * union has few digits, so that a fused multiply-add gives it exactly. (For areas above 2^-100.)
     """
-    row_blocks: tl.constexpr = CHUNK // BLOCK_ROWS
-    group = (tl.program_id(0) // row_blocks).to(tl.int64)
-    slot = tl.program_id(0) % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row = start + slot
-    count = tl.load(count_ptr + group)
-    inside = (row < num_boxes) & (count < max_keep)
-    alive = tl.load(valid_ptr + group * num_boxes + row, mask=inside, other=0).to(tl.int1)
-    x1, y1, x2, y2 = load_boxes(boxes_ptr, group * num_boxes + row, inside)
-    # Zero times a finite number is 0; times NaN or infinity it is NaN, which equals nothing.
-    alive &= (x1 * 0.0 == 0.0) & (y1 * 0.0 == 0.0) & (x2 * 0.0 == 0.0) & (y2 * 0.0 == 0.0)
-    overlapped = tl.zeros([BLOCK_ROWS], dtype=tl.int32)
-    for first in range(0, tl.where(count < max_keep, count, 0), BLOCK_KEPT):
-        other = first + tl.arange(0, BLOCK_KEPT)
-        kx1, ky1, kx2, ky2 = load_boxes(kept_ptr, group * max_keep + other, other < count)
-        value = iou(
-            x1[:, None], y1[:, None], x2[:, None], y2[:, None], kx1[None, :], ky1[None, :], kx2[None, :], ky2[None, :]
-        )
-        hit = (value > iou_threshold) & (other < count)[None, :]
-        overlapped |= tl.max(hit.to(tl.int32), axis=1)
-    tl.store(alive_ptr + group * CHUNK + slot, (alive & (overlapped == 0)).to(tl.int8))
+    if FUSED:
+        return tl.fma(-threshold, union, inter) > half_ulp * union
+    else:
+        return ratio_or_zero(inter, union) > threshold
 
 
 @triton.jit
 def _overlap_kernel(
     boxes_ptr,
-    count_ptr,
+    valid_ptr,
     overlap_ptr,
+    removed_ptr,
+    num_boxes,
+    iou_threshold,
+    half_ulp,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    FUSED: tl.constexpr,
+):
+    """The lower triangles of the overlap matrices of all chunks, 32 columns to a word.
+
+                        BLOCK_ROWS rows
+                 +-------------------------+
+    32 columns,  | bit of column 0         |     program (group, chunk and row block; word), summed down to one word a
+    one word     | bit of column 1   ...   |     row: bit c of word w says that box 32 w + c has a higher priority than
+                 +-------------------------+     the row's and overlaps it by more than the threshold
+
+    Rows whose tile holds nothing valid are left unwritten: they are never looked at.
+
+    boxes_ptr [groups, N, 4] fp32, pixels; valid_ptr [groups, N] bool; overlap_ptr [groups, CHUNKS, CHUNK / 32, CHUNK]
+    int32, written; removed_ptr [groups, N] int8, set to 0 for the launches that follow.
+    """
+    row_blocks: tl.constexpr = CHUNK // BLOCK_ROWS
+    block = tl.program_id(0)
+    word = tl.program_id(1)
+    group = (block // (CHUNKS * row_blocks)).to(tl.int64)
+    chunk = block // row_blocks % CHUNKS
+    slot = block % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    bit = tl.arange(0, 32)
+    other = word * 32 + bit
+    start = chunk * CHUNK
+    first = group * num_boxes + start
+    row_mask = start + slot < num_boxes
+    if word == 0:
+        tl.store(removed_ptr + first + slot, tl.zeros([BLOCK_ROWS], dtype=tl.int8), mask=row_mask)
+    row_valid = tl.load(valid_ptr + first + slot, mask=row_mask, other=0).to(tl.int32)
+    other_valid = tl.load(valid_ptr + first + other, mask=start + other < num_boxes, other=0).to(tl.int32)
+    below = word * 32 < (block % row_blocks + 1) * BLOCK_ROWS
+    if below & (tl.max(row_valid, axis=0) > 0):
+        x1, y1, x2, y2 = load_boxes(boxes_ptr, first + slot, row_valid != 0)
+        ox1, oy1, ox2, oy2 = load_boxes(boxes_ptr, (first + other)[:, None], (other_valid != 0)[:, None])
+        inter, union = intersection_union(
+            ox1, oy1, ox2, oy2, x1[None, :], y1[None, :], x2[None, :], y2[None, :]
+        )
+        hit = _exceeds(inter, union, iou_threshold, half_ulp, FUSED) & (other[:, None] < slot[None, :])
+        packed = tl.sum(hit.to(tl.int32) << bit[:, None], axis=0)
+        matrix = group * CHUNKS + chunk
+        tl.store(overlap_ptr + (matrix * (CHUNK // 32) + word) * CHUNK + slot, packed)
+
+
+@triton.jit
+def _filter_kernel(
+    boxes_ptr,
+    kept_ptr,
+    count_ptr,
+    removed_ptr,
     num_boxes,
     max_keep,
     start,
     iou_threshold,
+    half_ulp,
     CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEPT: tl.constexpr,
+    SPAN: tl.constexpr,
+    FUSED: tl.constexpr,
 ):
-    """The lower triangle of the chunk's overlap matrix, 32 columns to a word.
+    """Marks the boxes of the chunk that a box kept before removes.
 
-                 word 0   word 1   word 2
-                +--------+--------+--------+
-    BLOCK_ROWS  |program |        |        |    program (group and row block, word)
-                +--------+--------+        |
-    BLOCK_ROWS  |        |        |        |    bit c of word w in row r: box 32 w + c has a higher priority
-                +--------+--------+--------+    than box r and overlaps it by more than the threshold
+                      SPAN of the kept boxes
+                  BLOCK_KEPT  BLOCK_KEPT  ...
+                +------------+------------+
+    BLOCK_ROWS  |  ->   any overlap   ->  |    program (group and row block; span)
+                +------------+------------+
 
-    boxes_ptr [groups, N, 4] fp32, pixels; count_ptr [groups] int64; overlap_ptr [groups, CHUNK / 32, CHUNK] int32,
-    written, words of one column together.
+    boxes_ptr [groups, N, 4] fp32, pixels; kept_ptr [groups, max_keep, 4] fp32, of which count_ptr [groups] int64 are
+    written; removed_ptr [groups, N] int8, set to 1 by whichever program sees a reason.
     """
     row_blocks: tl.constexpr = CHUNK // BLOCK_ROWS
     group = (tl.program_id(0) // row_blocks).to(tl.int64)
-    row_block = tl.program_id(0) % row_blocks
-    word = tl.program_id(1)
-    slot = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    bit = tl.arange(0, 32)
-    other = word * 32 + bit
+    row = start + tl.program_id(0) % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     count = tl.load(count_ptr + group)
-    wanted = (count < max_keep) & (word * 32 < (row_block + 1) * BLOCK_ROWS)
-    row_mask = (start + slot < num_boxes) & wanted
-    other_mask = (start + other < num_boxes) & wanted
-    x1, y1, x2, y2 = load_boxes(boxes_ptr, group * num_boxes + start + slot, row_mask)
-    ox1, oy1, ox2, oy2 = load_boxes(boxes_ptr, group * num_boxes + start + other, other_mask)
-    value = iou(
-        x1[:, None], y1[:, None], x2[:, None], y2[:, None], ox1[None, :], oy1[None, :], ox2[None, :], oy2[None, :]
-    )
-    hit = (value > iou_threshold) & (other[None, :] < slot[:, None]) & row_mask[:, None] & other_mask[None, :]
-    packed = tl.sum(hit.to(tl.int32) << bit[None, :], axis=1)
-    tl.store(overlap_ptr + (group * (CHUNK // 32) + word) * CHUNK + slot, packed)
+    begin = tl.program_id(1) * SPAN
+    end = tl.where(count < max_keep, tl.minimum(count, begin + SPAN), 0)
+    if begin < end:
+        x1, y1, x2, y2 = load_boxes(boxes_ptr, group * num_boxes + row, row < num_boxes)
+        overlapped = tl.zeros([BLOCK_ROWS], dtype=tl.int32)
+        for first in range(begin, end, BLOCK_KEPT):
+            other = first + tl.arange(0, BLOCK_KEPT)
+            # Past the end boxes are zeros, which overlap nothing.
+            kx1, ky1, kx2, ky2 = load_boxes(kept_ptr, (group * max_keep + other)[None, :], (other < end)[None, :])
+            inter, union = intersection_union(x1[:, None], y1[:, None], x2[:, None], y2[:, None], kx1, ky1, kx2, ky2)
+            hit = _exceeds(inter, union, iou_threshold, half_ulp, FUSED)
+            overlapped |= tl.max(hit.to(tl.int32), axis=1)
+        mask = (row < num_boxes) & (overlapped != 0)
+        tl.store(removed_ptr + group * num_boxes + row, tl.full([BLOCK_ROWS], 1, dtype=tl.int8), mask=mask)
+
+
+@triton.jit
+def _words(flags, CHUNK: tl.constexpr):
+    """uint32 [1, CHUNK / 32]: 32 of the `flags` [CHUNK], 0 or 1, to a word."""
+    bits = tl.reshape(flags, [CHUNK // 32, 32]) << tl.arange(0, 32)[None, :]
+    return tl.sum(bits, axis=1).to(tl.uint32, bitcast=True)[None, :]
 
 
 @triton.jit
 def _settle_kernel(
     boxes_ptr,
+    valid_ptr,
     overlap_ptr,
-    alive_ptr,
+    removed_ptr,
     kept_ptr,
     index_ptr,
     count_ptr,
     num_boxes,
     max_keep,
-    start,
+    chunk,
+    CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
     """Decide the chunk of one group and append what is kept.
 
-      one lane a box:  undecided -> kept | removed
+      one row a box:  undecided -> kept | removed
 
-          word 0   word 1  ...   each round reads every word of the lane's row and meets it with
-         +--------+--------+     the packed states of the 32 boxes of that word
-    lane |        |        |
+          word 0   word 1  ...   the matrix stays in registers; each round meets every row with the packed states of
+         +--------+--------+     all boxes: kept ones remove it, undecided ones hold it back
+    row  |        |        |
          +--------+--------+     program (group)
 
-    boxes_ptr [groups, N, 4] fp32; overlap_ptr [groups, CHUNK / 32, CHUNK] int32; alive_ptr [groups, CHUNK] int8;
-    kept_ptr [groups, max_keep, 4] fp32, index_ptr [groups, max_keep] int64, count_ptr [groups] int64: appended to.
+    boxes_ptr [groups, N, 4] fp32; valid_ptr [groups, N] bool; overlap_ptr [groups, CHUNKS, CHUNK / 32, CHUNK] int32;
+    removed_ptr [groups, N] int8; kept_ptr [groups, max_keep, 4] fp32, index_ptr [groups, max_keep] int64, count_ptr
+    [groups] int64: appended to, and taken to be empty if FIRST.
     """
     WORDS: tl.constexpr = CHUNK // 32
     group = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, CHUNK)
-    word = tl.arange(0, WORDS)
-    bit = tl.arange(0, 32)
-    count = tl.load(count_ptr + group)
-    undecided = tl.load(alive_ptr + group * CHUNK + lane).to(tl.int32)
-    kept = tl.zeros([CHUNK], dtype=tl.int32)
-    left = tl.sum(undecided, axis=0)
-    while left > 0:
-        undecided_words = tl.sum(tl.reshape(undecided, [WORDS, 32]) << bit[None, :], axis=1)
-        kept_words = tl.sum(tl.reshape(kept, [WORDS, 32]) << bit[None, :], axis=1)
-        under_kept = tl.zeros([CHUNK], dtype=tl.int32)
-        under_undecided = tl.zeros([CHUNK], dtype=tl.int32)
-        for w in range(WORDS):
-            row = tl.load(overlap_ptr + (group * WORDS + w) * CHUNK + lane)
-            under_kept |= row & tl.sum(tl.where(word == w, kept_words, 0), axis=0)
-            under_undecided |= row & tl.sum(tl.where(word == w, undecided_words, 0), axis=0)
-        undecided = tl.where(under_kept != 0, 0, undecided)
-        newly_kept = tl.where(under_undecided == 0, undecided, 0)
-        kept |= newly_kept
-        undecided -= newly_kept
-        left = tl.sum(undecided, axis=0)
+    row = chunk * CHUNK + lane
+    if FIRST:
+        count = tl.full([], 0, dtype=tl.int64)
+    else:
+        count = tl.load(count_ptr + group)
+    inside = (row < num_boxes) & (count < max_keep)
+    source = group * num_boxes + row
+    undecided = inside & (tl.load(valid_ptr + source, mask=inside, other=0) != 0)
+    if not FIRST:
+        undecided &= tl.load(removed_ptr + source, mask=inside, other=1) == 0
+    x1, y1, x2, y2 = load_boxes(boxes_ptr, source, undecided)
+    # Zero times a finite number is 0; times NaN or infinity it is NaN, which equals nothing.
+    undecided &= (x1 * 0.0 == 0.0) & (y1 * 0.0 == 0.0) & (x2 * 0.0 == 0.0) & (y2 * 0.0 == 0.0)
+    waiting = undecided.to(tl.int32)
+    if tl.sum(waiting, axis=0) > 0:
+        matrix = (group * CHUNKS + chunk) * (WORDS * CHUNK)
+        words = tl.arange(0, WORDS)[None, :] * CHUNK + lane[:, None]
+        # A row that is decided already needs no word, nor any row a word of later boxes.
+        needed = (waiting[:, None] != 0) & (tl.arange(0, WORDS)[None, :] * 32 < lane[:, None])
+        higher = tl.load(overlap_ptr + matrix + words, mask=needed, other=0).to(tl.uint32, bitcast=True)
+        kept = tl.zeros([CHUNK], dtype=tl.int32)
+        while tl.sum(waiting, axis=0) > 0:
+            under_kept = tl.max(higher & _words(kept, CHUNK), axis=1)
+            under_waiting = tl.max(higher & _words(waiting, CHUNK), axis=1)
+            waiting = tl.where(under_kept != 0, 0, waiting)
+            newly_kept = tl.where(under_waiting == 0, waiting, 0)
+            kept += newly_kept
+            waiting -= newly_kept
 
-    rank = count + tl.cumsum(kept, axis=0) - 1
-    write = (kept != 0) & (rank < max_keep)
-    source = group * num_boxes + start + lane
-    x1, y1, x2, y2 = load_boxes(boxes_ptr, source, write)
-    target = group * max_keep + rank
-    tl.store(index_ptr + target, (start + lane).to(tl.int64), mask=write)
-    tl.store(kept_ptr + target * 4, x1, mask=write)
-    tl.store(kept_ptr + target * 4 + 1, y1, mask=write)
-    tl.store(kept_ptr + target * 4 + 2, x2, mask=write)
-    tl.store(kept_ptr + target * 4 + 3, y2, mask=write)
-    tl.store(count_ptr + group, tl.minimum(count + tl.sum(kept, axis=0), max_keep))
+        rank = count + tl.cumsum(kept, axis=0) - 1
+        write = (kept != 0) & (rank < max_keep)
+        target = group * max_keep + rank
+        tl.store(index_ptr + target, row.to(tl.int64), mask=write)
+        tl.store(kept_ptr + target * 4, x1, mask=write)
+        tl.store(kept_ptr + target * 4 + 1, y1, mask=write)
+        tl.store(kept_ptr + target * 4 + 2, x2, mask=write)
+        tl.store(kept_ptr + target * 4 + 3, y2, mask=write)
+        count = tl.minimum(count + tl.sum(kept, axis=0), max_keep)
+    tl.store(count_ptr + group, count)
 
 
 def launch(
     boxes: torch.Tensor,
     valid: torch.Tensor,
-    alive: torch.Tensor,
     overlap: torch.Tensor,
+    removed: torch.Tensor,
     kept: torch.Tensor,
     index: torch.Tensor,
     count: torch.Tensor,
@@ -199,54 +256,63 @@ def launch(
     iou_threshold: float,
     config: Config,
 ) -> None:
-    """Append to `index` [groups, max_keep] and `count` [groups], both zero at the start, what `boxes` keep.
+    """Write to `index` [groups, max_keep], zeros before, and `count` [groups] what `boxes` keep.
 
-    `boxes` [groups, N, 4] and `valid` [groups, N] are in descending priority. `alive` [groups, chunk] int8, `overlap`
-    [groups, chunk / 32, chunk] int32 and `kept` [groups, max_keep, 4] fp32 are scratch.
+    `boxes` [groups, N, 4] and `valid` [groups, N] are in descending priority, `iou_threshold` an fp32 number. Scratch:
+    `overlap` [groups, chunks, chunk / 32, chunk] int32, `removed` [groups, N] int8, `kept` [groups, max_keep, 4] fp32.
     """
     groups, num_boxes, _ = boxes.shape
-    max_keep = index.shape[1]
+    max_keep, chunk = index.shape[1], config.chunk
+    chunks, longest = overlap.shape[1], min(num_boxes, chunk)
+    numbers = {
+        "iou_threshold": iou_threshold,
+        "half_ulp": float(np.spacing(np.float32(iou_threshold))) / 2,
+        "num_boxes": num_boxes,
+        "CHUNK": chunk,
+        # The interpreter rounds twice in a multiply-add, so there the quotient is compared.
+        "FUSED": isinstance(_overlap_kernel, JITFunction),
+        "enable_fp_fusion": False,
+    }
     # The first axis of a grid is the only one that may be long.
-    tiles = groups * (config.chunk // config.block_rows)
-    for start in range(0, num_boxes, config.chunk):
-        _filter_kernel[(tiles,)](
-            boxes_ptr=boxes,
-            valid_ptr=valid,
-            kept_ptr=kept,
-            count_ptr=count,
-            alive_ptr=alive,
-            num_boxes=num_boxes,
-            max_keep=max_keep,
-            start=start,
-            iou_threshold=iou_threshold,
-            CHUNK=config.chunk,
-            BLOCK_ROWS=config.block_rows,
-            BLOCK_KEPT=config.block_kept,
-            enable_fp_fusion=False,
-        )
-        _overlap_kernel[(tiles, config.chunk // 32)](
-            boxes_ptr=boxes,
-            count_ptr=count,
-            overlap_ptr=overlap,
-            num_boxes=num_boxes,
-            max_keep=max_keep,
-            start=start,
-            iou_threshold=iou_threshold,
-            CHUNK=config.chunk,
-            BLOCK_ROWS=config.block_rows,
-            enable_fp_fusion=False,
-        )
+    _overlap_kernel[(groups * chunks * (chunk // config.overlap_rows), triton.cdiv(longest, 32))](
+        boxes_ptr=boxes,
+        valid_ptr=valid,
+        overlap_ptr=overlap,
+        removed_ptr=removed,
+        CHUNKS=chunks,
+        BLOCK_ROWS=config.overlap_rows,
+        num_warps=max(config.overlap_rows // 32, 1),
+        **numbers,
+    )
+    for which in range(chunks):
+        if which > 0:
+            spans = triton.cdiv(min(max_keep, which * chunk), config.filter_span)
+            _filter_kernel[(groups * (chunk // config.filter_rows), spans)](
+                boxes_ptr=boxes,
+                kept_ptr=kept,
+                count_ptr=count,
+                removed_ptr=removed,
+                max_keep=max_keep,
+                start=which * chunk,
+                BLOCK_ROWS=config.filter_rows,
+                BLOCK_KEPT=config.filter_kept,
+                SPAN=config.filter_span,
+                **numbers,
+            )
         _settle_kernel[(groups,)](
             boxes_ptr=boxes,
+            valid_ptr=valid,
             overlap_ptr=overlap,
-            alive_ptr=alive,
+            removed_ptr=removed,
             kept_ptr=kept,
             index_ptr=index,
             count_ptr=count,
             num_boxes=num_boxes,
             max_keep=max_keep,
-            start=start,
-            CHUNK=config.chunk,
-            num_warps=config.num_warps,
+            chunk=which,
+            CHUNKS=chunks,
+            CHUNK=chunk,
+            FIRST=which == 0,
+            num_warps=config.settle_warps,
             enable_fp_fusion=False,
         )

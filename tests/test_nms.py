@@ -204,7 +204,7 @@ def test_kernel_equals_cpu(kernel_device, monkeypatch, seed):
     from fastdet.kernels import nms as kernel
 
     # Small chunks, so that few boxes pass through all that many would.
-    small = kernel.Config(chunk=32, block_rows=16, block_kept=16, num_warps=4)
+    small = kernel.Config(32, overlap_rows=16, filter_rows=16, filter_kept=8, filter_span=16, settle_warps=1)
     monkeypatch.setattr(kernel, "config", lambda num_boxes: small)
     groups, count, side = 2, (1, 33, 64, 100)[seed % 4], (20.0, 60.0, 200.0)[seed % 3]
     boxes, valid = random_boxes(groups, count, side=side), torch.rand(groups, count) < 0.9
@@ -253,4 +253,6 @@ def test_block_sizes_hold_what_the_kernels_assume():
         config = kernel.config(num_boxes)
         assert config.chunk % 32 == 0
         assert config.chunk & (config.chunk - 1) == 0
-        assert config.chunk % config.block_rows == 0
+        assert config.chunk % config.overlap_rows == 0
+        assert config.chunk % config.filter_rows == 0
+        assert config.filter_span % config.filter_kept == 0

@@ -16,11 +16,15 @@ from torch import Tensor
 from . import _checks
 from ._library import define
 
-# On the CPU: pairs compared at a time, just below what torch shares among threads, so that a tile stays in a core's
-# cache and no operator waits for another thread; boxes filtered at a time; and how many need no filter.
-_TILE = 32767
-_BLOCK = 192
+# On the CPU, groups of at most so many boxes are worked through side by side, and longer ones block by block.
 _FEW = 600
+# Side by side: how many groups it takes to beat torchvision's operator on each, and pairs compared at a time.
+_ABREAST = 12
+_ABREAST_TILE = 1 << 17
+# Block by block: boxes of a block, and pairs compared at a time, just below what torch shares among threads: so a tile
+# stays in a core's cache and no operator waits for another thread.
+_BLOCK = 192
+_TILE = 32767
 
 
 class Kept(NamedTuple):
@@ -37,44 +41,104 @@ def fp32_below(threshold: float) -> float:
 
 
 def nms_cpu(boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int) -> tuple[Tensor, Tensor]:
-    groups = boxes.shape[0]
-    index, count = boxes.new_zeros(groups, max_keep, dtype=torch.int64), boxes.new_zeros(groups, dtype=torch.int64)
-    if max_keep:
-        for group in range(groups):
-            kept = _suppress(boxes[group], valid[group].nonzero()[:, 0], iou_threshold, max_keep)
-            index[group, : len(kept)] = kept
-            count[group] = len(kept)
-    return index, count
+    groups, num_boxes, _ = boxes.shape
+    planes, keep = _planes(boxes, valid)
+    place = torch.arange(num_boxes)
+    if max_keep and num_boxes:
+        sizes = torch.where(keep, place + 1, 0).amax(1).tolist()
+        _suppress(planes, sizes, iou_threshold, max_keep, keep)
+    rank = keep.cumsum(1)
+    # One place more, for what is not kept or not any more.
+    target = torch.where(keep & (rank <= max_keep), rank - 1, max_keep)
+    index = rank.new_zeros(groups, max_keep + 1).scatter_(1, target, place.expand_as(target))
+    return index[:, :max_keep].contiguous(), rank[:, -1:].sum(1).clamp_(max=max_keep)
 
 
-def _suppress(boxes: Tensor, rows: Tensor, iou_threshold: float, max_keep: int) -> Tensor:
-    """What `rows` of `boxes` [N, 4] keep, ascending: torchvision's operator is the fastest there is for a few."""
-    if len(rows) > _FEW:
-        return _suppress_many(boxes, rows, iou_threshold, max_keep)
-    few = boxes[rows]
-    finite = few.isfinite().all(1)
-    return rows[finite][_settle(few[finite], iou_threshold)[:max_keep]]
+def _planes(boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """x1, y1, x2, y2 and area of `boxes` [G, N, 4], apart: [5, G, N]; and which of the `valid` are finite.
+
+    The others are zeros, which overlap nothing.
+    """
+    planes = boxes.new_empty(5, *valid.shape)
+    corners = planes[:4].copy_(boxes.permute(2, 0, 1))
+    # NaN and infinities times 0 are NaN.
+    counted = (corners * 0).sum(0).eq(0).logical_and_(valid)
+    if not counted.all():
+        corners.masked_fill_(~counted, 0.0)
+    torch.mul(planes[2] - planes[0], planes[3] - planes[1], out=planes[4])
+    return planes, counted
 
 
-def _settle(boxes: Tensor, iou_threshold: float) -> Tensor:
-    priority = torch.arange(len(boxes), 0, -1, dtype=boxes.dtype)
-    return torch.ops.torchvision.nms(boxes, priority, iou_threshold)
+def _suppress(planes: Tensor, sizes: list[int], iou_threshold: float, max_keep: int, keep: Tensor) -> None:
+    """Leave in `keep` [G, N] of the boxes marked, which are among the first `sizes` of their group, at least the first
+    `max_keep` that each group of `planes` [5, G, N] keeps."""
+    few = sorted((group for group, size in enumerate(sizes) if 0 < size <= _FEW), key=lambda group: -sizes[group])
+    while few:
+        count = max(_ABREAST_TILE // sizes[few[0]], _ABREAST)
+        _suppress_abreast(planes, few[:count], sizes, iou_threshold, keep)
+        few = few[count:]
+    for group, size in enumerate(sizes):
+        if size > _FEW:
+            rows = keep[group].nonzero()[:, 0]
+            kept = _suppress_many(planes[:, group], rows, iou_threshold, max_keep)
+            keep[group].zero_().index_fill_(0, kept, True)
 
 
-def _suppress_many(boxes: Tensor, rows: Tensor, iou_threshold: float, max_keep: int) -> Tensor:
-    """The same, a block at a time: first against all boxes kept so far, then what is left among itself."""
-    planes = _planes(boxes, rows)
+def _settle(corners: Tensor, iou_threshold: float) -> Tensor:
+    """What the boxes [4, N] keep, ascending, by torchvision's operator: the fastest there is for a few."""
+    priority = torch.arange(corners.shape[1], 0, -1, dtype=corners.dtype)
+    return torch.ops.torchvision.nms(corners.t(), priority, iou_threshold)
+
+
+def _suppress_abreast(
+    planes: Tensor, groups: list[int], sizes: list[int], iou_threshold: float, keep: Tensor
+) -> None:
+    """Leave in `keep` [G, N] what `groups`, the longest first, keep of the first `sizes` boxes of `planes` [5, G, N].
+
+    Box after box, that of all groups at a time, for as long as enough groups have more; what is left of the longest is
+    settled group by group.
+    """
+    step, active = 0, len(groups)
+    if active >= _ABREAST:
+        longest, threshold = sizes[groups[0]], fp32_below(iou_threshold)
+        tall = planes[:, groups, :longest].transpose(1, 2).contiguous()
+        hits = torch.zeros_like(tall[0])
+        memory = hits.new_empty(3, max(_ABREAST_TILE, hits.numel()))
+        while active >= _ABREAST and step < longest:
+            rest, left = tall[:, step:, :active], hits[step:, :active]
+            rows = min(max(_ABREAST_TILE // left.numel(), 1), len(left))
+            spare = memory[:, : rows * left.numel()].view(3, rows, *left.shape)
+            overlapping = _overlapping(rest[:, :rows, None], rest[:, None], threshold, spare)
+            for row, hit in enumerate(overlapping.unbind()):
+                left[row + 1 :].addcmul_(hit[row + 1 :], (left[row] == 0).float())
+            step += rows
+            while active and sizes[groups[active - 1]] <= step:
+                active -= 1
+        keep[groups, :longest] &= hits.t() == 0
+
+    for group in groups[:active]:
+        left = keep[group, step : sizes[group]]
+        rows = left.nonzero()[:, 0]
+        left.zero_().index_fill_(0, rows[_settle(planes[:4, group, step + rows], iou_threshold)], True)
+
+
+def _suppress_many(planes: Tensor, rows: Tensor, iou_threshold: float, max_keep: int) -> Tensor:
+    """What `rows` of `planes` [5, N] keep, ascending: a block at a time, first against all boxes kept so far, then
+    what is left among itself."""
     threshold = fp32_below(iou_threshold)
     kept, found, most = planes.new_empty(5, min(max_keep, len(rows))), [], 0
-    for start in range(0, len(rows), _BLOCK):
-        block = planes[:, start : start + _BLOCK]
-        left, first = start + block[:4].isfinite().all(0).nonzero()[:, 0], 0
+    memory = planes.new_empty(3, _TILE)
+    for block in rows.split(_BLOCK):
+        left, first = block, 0
         while first < most and len(left):
             last = min(first + _TILE // len(left), most)
-            left = left[_overlapping(planes[:, left], kept[:, first:last], threshold) == 0]
+            spare = memory[:, : len(left) * (last - first)].view(3, len(left), last - first)
+            hits = _overlapping(planes[:, left, None], kept[:, None, first:last], threshold, spare)
+            # A sum, because sums of numbers are what is fast on a CPU.
+            left = left[hits.sum(1) == 0]
             first = last
-        left = left[_settle(planes[:4, left].t(), iou_threshold)[: max_keep - most]]
-        found.append(rows[left])
+        left = left[_settle(planes[:4, left], iou_threshold)[: max_keep - most]]
+        found.append(left)
         kept[:, most : most + len(left)] = planes[:, left]
         most += len(left)
         if most == max_keep:
@@ -82,45 +146,41 @@ def _suppress_many(boxes: Tensor, rows: Tensor, iou_threshold: float, max_keep: 
     return torch.cat(found)
 
 
-def _planes(boxes: Tensor, rows: Tensor) -> Tensor:
-    """x1, y1, x2, y2 and area of `rows` [M] of `boxes` [N, 4], apart: [5, M]."""
-    planes = boxes.new_empty(5, len(rows))
-    for plane, corner in zip(planes, boxes.unbind(1), strict=False):
-        torch.index_select(corner, 0, rows, out=plane)
-    torch.mul(planes[2] - planes[0], planes[3] - planes[1], out=planes[4])
-    return planes
+def _overlapping(first: Tensor, second: Tensor, threshold: float | Tensor, spare: Tensor) -> Tensor:
+    """1 where the IoU of `first` and `second` [5, ...], broadcast, exceeds the threshold, else 0: fp32, in `spare`
+    [3, ...].
 
-
-def _overlapping(first: Tensor, second: Tensor, threshold: float) -> Tensor:
-    """With how many boxes of `second` [5, N] the IoU of each of `first` [5, M] exceeds the threshold: fp32 [M].
-
-    The arithmetic of `box_iou`, in place, and numbers instead of booleans, because sums are what is fast on a CPU.
+    The arithmetic of `box_iou`, but that a height below 0 is let be: the IoU is negative then, and exceeds nothing.
     """
-    ax1, ay1, ax2, ay2, area1 = first[:, :, None]
-    bx1, by1, bx2, by2, area2 = second[:, None]
-    inter = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_(min=0)
-    inter *= torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1)).clamp_(min=0)
-    return inter.div_((area1 + area2).sub_(inter)).gt_(threshold).sum(1)
+    ax1, ay1, ax2, ay2, area1 = first.unbind()
+    bx1, by1, bx2, by2, area2 = second.unbind()
+    inter, other, another = spare.unbind()
+    torch.minimum(ax2, bx2, out=inter).sub_(torch.maximum(ax1, bx1, out=another)).clamp_(min=0)
+    inter *= torch.minimum(ay2, by2, out=other).sub_(torch.maximum(ay1, by1, out=another))
+    return inter.div_(torch.add(area1, area2, out=other).sub_(inter)).gt_(threshold)
 
 
 def nms_cuda(boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int) -> tuple[Tensor, Tensor]:
     from fastdet.kernels import nms as kernel
 
     groups, num_boxes, _ = boxes.shape
-    index, count = boxes.new_zeros(groups, max_keep, dtype=torch.int64), boxes.new_zeros(groups, dtype=torch.int64)
-    if index.numel() and num_boxes:
-        config = kernel.config(num_boxes)
-        kernel.launch(
-            boxes.contiguous(),
-            valid.contiguous(),
-            alive=boxes.new_empty(groups, config.chunk, dtype=torch.int8),
-            overlap=boxes.new_empty(groups, config.chunk // 32, config.chunk, dtype=torch.int32),
-            kept=boxes.new_empty(groups, max_keep, 4),
-            index=index,
-            count=count,
-            iou_threshold=fp32_below(iou_threshold),
-            config=config,
-        )
+    index = boxes.new_zeros(groups, max_keep, dtype=torch.int64)
+    if not index.numel() or not num_boxes:
+        return index, boxes.new_zeros(groups, dtype=torch.int64)
+    count = boxes.new_empty(groups, dtype=torch.int64)
+    config = kernel.config(num_boxes)
+    chunks = -(-num_boxes // config.chunk)
+    kernel.launch(
+        boxes.contiguous(),
+        valid.contiguous(),
+        overlap=boxes.new_empty(groups, chunks, config.chunk // 32, config.chunk, dtype=torch.int32),
+        removed=boxes.new_empty(groups, num_boxes, dtype=torch.int8),
+        kept=boxes.new_empty(groups, max_keep, 4),
+        index=index,
+        count=count,
+        iou_threshold=fp32_below(iou_threshold),
+        config=config,
+    )
     return index, count
 
 
@@ -198,6 +258,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """
     boxes, scores = _check(boxes, scores)
     _checks.threshold("iou_threshold", iou_threshold)
+    if boxes.device.type == "cpu" and len(boxes) <= _FEW and boxes.isfinite().all():
+        return torch.ops.torchvision.nms(boxes, scores, iou_threshold)
     index, count = nms_padded(boxes[None], scores[None], iou_threshold, boxes.shape[0])
     return index[0, : int(count[0])]
 
