@@ -70,6 +70,7 @@ class RoIHeads(nn.Module):
             high=settings.box_fg_iou_thresh,
             low=settings.box_bg_iou_thresh,
             valid=valid,
+            weights=settings.bbox_reg_weights,
             **targets.ignored(settings.ignore_iof_thresh),
         )
         # Background too far from everything teaches little; where there is nothing, all is background.
@@ -82,8 +83,7 @@ class RoIHeads(nn.Module):
         boxes = torch.where(sampled.weight[..., None] > 0, candidates.gather(1, rows), 0.0)
         best = matches.index.gather(1, sampled.index)
         labels = torch.where(positive, targets.labels.gather(1, best), 0)
-        truth = targets.boxes.gather(1, best[..., None].expand(-1, -1, 4))
-        locs = box_algebra.encode(boxes, truth, settings.bbox_reg_weights)
+        locs = matches.deltas.gather(1, rows)
         return Samples(boxes, labels, torch.where(positive[..., None], locs, 0.0), sampled.weight)
 
     def pool(self, features: list[Tensor], boxes: Tensor, valid: Tensor, scales: list[float]) -> Tensor:

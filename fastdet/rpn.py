@@ -162,10 +162,7 @@ class RegionProposalNetwork(nn.Module):
         slot = torch.where(sampled.weight > 0, sampled.index, count)
         labels = torch.full((batch, count + 1), -1, dtype=torch.int64, device=anchors.device)
         labels = labels.scatter(1, slot, matches.label.gather(1, sampled.index))[:, :count]
-        best = targets.boxes.gather(1, matches.index[..., None].expand(-1, -1, 4))
-        locs = box_algebra.encode(anchors, best)
-        matched = trainable & targets.valid.any(1, keepdim=True)
-        return AnchorTargets(labels, torch.where(matched[..., None], locs, 0.0))
+        return AnchorTargets(labels, matches.deltas)
 
     @torch.no_grad()
     def propose(

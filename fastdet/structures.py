@@ -41,7 +41,8 @@ class Proposals(NamedTuple):
 
 
 class AnchorTargets(NamedTuple):
-    """What each anchor should say: labels [B, K] in {-1, 0, 1} after sampling, locs [B, K, 4] encoded offsets."""
+    """What each anchor should say: labels [B, K] in {-1, 0, 1} after sampling, locs [B, K, 4] encoded offsets, 0 where
+    an anchor is no positive."""
 
     labels: Tensor
     locs: Tensor

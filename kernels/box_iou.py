@@ -46,8 +46,10 @@ def _box_iou_kernel(
     column_mask = column < num_boxes2
     first = batch * num_boxes1 + row
     second = batch * num_boxes2 + column
-    ax1, ay1, ax2, ay2 = load_boxes(boxes1_ptr, first[:, None], row_mask[:, None])
-    bx1, by1, bx2, by2 = load_boxes(boxes2_ptr, second[None, :], column_mask[None, :])
+    ax1, ay1, ax2, ay2 = load_boxes(boxes1_ptr, first, row_mask)
+    bx1, by1, bx2, by2 = load_boxes(boxes2_ptr, second, column_mask)
+    ax1, ay1, ax2, ay2 = ax1[:, None], ay1[:, None], ax2[:, None], ay2[:, None]
+    bx1, by1, bx2, by2 = bx1[None, :], by1[None, :], bx2[None, :], by2[None, :]
 
     inter, union = intersection_union(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2)
     value = ratio_or_zero(inter, union)

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .overlap import store_fours
+
 BLOCK_N = 128
 
 
@@ -118,10 +120,8 @@ def _decode_kernel(
     least = tl.load(min_side_ptr + batch)
     kept = finite & (tl.abs(score) < infinity) & (x2 - x1 >= least) & (y2 - y1 >= least)
 
-    # Corners side by side, so that a box is one 16-byte store.
-    corners = tl.reshape(tl.join(tl.join(x1, x2), tl.join(y1, y2)), [BLOCK_N, 4])
     out = batch * total + index
-    tl.store(boxes_ptr + out[:, None] * 4 + tl.arange(0, 4)[None, :], corners, mask=mask[:, None])
+    store_fours(boxes_ptr, out, x1, y1, x2, y2, mask)
     tl.store(scores_ptr + out, tl.where(kept, score, -infinity), mask=mask)
 
 

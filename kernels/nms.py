@@ -1,7 +1,7 @@
 """Greedy non-maximum suppression of many groups at once, exact, without a wait of the host.
 
-The boxes of a group come in descending order of priority and are worked through in chunks. One wide launch writes, for
-all chunks, a bit matrix of "overlaps a box of higher priority in the same chunk". Then, chunk after chunk, a wide launch
+The boxes of a group come in descending order of priority and are worked through in chunks. One wide launch writes for
+each chunk a bit matrix of "overlaps a box of higher priority in the chunk". Then, chunk after chunk, a wide launch
 marks the boxes that a box kept from an earlier chunk removes, and one program a group settles the rest in rounds: a box
 is removed once a kept box of higher priority overlaps it, and kept once every box of higher priority that overlaps it
 is removed. Each round decides at least the first undecided box, and no decision is ever revised, so the result is the
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from .overlap import intersection_union, load_boxes, ratio_or_zero
+from .overlap import intersection_union, load_boxes, ratio_or_zero, store_fours
 
 
 class Config(NamedTuple):
@@ -106,9 +106,16 @@ def _overlap_kernel(
     below = word * 32 < (block % row_blocks + 1) * BLOCK_ROWS
     if below & (tl.max(row_valid, axis=0) > 0):
         x1, y1, x2, y2 = load_boxes(boxes_ptr, first + slot, row_valid != 0)
-        ox1, oy1, ox2, oy2 = load_boxes(boxes_ptr, (first + other)[:, None], (other_valid != 0)[:, None])
+        ox1, oy1, ox2, oy2 = load_boxes(boxes_ptr, first + other, other_valid != 0)
         inter, union = intersection_union(
-            ox1, oy1, ox2, oy2, x1[None, :], y1[None, :], x2[None, :], y2[None, :]
+            ox1[:, None],
+            oy1[:, None],
+            ox2[:, None],
+            oy2[:, None],
+            x1[None, :],
+            y1[None, :],
+            x2[None, :],
+            y2[None, :],
         )
         hit = _exceeds(inter, union, iou_threshold, half_ulp, FUSED) & (other[:, None] < slot[None, :])
         packed = tl.sum(hit.to(tl.int32) << bit[:, None], axis=0)
@@ -156,8 +163,17 @@ def _filter_kernel(
         for first in range(begin, end, BLOCK_KEPT):
             other = first + tl.arange(0, BLOCK_KEPT)
             # Past the end boxes are zeros, which overlap nothing.
-            kx1, ky1, kx2, ky2 = load_boxes(kept_ptr, (group * max_keep + other)[None, :], (other < end)[None, :])
-            inter, union = intersection_union(x1[:, None], y1[:, None], x2[:, None], y2[:, None], kx1, ky1, kx2, ky2)
+            kx1, ky1, kx2, ky2 = load_boxes(kept_ptr, group * max_keep + other, other < end)
+            inter, union = intersection_union(
+                x1[:, None],
+                y1[:, None],
+                x2[:, None],
+                y2[:, None],
+                kx1[None, :],
+                ky1[None, :],
+                kx2[None, :],
+                ky2[None, :],
+            )
             hit = _exceeds(inter, union, iou_threshold, half_ulp, FUSED)
             overlapped |= tl.max(hit.to(tl.int32), axis=1)
         mask = (row < num_boxes) & (overlapped != 0)
@@ -236,10 +252,7 @@ def _settle_kernel(
         write = (kept != 0) & (rank < max_keep)
         target = group * max_keep + rank
         tl.store(index_ptr + target, row.to(tl.int64), mask=write)
-        tl.store(kept_ptr + target * 4, x1, mask=write)
-        tl.store(kept_ptr + target * 4 + 1, y1, mask=write)
-        tl.store(kept_ptr + target * 4 + 2, x2, mask=write)
-        tl.store(kept_ptr + target * 4 + 3, y2, mask=write)
+        store_fours(kept_ptr, target, x1, y1, x2, y2, write)
         count = tl.minimum(count + tl.sum(kept, axis=0), max_keep)
     tl.store(count_ptr + group, count)
 

@@ -10,13 +10,20 @@ import triton.language as tl
 
 @triton.jit
 def load_boxes(boxes_ptr, index, mask):
-    """Corners of the boxes `index` of a contiguous [N, 4] array, as four tensors of the shape of `index`."""
-    base = boxes_ptr + index.to(tl.int64) * 4
-    x1 = tl.load(base, mask=mask, other=0.0)
-    y1 = tl.load(base + 1, mask=mask, other=0.0)
-    x2 = tl.load(base + 2, mask=mask, other=0.0)
-    y2 = tl.load(base + 3, mask=mask, other=0.0)
+    """Corners of the boxes `index` [N] of a contiguous [.., 4] array, as four tensors [N]: one load a box."""
+    corner = boxes_ptr + index.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    corners = tl.load(corner, mask=mask[:, None], other=0.0)
+    xs, ys = tl.split(tl.reshape(corners, [index.shape[0], 2, 2]))
+    x1, x2 = tl.split(xs)
+    y1, y2 = tl.split(ys)
     return x1, y1, x2, y2
+
+
+@triton.jit
+def store_fours(rows_ptr, index, a, b, c, d, mask):
+    """Write four numbers, such as corners, to the rows `index` [N] of a contiguous [.., 4] array: one store a row."""
+    fours = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [index.shape[0], 4])
+    tl.store(rows_ptr + index.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :], fours, mask=mask[:, None])
 
 
 @triton.jit

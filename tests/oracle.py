@@ -65,7 +65,7 @@ def suppress(boxes, scores, threshold):
 
 
 def anchor_targets(all_anchors, truth, height, width, s):
-    """Labels and offsets; `truth` is a list of boxes."""
+    """Labels, and offsets of the positives; `truth` is a list of boxes."""
     labels, locs = np.full(len(all_anchors), -1), np.zeros((len(all_anchors), 4))
     inside_only = s.rpn_anchors_inside_only
     eligible = [i for i, box in enumerate(all_anchors) if not inside_only or is_inside(box, height, width)]
@@ -83,6 +83,7 @@ def anchor_targets(all_anchors, truth, height, width, s):
         for i in eligible:
             if best > 0 and abs(overlap[i][g] - best) < 1e-6:
                 labels[i] = 1
+    locs[labels != 1] = 0
     return labels, locs
 
 

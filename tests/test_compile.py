@@ -45,7 +45,7 @@ def match_anchors(batch: int, num_candidates: int, num_gt: int, masked: bool, al
     gt_valid = torch.ones(batch, num_gt, dtype=torch.bool)
     candidates, gt_boxes = random_boxes(num_candidates), random_boxes(batch, num_gt)
     gt_ignore = None if valid is None else gt_valid
-    match_cuda(candidates, gt_boxes, gt_valid, valid, gt_ignore, 0.7, 0.3, allow_low_quality, 0.5)
+    match_cuda(candidates, gt_boxes, gt_valid, valid, gt_ignore, 0.7, 0.3, allow_low_quality, 0.5, [1.0] * 4)
 
 
 def decode_head(batch: int, num_logits: int, dtype: torch.dtype, layout: torch.memory_format) -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torchvision
 from support import assert_close, awkward_boxes, check_operator, random_boxes
-from torchvision.models.detection._utils import Matcher
+from torchvision.models.detection._utils import BoxCoder, Matcher
 
 from fastdet import ops
 from fastdet.ops.match import match_cpu, match_cuda
 
+ONES = [1.0, 1.0, 1.0, 1.0]
 module = importlib.import_module("fastdet.ops.match")  # the name in the package is the function's
 
 
@@ -62,8 +63,11 @@ def case(batch, num_candidates, num_gt, seed=0, whole=True):
 
 
 def assert_equal(actual, expected):
-    for name, one, other in zip(("index", "iou", "label"), actual, expected, strict=True):
+    """Bit for bit, but for the offsets, if there are any to compare with."""
+    for name, one, other in zip(("index", "iou", "label"), actual, expected, strict=False):
         assert torch.equal(one.cpu(), other.cpu()), name
+    for one, other in zip(actual[3:], expected[3:], strict=False):
+        assert_close(one.cpu(), other)
 
 
 def assert_equals_loop(result, candidates, gt_boxes, gt_valid, valid, high, low, allow_low_quality):
@@ -99,11 +103,11 @@ def test_iou_equals_a_float64_loop():
 @pytest.mark.parametrize(("tile", "block"), [(40, 7), (64, 16), (16, 16), (1000, 1)])
 def test_tiles_do_not_show(monkeypatch, seed, tile, block):
     inputs = case(2, 83, 19, seed)
-    expected = match_cpu(*inputs, None, 0.5, 0.2, True, 0.5)
+    expected = match_cpu(*inputs, None, 0.5, 0.2, True, 0.5, ONES)
     assert_equals_loop(expected, *inputs, 0.5, 0.2, True)
     monkeypatch.setattr(module, "TILE", tile)
     monkeypatch.setattr(module, "MIN_BLOCK_K", block)
-    assert_equal(match_cpu(*inputs, None, 0.5, 0.2, True, 0.5), expected)
+    assert_equal(match_cpu(*inputs, None, 0.5, 0.2, True, 0.5, ONES), expected)
 
 
 @pytest.mark.parametrize("allow_low_quality", [False, True])
@@ -252,14 +256,16 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 def test_no_tensor_is_near_the_product(num_candidates, num_gt):
     inputs = case(1, num_candidates, num_gt)
     with LargestTensor() as largest:
-        match_cpu(*inputs, None, 0.7, 0.3, True, 0.5)
+        match_cpu(*inputs, None, 0.7, 0.3, True, 0.5, ONES)
     assert largest.elements < 500_000
 
 
 def test_operator_contract():
     candidates, gt_boxes, gt_valid, valid = case(2, 9, 3)
-    check_operator(torch.ops.fastdet.match, candidates, gt_boxes, gt_valid, valid, None, 0.5, 0.3, True, 0.5)
-    check_operator(torch.ops.fastdet.match, candidates[0], gt_boxes, gt_valid, None, ~gt_valid, 0.5, 0.3, False, 0.4)
+    check_operator(torch.ops.fastdet.match, candidates, gt_boxes, gt_valid, valid, None, 0.5, 0.3, True, 0.5, ONES)
+    check_operator(
+        torch.ops.fastdet.match, candidates[0], gt_boxes, gt_valid, None, ~gt_valid, 0.5, 0.3, False, 0.4, ONES
+    )
 
 
 BOXES, BATCH = torch.zeros(5, 4), torch.zeros(2, 3, 4)
@@ -291,11 +297,33 @@ def test_bad_input_names_the_argument(arguments, error, words):
         ops.match(**({"candidates": BOXES, "gt_boxes": BATCH, "high": 0.5, "low": 0.3} | arguments))
 
 
-def test_block_sizes_keep_the_number_of_pairs():
+def test_block_sizes_are_powers_of_two():
     kernel = pytest.importorskip("fastdet.kernels.match")
-    assert kernel.block_sizes(0) == (128, 16)
-    assert kernel.block_sizes(50) == (32, 64)
-    assert kernel.block_sizes(5000) == (32, 64)
+    for num_gt in (0, 1, 9, 50, 5000):
+        block_k, block_g, num_warps = kernel.config(num_gt)
+        assert block_k == 32 * num_warps, "a candidate a thread"
+        assert block_g & (block_g - 1) == 0
+        assert block_g >= min(num_gt, 16)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)])
+def test_offsets_are_those_of_the_positives_alone(weights):
+    candidates, gt_boxes, gt_valid, valid = case(2, 300, 9, whole=False)
+    arguments = {"high": 0.5, "low": 0.2, "allow_low_quality": True, "valid": valid, "weights": weights}
+    index, _, label, deltas = ops.match(candidates, gt_boxes, gt_valid, **arguments)
+    positive = label == 1
+    assert positive.any()
+    assert (deltas[~positive] == 0).all()
+    truth = torch.stack([boxes[rows] for boxes, rows in zip(gt_boxes, index, strict=True)])
+    theirs = BoxCoder(weights).encode_single(truth[positive], candidates[positive])
+    assert_close(deltas[positive], theirs)
+
+
+def test_a_threshold_of_zero_makes_no_offsets_of_nothing():
+    boxes = torch.tensor([[0.0, 0.0, 0.0, 0.0], [5.0, 5.0, 9.0, 9.0]])
+    result = ops.match(boxes, boxes[None, :1], high=0.0, low=0.0)
+    assert (result.label == 1).all()
+    assert (result.deltas == 0).all()
 
 
 @pytest.mark.kernel
@@ -306,7 +334,7 @@ def test_kernel_equals_cpu(kernel_device, num_candidates, num_gt, allow_low_qual
     candidates, gt_boxes, gt_valid, valid = case(2, num_candidates, num_gt)
     inputs = (candidates, gt_boxes, gt_valid, valid) if masked else (candidates[0], gt_boxes, gt_valid, None)
     inputs = (*inputs, ~gt_valid if masked else None)
-    scalars = 0.5, 0.2, allow_low_quality, 0.4
+    scalars = 0.5, 0.2, allow_low_quality, 0.4, [10.0, 10.0, 5.0, 5.0]
     actual = match_cuda(*(x if x is None else x.to(kernel_device) for x in inputs), *scalars)
     assert_equal(actual, match_cpu(*inputs, *scalars))
 
@@ -318,19 +346,19 @@ def test_kernel_equals_cpu_on_overlapping_boxes(kernel_device, whole):
     gt_boxes = torch.cat([gt_boxes, gt_boxes[:, :5], candidates[:, 50:60]], dim=1)
     gt_valid = torch.ones(1, 35, dtype=torch.bool)
     inputs = (candidates, gt_boxes, gt_valid, valid)
-    actual = match_cuda(*(x.to(kernel_device) for x in inputs), None, 0.7, 0.3, True, 0.5)
-    assert_equal(actual, match_cpu(*inputs, None, 0.7, 0.3, True, 0.5))
+    actual = match_cuda(*(x.to(kernel_device) for x in inputs), None, 0.7, 0.3, True, 0.5, ONES)
+    assert_equal(actual, match_cpu(*inputs, None, 0.7, 0.3, True, 0.5, ONES))
 
 
 @pytest.mark.kernel
 def test_kernel_on_awkward_and_strided_boxes(kernel_device):
     boxes = awkward_boxes()[None].to(kernel_device)
     gt_valid = torch.ones(1, 11, dtype=torch.bool, device=kernel_device)
-    actual = match_cuda(boxes, boxes, gt_valid, None, None, 0.5, 0.1, True, 0.5)
-    assert_equal(actual, match_cpu(boxes.cpu(), boxes.cpu(), gt_valid.cpu(), None, None, 0.5, 0.1, True, 0.5))
+    actual = match_cuda(boxes, boxes, gt_valid, None, None, 0.5, 0.1, True, 0.5, ONES)
+    assert_equal(actual, match_cpu(boxes.cpu(), boxes.cpu(), gt_valid.cpu(), None, None, 0.5, 0.1, True, 0.5, ONES))
     strided = boxes.transpose(-1, -2).contiguous().transpose(-1, -2)
-    ignored = match_cuda(boxes, boxes, ~gt_valid, None, gt_valid, 0.5, 0.1, True, 0.5)
+    ignored = match_cuda(boxes, boxes, ~gt_valid, None, gt_valid, 0.5, 0.1, True, 0.5, ONES)
     assert_equal(
-        ignored, match_cpu(boxes.cpu(), boxes.cpu(), ~gt_valid.cpu(), None, gt_valid.cpu(), 0.5, 0.1, True, 0.5)
+        ignored, match_cpu(boxes.cpu(), boxes.cpu(), ~gt_valid.cpu(), None, gt_valid.cpu(), 0.5, 0.1, True, 0.5, ONES)
     )
-    assert_equal(match_cuda(strided, strided, gt_valid, None, None, 0.5, 0.1, True, 0.5), actual)
+    assert_equal(match_cuda(strided, strided, gt_valid, None, None, 0.5, 0.1, True, 0.5, ONES), actual)

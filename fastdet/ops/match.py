@@ -3,18 +3,19 @@
 Source of the rules: Ren et al. 2015 (arXiv:1506.01497), section 3.1.2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import boxes as algebra
 from . import _checks
 from ._library import define
 
 # Elements of one tile of overlaps on the CPU, and the least number of candidates across it: small enough for the cache,
-# and for torch to keep to one thread. Of the hundreds of short steps none waits for another thread then.
-TILE = 32 * 1024 - 1
+# large enough for torch to share among threads.
+TILE = 1 << 17
 MIN_BLOCK_K = 512
 
 
@@ -24,11 +25,13 @@ class Matches(NamedTuple):
     index: int64 [B, K], the ground truth of the largest IoU, the first among equals; 0 where every IoU is 0.
     iou: fp32 [B, K], that IoU.
     label: int64 [B, K], 1 positive, 0 negative, -1 neither.
+    deltas: fp32 [B, K, 4], what a regressor should answer at a positive (`boxes.encode`); 0 at the others.
     """
 
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
     iou: Tensor
     label: Tensor
+    deltas: Tensor
 
 
 def match_cpu(
@@ -41,10 +44,12 @@ def match_cpu(
     low: float,
     allow_low_quality: bool,
     ignore_iof: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    index, iou, label = match_fake(
-        candidates, gt_boxes, gt_valid, valid, gt_ignore, high, low, allow_low_quality, ignore_iof
+    weights: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    index, iou, label, deltas = match_fake(
+        candidates, gt_boxes, gt_valid, valid, gt_ignore, high, low, allow_low_quality, ignore_iof, weights
     )
+    deltas.zero_()
     tiles = _Tiles(candidates, gt_boxes.shape[1])
     for image in range(gt_boxes.shape[0]):
         mine = candidates if candidates.ndim == 2 else candidates[image]
@@ -59,7 +64,11 @@ def match_cpu(
             label[image, _as_good(tiles, one, other, hopeful, gt_best)] = 1
         if allowed is not None:
             label[image].masked_fill_(~allowed, -1)
-    return index, iou, label
+        # A positive overlaps something, but for a threshold of 0.
+        positive = ((label[image] == 1) & (iou[image] > 0)).nonzero()[:, 0]
+        truth = gt_boxes[image][index[image][positive]]
+        deltas[image].index_copy_(0, positive, algebra.encode(mine[positive], truth, tuple(weights)))
+    return index, iou, label, deltas
 
 
 class _Side:
@@ -108,7 +117,7 @@ class _Tiles:
         return inter.div_(torch.add(candidates[4], gt[4], out=other).sub_(inter)), spare
 
     def intersection(self, gt: tuple[Tensor, ...], candidates: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Shared areas [g, k], and twice as much spare memory of that shape; valid until the next call."""
+        """Shared areas [g, k], 0 or less where nothing is shared, and two spares of that shape; till the next call."""
         bx1, by1, bx2, by2, area_b = gt
         ax1, ay1, ax2, ay2, area_a = candidates
         shape = area_b.shape[0], area_a.shape[0]
@@ -116,7 +125,7 @@ class _Tiles:
             self.buffers = self.memory[:, : shape[0] * shape[1]].view(3, *shape).unbind()
         inter, other, spare = self.buffers
         torch.minimum(ax2, bx2, out=inter).sub_(torch.maximum(ax1, bx1, out=spare)).clamp_(min=0)
-        torch.minimum(ay2, by2, out=other).sub_(torch.maximum(ay1, by1, out=spare)).clamp_(min=0)
+        torch.minimum(ay2, by2, out=other).sub_(torch.maximum(ay1, by1, out=spare))
         return inter.mul_(other), other, spare
 
 
@@ -187,11 +196,12 @@ def match_cuda(
     low: float,
     allow_low_quality: bool,
     ignore_iof: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    weights: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fastdet.kernels import match as kernel
 
-    index, iou, label = match_fake(
-        candidates, gt_boxes, gt_valid, valid, gt_ignore, high, low, allow_low_quality, ignore_iof
+    index, iou, label, deltas = match_fake(
+        candidates, gt_boxes, gt_valid, valid, gt_ignore, high, low, allow_low_quality, ignore_iof, weights
     )
     if index.numel():
         candidates, gt_boxes, gt_valid = candidates.contiguous(), gt_boxes.contiguous(), gt_valid.contiguous()
@@ -208,11 +218,13 @@ def match_cuda(
             index,
             iou,
             label,
+            deltas,
             high=high,
             low=low,
             ignore_iof=ignore_iof,
+            weights=weights,
         )
-    return index, iou, label
+    return index, iou, label, deltas
 
 
 def match_fake(
@@ -225,15 +237,17 @@ def match_fake(
     low: float,
     allow_low_quality: bool,
     ignore_iof: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    weights: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (gt_boxes.shape[0], candidates.shape[-2])
     index = candidates.new_empty(shape, dtype=torch.int64)
-    return index, candidates.new_empty(shape), torch.empty_like(index)
+    return index, candidates.new_empty(shape), torch.empty_like(index), candidates.new_empty(*shape, 4)
 
 
 define(
     "match(Tensor candidates, Tensor gt_boxes, Tensor gt_valid, Tensor? valid, Tensor? gt_ignore, float high, "
-    "float low, bool allow_low_quality, float ignore_iof) -> (Tensor index, Tensor iou, Tensor label)",
+    "float low, bool allow_low_quality, float ignore_iof, float[] weights) -> (Tensor index, Tensor iou, Tensor label, "
+    "Tensor deltas)",
     cpu=match_cpu,
     cuda=match_cuda,
     fake=match_fake,
@@ -251,8 +265,9 @@ def match(
     valid: Tensor | None = None,
     gt_ignore: Tensor | None = None,
     ignore_iof: float = 0.5,
+    weights: algebra.Weights = (1.0, 1.0, 1.0, 1.0),
 ) -> Matches:
-    """The best ground truth of every candidate, its IoU, and a label, in memory O(K + G).
+    """The best ground truth of every candidate, its IoU, a label, and the offsets to it, in memory O(K + G).
 
     `candidates` [K, 4] (shared by the images) or [B, K, 4] and `gt_boxes` [B, G, 4] are x1, y1, x2, y2 in pixels;
     `gt_valid` [B, G] and `valid` [B, K] are bool and leave out ground truths and candidates. The label is 1 where the
@@ -264,6 +279,8 @@ def match(
     A candidate that would be labelled 0 is labelled -1 where one of the boxes marked in `gt_ignore` (bool [B, G])
     covers at least the share `ignore_iof` of its area: what lies in such a region may well be an object. These boxes
     are matched only if they are in `gt_valid` too.
+
+    `weights` are those of `boxes.encode`, by which the offsets are multiplied.
 
     Raises:
         TypeError: an argument is not a tensor of the kind above.
@@ -290,4 +307,5 @@ def match(
     if low > high:
         raise ValueError(f"low must not exceed high, got {low} and {high}")
     masks = gt_valid, valid, gt_ignore
-    return Matches(*torch.ops.fastdet.match(candidates, gt_boxes, *masks, high, low, allow_low_quality, ignore_iof))
+    rules = high, low, allow_low_quality, ignore_iof, [float(weight) for weight in weights]
+    return Matches(*torch.ops.fastdet.match(candidates, gt_boxes, *masks, *rules))

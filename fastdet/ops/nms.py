@@ -90,9 +90,7 @@ def _settle(corners: Tensor, iou_threshold: float) -> Tensor:
     return torch.ops.torchvision.nms(corners.t(), priority, iou_threshold)
 
 
-def _suppress_abreast(
-    planes: Tensor, groups: list[int], sizes: list[int], iou_threshold: float, keep: Tensor
-) -> None:
+def _suppress_abreast(planes: Tensor, groups: list[int], sizes: list[int], iou_threshold: float, keep: Tensor) -> None:
     """Leave in `keep` [G, N] what `groups`, the longest first, keep of the first `sizes` boxes of `planes` [5, G, N].
 
     Box after box, that of all groups at a time, for as long as enough groups have more; what is left of the longest is
