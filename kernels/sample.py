@@ -1,19 +1,23 @@
 """The candidates of the smallest random keys: positives up to a quota, then negatives.
 
-A candidate is one int32, its code: the bits of the key for a positive, 2^30 more for a negative, IGNORED for the rest.
-The bits of an fp32 key in [0, 1) are below KEY_END < 2^30 and ordered as the keys are, so that codes order the
-positives before the negatives before the rest, and the k-th smallest code is found bit by bit: 30 passes that count.
+Keys are not read but computed, from the seed and the candidate's number alone, so that no order of the work changes
+them. A candidate is one int32, its code: the key of KEY_BITS bits for a positive, 2^30 more for a negative, IGNORED for
+the rest. Codes order the positives before the negatives before the rest, and the k-th smallest code is found bit by
+bit: KEY_BITS passes that count.
 
 One program on one image could not count fast enough, so many candidates are first thinned, tile by tile and in
 parallel, to those that may still be chosen.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+KEY_BITS = tl.constexpr(29)
+KEY_END = tl.constexpr(2**KEY_BITS.value)
 NEGATIVE = tl.constexpr(0x40000000)
-KEY_END = tl.constexpr(0x3F800000)
 IGNORED = tl.constexpr(0x7FFFFFFF)
 
 MIN_BLOCK_K = 128
@@ -22,9 +26,40 @@ MAX_BLOCK_K = 16384
 MAX_SCAN_K = 2048
 
 
+class Config(NamedTuple):
+    """Candidates of a tile that a program counts and of one that it scans, powers of two, and its warps."""
+
+    block_k: int
+    scan_k: int
+    num_warps: int
+
+
+def config(span: int) -> Config:
+    """Sizes for programs of `span` candidates: in one tile, if that can be, which then stays in registers."""
+    block = min(max(triton.next_power_of_2(span), MIN_BLOCK_K), MAX_BLOCK_K)
+    return Config(block, min(block, MAX_SCAN_K), 8 if block <= 8192 else 16)
+
+
+@triton.jit
+def _keys(number, seed):
+    """int32 of KEY_BITS bits from a candidate's `number` and the int64 `seed`.
+
+    A product and an exclusive or bring in the halves of the seed; then the 32-bit mixer `lowbias32` of C. Wellons,
+    "Prospecting for hash functions" (2018).
+    """
+    mixed = (number.to(tl.uint32) ^ seed.to(tl.uint32)) * 0x9E3779B1
+    mixed ^= (seed >> 32).to(tl.uint32)
+    mixed ^= mixed >> 16
+    mixed *= 0x7FEB352D
+    mixed ^= mixed >> 15
+    mixed *= 0x846CA68B
+    mixed ^= mixed >> 16
+    return (mixed >> (32 - KEY_BITS)).to(tl.int32)
+
+
 @triton.jit
 def _load_codes(
-    label_ptr, key_ptr, code_ptr, first, start, num_candidates, HAS_CODES: tl.constexpr, BLOCK_K: tl.constexpr
+    label_ptr, seed_ptr, code_ptr, first, start, num_candidates, HAS_CODES: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """int32 [BLOCK_K], the codes of the candidates from `start` of the image that begins at `first`."""
     column = start + tl.arange(0, BLOCK_K)
@@ -33,16 +68,15 @@ def _load_codes(
         return tl.load(code_ptr + first + column, mask=mask, other=IGNORED)
     else:
         label = tl.load(label_ptr + first + column, mask=mask, other=-1)
-        bits = tl.load(key_ptr + first + column, mask=mask, other=0.0).to(tl.int32, bitcast=True)
-        bits = tl.minimum(tl.maximum(bits, 0), KEY_END - 1)
-        return tl.where(label == 1, bits, tl.where(label == 0, bits + NEGATIVE, IGNORED))
+        key = _keys(first + column, tl.load(seed_ptr))
+        return tl.where(label == 1, key, tl.where(label == 0, key + NEGATIVE, IGNORED))
 
 
 @triton.jit
 def _next_codes(
     codes,
     label_ptr,
-    key_ptr,
+    seed_ptr,
     code_ptr,
     first,
     start,
@@ -55,7 +89,7 @@ def _next_codes(
     if ONE_TILE:
         return codes
     else:
-        return _load_codes(label_ptr, key_ptr, code_ptr, first, start, num_candidates, HAS_CODES, BLOCK_K)
+        return _load_codes(label_ptr, seed_ptr, code_ptr, first, start, num_candidates, HAS_CODES, BLOCK_K)
 
 
 @triton.jit
@@ -63,7 +97,7 @@ def _count_below(
     bound,
     codes,
     label_ptr,
-    key_ptr,
+    seed_ptr,
     code_ptr,
     first,
     begin,
@@ -74,7 +108,7 @@ def _count_below(
 ):
     count = 0
     for start in range(begin, begin + BLOCK_K if ONE_TILE else end, BLOCK_K):
-        here = _next_codes(codes, label_ptr, key_ptr, code_ptr, first, start, end, HAS_CODES, ONE_TILE, BLOCK_K)
+        here = _next_codes(codes, label_ptr, seed_ptr, code_ptr, first, start, end, HAS_CODES, ONE_TILE, BLOCK_K)
         count += tl.sum((here < bound).to(tl.int32), axis=0)
     return count
 
@@ -85,7 +119,7 @@ def _smallest(
     lowest,
     codes,
     label_ptr,
-    key_ptr,
+    seed_ptr,
     code_ptr,
     first,
     begin,
@@ -94,12 +128,12 @@ def _smallest(
     ONE_TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The code of that rank, counted from 1, which is known to be one of the 2^30 from `lowest` up."""
+    """The code of that rank, counted from 1, which is known to be one of a positive or negative, from `lowest` up."""
     bound = lowest
-    for step in range(30):
-        higher = bound + (0x20000000 >> step)
+    for step in range(KEY_BITS):
+        higher = bound + (KEY_END >> (step + 1))
         count = _count_below(
-            higher, codes, label_ptr, key_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
+            higher, codes, label_ptr, seed_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
         )
         bound = tl.where(count < rank, higher, bound)
     return bound
@@ -119,7 +153,7 @@ def _of_class(pair, is_negative):
 @triton.jit(do_not_specialize=["num_candidates", "span", "num_slots", "max_positive"])
 def _sample_kernel(
     label_ptr,
-    key_ptr,
+    seed_ptr,
     code_ptr,
     position_ptr,
     index_ptr,
@@ -142,8 +176,8 @@ def _sample_kernel(
                          |
         slots       | positives, ascending | negatives, ascending | empty |
 
-    label_ptr [B, K]: int64, 1 positive, 0 negative. key_ptr [B, K]: fp32 in [0, 1). With HAS_CODES these are not
-    read but code_ptr and position_ptr [B, K], both int32: what an earlier launch kept, and where in the image it was.
+    label_ptr [B, K]: int64, 1 positive, 0 negative. seed_ptr [1]: int64. With HAS_CODES these are not read but code_ptr
+    and position_ptr [B, K], both int32: what an earlier launch kept, and where in the image it was.
     THIN writes those: thin_code_ptr, thin_position_ptr [B, spans, num_slots], the code of an empty slot being IGNORED.
     Else index_ptr [B, num_slots]: int64, weight_ptr [B, num_slots]: fp32, both 0 in an empty slot.
     num_candidates: K; span: candidates of one program. All contiguous.
@@ -152,32 +186,32 @@ def _sample_kernel(
     first = batch * num_candidates
     begin = tl.program_id(0) * span
     end = tl.minimum(begin + span, num_candidates)
-    codes = _load_codes(label_ptr, key_ptr, code_ptr, first, begin, end, HAS_CODES, BLOCK_K)
+    codes = _load_codes(label_ptr, seed_ptr, code_ptr, first, begin, end, HAS_CODES, BLOCK_K)
 
     positives = _count_below(
-        NEGATIVE, codes, label_ptr, key_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
+        NEGATIVE, codes, label_ptr, seed_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
     )
-    both = _count_below(IGNORED, codes, label_ptr, key_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K)
+    both = _count_below(IGNORED, codes, label_ptr, seed_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K)
     num_positive = tl.minimum(positives, max_positive)
     num_negative = tl.minimum(both - positives, num_slots - num_positive)
     positive_bound = tl.full([], KEY_END, dtype=tl.int32)
     positive_ties = tl.full([], 0, dtype=tl.int32)
     if num_positive < positives:
         positive_bound = _smallest(
-            num_positive, 0, codes, label_ptr, key_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
+            num_positive, 0, codes, label_ptr, seed_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
         )
         positive_ties = num_positive - _count_below(
-            positive_bound, codes, label_ptr, key_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
+            positive_bound, codes, label_ptr, seed_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
         )
     negative_bound = tl.full([], NEGATIVE + KEY_END, dtype=tl.int32)
     negative_ties = tl.full([], 0, dtype=tl.int32)
     if positives + num_negative < both:
         rank = positives + num_negative
         negative_bound = _smallest(
-            rank, NEGATIVE, codes, label_ptr, key_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
+            rank, NEGATIVE, codes, label_ptr, seed_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
         )
         negative_ties = rank - _count_below(
-            negative_bound, codes, label_ptr, key_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
+            negative_bound, codes, label_ptr, seed_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
         )
 
     # Smaller tiles, read once more: a scan needs many registers.
@@ -185,7 +219,7 @@ def _sample_kernel(
     seen_positive = 0
     seen_negative = num_positive
     for start in range(begin, end, SCAN_K):
-        here = _load_codes(label_ptr, key_ptr, code_ptr, first, start, end, HAS_CODES, SCAN_K)
+        here = _load_codes(label_ptr, seed_ptr, code_ptr, first, start, end, HAS_CODES, SCAN_K)
         is_negative = here >= NEGATIVE
         bound = tl.where(is_negative, negative_bound, positive_bound)
         ties = tl.where(is_negative, negative_ties, positive_ties)
@@ -235,15 +269,9 @@ def thinning(num_candidates: int, num_samples: int) -> int:
     return tile if triton.cdiv(num_candidates, tile) * num_samples * 2 <= num_candidates else 0
 
 
-def _blocks(span: int) -> tuple[int, int]:
-    """(BLOCK_K, warps) for a program of `span` candidates."""
-    block = min(max(triton.next_power_of_2(span), MIN_BLOCK_K), MAX_BLOCK_K)
-    return block, 8 if block <= 8192 else 16
-
-
 def launch_thin(
     label: torch.Tensor,
-    key: torch.Tensor,
+    seed: torch.Tensor,
     code: torch.Tensor,
     position: torch.Tensor,
     *,
@@ -251,12 +279,12 @@ def launch_thin(
     max_positive: int,
 ) -> None:
     """Fill `code` and `position` [B, spans, num_slots] with the candidates of each span that may still be chosen."""
-    _launch(label, key, None, None, None, None, code, position, span=span, max_positive=max_positive)
+    _launch(label, seed, None, None, None, None, code, position, span=span, max_positive=max_positive)
 
 
 def launch(
     label: torch.Tensor,
-    key: torch.Tensor,
+    seed: torch.Tensor,
     code: torch.Tensor | None,
     position: torch.Tensor | None,
     index: torch.Tensor,
@@ -264,14 +292,14 @@ def launch(
     *,
     max_positive: int,
 ) -> None:
-    """Fill `index` and `weight` [B, S] from `label` and `key` [B, K], or from what `launch_thin` kept of them."""
+    """Fill `index` and `weight` [B, S] from `label` [B, K] and `seed` [1], or from what `launch_thin` kept of them."""
     span = label.shape[1] if code is None else code.shape[1] * code.shape[2]
-    _launch(label, key, code, position, index, weight, None, None, span=span, max_positive=max_positive)
+    _launch(label, seed, code, position, index, weight, None, None, span=span, max_positive=max_positive)
 
 
 def _launch(
     label: torch.Tensor,
-    key: torch.Tensor,
+    seed: torch.Tensor,
     code: torch.Tensor | None,
     position: torch.Tensor | None,
     index: torch.Tensor | None,
@@ -284,10 +312,10 @@ def _launch(
 ) -> None:
     slots = index if thin_code is None else thin_code
     assert slots is not None
-    block_k, num_warps = _blocks(span)
+    block_k, scan_k, num_warps = config(span)
     _sample_kernel[(1 if thin_code is None else thin_code.shape[1], slots.shape[0])](
         label_ptr=label,
-        key_ptr=key,
+        seed_ptr=seed,
         code_ptr=code,
         position_ptr=position,
         index_ptr=index,
@@ -302,7 +330,7 @@ def _launch(
         THIN=thin_code is not None,
         ONE_TILE=span <= block_k,
         BLOCK_K=block_k,
-        SCAN_K=min(block_k, MAX_SCAN_K),
+        SCAN_K=scan_k,
         num_warps=num_warps,
         enable_fp_fusion=False,
     )

@@ -1,4 +1,8 @@
-"""Random choice of positives and negatives, fixed in shape: the candidates of the smallest random keys."""
+"""Random choice of positives and negatives, fixed in shape: the candidates of the smallest random keys.
+
+A key is computed from a seed and the candidate's number, in integers, so that the same seed chooses the same candidates
+on every device.
+"""
 
 from typing import NamedTuple
 
@@ -8,8 +12,7 @@ from torch import Tensor
 from . import _checks
 from ._library import define
 
-LARGEST_KEY_BITS = 0x3F7FFFFF  # of the fp32 number before 1
-NOTHING = torch.iinfo(torch.int64).max
+KEY_BITS = 29
 
 
 class Sampled(NamedTuple):
@@ -23,43 +26,55 @@ class Sampled(NamedTuple):
     weight: Tensor
 
 
-def sample_cpu(label: Tensor, key: Tensor, num_samples: int, max_positive: int) -> tuple[Tensor, Tensor]:
+def sample_cpu(label: Tensor, seed: Tensor, num_samples: int, max_positive: int) -> tuple[Tensor, Tensor]:
     batch, num_candidates = label.shape
-    column = torch.arange(num_candidates)
-    # Key, then index: unique integers, so that which of several equal keys is taken is fixed.
-    ranked = (key.contiguous().view(torch.int32).clamp(0, LARGEST_KEY_BITS).long() << 32) + column
-    positive = _smallest(ranked, label == 1, min(max_positive, num_samples))
-    negative = _smallest(ranked, label == 0, num_samples)
-    room = num_samples - (positive != NOTHING).sum(1, keepdim=True)
-    negative = negative.masked_fill(torch.arange(negative.shape[1]) >= room, NOTHING)
-
-    # Slots in order: class, then index.
-    low = 0xFFFFFFFF
-    slots = torch.cat(
-        (
-            torch.where(positive == NOTHING, NOTHING, positive & low),
-            torch.where(negative == NOTHING, NOTHING, (negative & low) + (1 << 32)),
-            label.new_full((batch, num_samples), NOTHING),
-        ),
-        dim=1,
-    )
-    slots = slots.sort(1).values[:, :num_samples]
-    chosen = slots != NOTHING
-    return torch.where(chosen, slots & low, 0), chosen.float()
+    index, weight = label.new_zeros(batch, num_samples), torch.zeros(batch, num_samples)
+    number = int(seed)
+    for image in range(batch):
+        first, taken = image * num_candidates, 0
+        for wanted, quota in ((1, min(max_positive, num_samples)), (0, num_samples)):
+            candidates = (label[image] == wanted).nonzero()[:, 0]
+            chosen = _smallest(candidates, keys(candidates + first, number), min(quota, num_samples - taken))
+            index[image, taken : taken + len(chosen)] = chosen
+            taken += len(chosen)
+        weight[image, :taken] = 1
+    return index, weight
 
 
-def _smallest(ranked: Tensor, allowed: Tensor, count: int) -> Tensor:
-    """The `count` smallest of those allowed, ascending, NOTHING after them: [B, min(count, K)]."""
-    ranked = torch.where(allowed, ranked, NOTHING)
-    return ranked.topk(min(count, ranked.shape[1]), largest=False, sorted=True).values
+def keys(number: Tensor, seed: int) -> Tensor:
+    """int32 keys of KEY_BITS bits of the candidates `number` [N]: what the kernel computes, in wrapping int32."""
+    mixed = (number.int() ^ _signed(seed)) * _signed(0x9E3779B1)
+    mixed ^= _signed(seed >> 32)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        mixed ^= (mixed >> shift) & (0xFFFFFFFF >> shift)
+        mixed *= _signed(factor)
+    mixed ^= (mixed >> 16) & 0xFFFF
+    return (mixed >> (32 - KEY_BITS)) & ((1 << KEY_BITS) - 1)
 
 
-def sample_cuda(label: Tensor, key: Tensor, num_samples: int, max_positive: int) -> tuple[Tensor, Tensor]:
+def _signed(word: int) -> int:
+    """The low 32 bits of `word` as an int32."""
+    return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+
+
+def _smallest(candidates: Tensor, key: Tensor, count: int) -> Tensor:
+    """Those of `candidates` [N], ascending, that have the `count` smallest keys, the first of equal ones: ascending."""
+    if count >= len(candidates):
+        return candidates
+    # Keys are uniform, so that hardly more than wanted lie below the share of them that is wanted.
+    below = (key < int((1.2 * count + 50) / len(candidates) * (1 << KEY_BITS))).nonzero()[:, 0]
+    if len(below) >= count:
+        candidates, key = candidates[below], key[below]
+    ranked = (key.long() << 32) + candidates
+    return (ranked.topk(count, largest=False, sorted=False).values & 0xFFFFFFFF).sort().values
+
+
+def sample_cuda(label: Tensor, seed: Tensor, num_samples: int, max_positive: int) -> tuple[Tensor, Tensor]:
     from fastdet.kernels import sample as kernel
 
-    index, weight = sample_fake(label, key, num_samples, max_positive)
+    index, weight = sample_fake(label, seed, num_samples, max_positive)
     if index.numel():
-        label, key = label.contiguous(), key.contiguous()
+        label = label.contiguous()
         batch, num_candidates = label.shape
         max_positive = min(max_positive, num_samples)
         code = position = None
@@ -70,44 +85,43 @@ def sample_cuda(label: Tensor, key: Tensor, num_samples: int, max_positive: int)
             shape = (batch, -(-num_candidates // span), num_samples)
             code = torch.empty(shape, dtype=torch.int32, device=label.device)
             position = torch.empty_like(code)
-            kernel.launch_thin(label, key, code, position, span=span, max_positive=max_positive)
-        kernel.launch(label, key, code, position, index, weight, max_positive=max_positive)
+            kernel.launch_thin(label, seed, code, position, span=span, max_positive=max_positive)
+        kernel.launch(label, seed, code, position, index, weight, max_positive=max_positive)
     return index, weight
 
 
-def sample_fake(label: Tensor, key: Tensor, num_samples: int, max_positive: int) -> tuple[Tensor, Tensor]:
+def sample_fake(label: Tensor, seed: Tensor, num_samples: int, max_positive: int) -> tuple[Tensor, Tensor]:
     shape = (label.shape[0], num_samples)
-    return label.new_empty(shape), key.new_empty(shape)
+    return label.new_empty(shape), label.new_empty(shape, dtype=torch.float32)
 
 
 define(
-    "sample(Tensor label, Tensor key, SymInt num_samples, SymInt max_positive) -> (Tensor index, Tensor weight)",
+    "sample(Tensor label, Tensor seed, SymInt num_samples, SymInt max_positive) -> (Tensor index, Tensor weight)",
     cpu=sample_cpu,
     cuda=sample_cuda,
     fake=sample_fake,
 )
 
 
-def sample(label: Tensor, num_samples: int, max_positive: int, key: Tensor | None = None) -> Sampled:
+def sample(label: Tensor, num_samples: int, max_positive: int, seed: Tensor | None = None) -> Sampled:
     """At most `max_positive` positives and as many negatives as still fit, `num_samples` in all, at random.
 
-    `label` int64 [B, K] is 1 for a positive, 0 for a negative; others are never taken. Those of the smallest `key`
-    [B, K] are, the lower index first among equal keys; keys are fp32 in [0, 1) and held to that range. Left out, they
-    are drawn from torch's generator, so that a seed fixes the choice.
+    `label` int64 [B, K] is 1 for a positive, 0 for a negative; others are never taken. Those of the smallest keys are,
+    the lower index first among equal keys. The keys follow from `seed`, int64 [1] on the device of `label`, and are the
+    same on every device; left out, it is drawn there from torch's generator, whose seed then fixes the choice.
 
     Raises:
-        TypeError: `label` is not an int64 tensor, `key` not a floating-point one.
+        TypeError: `label` or `seed` is not an int64 tensor.
         ValueError: shapes or devices that differ; a number below 0.
     """
     if _checks.is_tensor("label", label).ndim != 2:
         raise ValueError(f"label must have the shape [B, K], got {list(label.shape)}")
     _checks.integers("label", label, tuple(label.shape))
-    if key is None:
-        key = torch.rand(label.shape, dtype=torch.float32, device=label.device)
-    else:
-        key = _checks.shape("key", _checks.floats("key", key), tuple(label.shape)).detach()
-    _checks.same_device(label=label, key=key)
+    if seed is None:
+        seed = torch.randint(2**63 - 1, (1,), device=label.device)
+    _checks.integers("seed", seed, (1,))
+    _checks.same_device(label=label, seed=seed)
     for name, value in (("num_samples", num_samples), ("max_positive", max_positive)):
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
-    return Sampled(*torch.ops.fastdet.sample(label, key, num_samples, max_positive))
+    return Sampled(*torch.ops.fastdet.sample(label, seed, num_samples, max_positive))
