@@ -4,7 +4,7 @@ import torch
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import box_iou
 
-from fastdet import boxes, ops
+from fastdet import ops
 
 
 @pytest.mark.parametrize("num_gt", [5, 50])
@@ -15,8 +15,8 @@ def test_anchor_targets(versus, device, num_gt):
     matcher, coder = Matcher(0.7, 0.3, allow_low_quality_matches=True), BoxCoder((1.0, 1.0, 1.0, 1.0))
 
     def ours():
-        index, _, label = ops.match(anchors, gt_boxes[None], high=0.7, low=0.3, allow_low_quality=True)
-        return label[0], boxes.encode(anchors, gt_boxes[index[0]])
+        matches = ops.match(anchors, gt_boxes[None], high=0.7, low=0.3, allow_low_quality=True)
+        return matches.label[0], matches.deltas[0]
 
     def theirs():
         matched = matcher(box_iou(gt_boxes, anchors))

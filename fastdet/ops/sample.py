@@ -34,7 +34,7 @@ def sample_cpu(label: Tensor, seed: Tensor, num_samples: int, max_positive: int)
         first, taken = image * num_candidates, 0
         for wanted, quota in ((1, min(max_positive, num_samples)), (0, num_samples)):
             candidates = (label[image] == wanted).nonzero()[:, 0]
-            chosen = _smallest(candidates, keys(candidates + first, number), min(quota, num_samples - taken))
+            chosen = _smallest(candidates, min(quota, num_samples - taken), first, number)
             index[image, taken : taken + len(chosen)] = chosen
             taken += len(chosen)
         weight[image, :taken] = 1
@@ -43,13 +43,12 @@ def sample_cpu(label: Tensor, seed: Tensor, num_samples: int, max_positive: int)
 
 def keys(number: Tensor, seed: int) -> Tensor:
     """int32 keys of KEY_BITS bits of the candidates `number` [N]: what the kernel computes, in wrapping int32."""
-    mixed = (number.int() ^ _signed(seed)) * _signed(0x9E3779B1)
-    mixed ^= _signed(seed >> 32)
+    mixed = number.int().bitwise_xor_(_signed(seed)).mul_(_signed(0x9E3779B1)).bitwise_xor_(_signed(seed >> 32))
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        mixed ^= (mixed >> shift) & (0xFFFFFFFF >> shift)
+        mixed ^= (mixed >> shift).bitwise_and_(0xFFFFFFFF >> shift)
         mixed *= _signed(factor)
-    mixed ^= (mixed >> 16) & 0xFFFF
-    return (mixed >> (32 - KEY_BITS)) & ((1 << KEY_BITS) - 1)
+    mixed ^= (mixed >> 16).bitwise_and_(0xFFFF)
+    return (mixed >> (32 - KEY_BITS)).bitwise_and_((1 << KEY_BITS) - 1)
 
 
 def _signed(word: int) -> int:
@@ -57,10 +56,14 @@ def _signed(word: int) -> int:
     return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
-def _smallest(candidates: Tensor, key: Tensor, count: int) -> Tensor:
-    """Those of `candidates` [N], ascending, that have the `count` smallest keys, the first of equal ones: ascending."""
+def _smallest(candidates: Tensor, count: int, first: int, seed: int) -> Tensor:
+    """Those of `candidates` [N] that have the `count` smallest keys, the first of equal ones; all are ascending.
+
+    `first` is the number of candidate 0.
+    """
     if count >= len(candidates):
         return candidates
+    key = keys(candidates + first, seed)
     # Keys are uniform, so that hardly more than wanted lie below the share of them that is wanted.
     below = (key < int((1.2 * count + 50) / len(candidates) * (1 << KEY_BITS))).nonzero()[:, 0]
     if len(below) >= count:
