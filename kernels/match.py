@@ -28,14 +28,16 @@ def config(num_gt: int) -> Config:
 
 
 @triton.jit
-def _overlap(ax1, ay1, ax2, ay2, allowed, gt_boxes_ptr, gt_valid_ptr, first_gt, start, num_gt, BLOCK_G: tl.constexpr):
-    """IoU [BLOCK_G, BLOCK_K] of ground truths from `start` with candidates [1, BLOCK_K]; 0 where either is left out."""
+def _overlap(ax1, ay1, ax2, ay2, gt_boxes_ptr, gt_valid_ptr, first_gt, start, num_gt, BLOCK_G: tl.constexpr):
+    """IoU [BLOCK_G, BLOCK_K] of ground truths from `start` with candidates [1, BLOCK_K].
+
+    What is left out of either is loaded as zeros, which overlap nothing.
+    """
     gt = start + tl.arange(0, BLOCK_G)
     inside = gt < num_gt
     valid = tl.load(gt_valid_ptr + first_gt + gt, mask=inside, other=0) != 0
     bx1, by1, bx2, by2 = load_boxes(gt_boxes_ptr, first_gt + gt, inside & valid)
-    overlap = iou(ax1, ay1, ax2, ay2, bx1[:, None], by1[:, None], bx2[:, None], by2[:, None])
-    return tl.where(allowed & (inside & valid)[:, None], overlap, 0.0)
+    return iou(ax1, ay1, ax2, ay2, bx1[:, None], by1[:, None], bx2[:, None], by2[:, None])
 
 
 @triton.jit
@@ -63,7 +65,7 @@ def _load_candidates(
     allowed = mask
     if HAS_VALID:
         allowed = allowed & (tl.load(valid_ptr + out, mask=mask, other=0) != 0)
-    x1, y1, x2, y2 = load_boxes(candidates_ptr + batch * stride_b, candidate, mask)
+    x1, y1, x2, y2 = load_boxes(candidates_ptr + batch * stride_b, candidate, allowed)
     return mask, out, allowed, x1[None, :], y1[None, :], x2[None, :], y2[None, :]
 
 
@@ -93,13 +95,11 @@ def _best_kernel(
     Arguments as of `_match_kernel`; gt_best_ptr [B, G]: int32 bits of an fp32 IoU, zero at first.
     """
     first_gt = tl.program_id(1).to(tl.int64) * num_gt
-    _, _, allowed, ax1, ay1, ax2, ay2 = _load_candidates(
+    _, _, _, ax1, ay1, ax2, ay2 = _load_candidates(
         candidates_ptr, valid_ptr, num_candidates, candidates_stride_b, HAS_VALID, BLOCK_K
     )
     for start in range(0, num_gt, BLOCK_G):
-        overlap = _overlap(
-            ax1, ay1, ax2, ay2, allowed[None, :], gt_boxes_ptr, gt_valid_ptr, first_gt, start, num_gt, BLOCK_G
-        )
+        overlap = _overlap(ax1, ay1, ax2, ay2, gt_boxes_ptr, gt_valid_ptr, first_gt, start, num_gt, BLOCK_G)
         gt = start + tl.arange(0, BLOCK_G)
         bits = tl.max(overlap.to(tl.int32, bitcast=True), axis=1)
         tl.atomic_max(gt_best_ptr + first_gt + gt, bits, mask=(gt < num_gt) & (bits > 0), sem="relaxed")
@@ -155,9 +155,7 @@ def _match_kernel(
     best_index = tl.zeros([BLOCK_K], dtype=tl.int32)
     as_good = tl.zeros([BLOCK_K], dtype=tl.int32)
     for start in range(0, num_gt, BLOCK_G):
-        overlap = _overlap(
-            ax1, ay1, ax2, ay2, allowed[None, :], gt_boxes_ptr, gt_valid_ptr, first_gt, start, num_gt, BLOCK_G
-        )
+        overlap = _overlap(ax1, ay1, ax2, ay2, gt_boxes_ptr, gt_valid_ptr, first_gt, start, num_gt, BLOCK_G)
         here, where = tl.max(overlap, axis=0, return_indices=True, return_indices_tie_break_left=True)
         better = here > best
         best_index = tl.where(better, start + where, best_index)

@@ -23,7 +23,7 @@ IGNORED = tl.constexpr(0x7FFFFFFF)
 MIN_BLOCK_K = 128
 SMALL_BLOCK_K = 4096
 MAX_BLOCK_K = 16384
-MAX_SCAN_K = 2048
+MAX_SCAN_K = 1024
 
 
 class Config(NamedTuple):
@@ -35,8 +35,13 @@ class Config(NamedTuple):
 
 
 def config(span: int) -> Config:
-    """Sizes for programs of `span` candidates: in one tile, if that can be, which then stays in registers."""
-    block = min(max(triton.next_power_of_2(span), MIN_BLOCK_K), MAX_BLOCK_K)
+    """Sizes for programs of `span` candidates: in one tile, if that can be, which then stays in registers.
+
+    Tiles that are read again and again are small, since their keys are computed anew each time.
+    """
+    if span > MAX_BLOCK_K:
+        return Config(MAX_SCAN_K, MAX_SCAN_K, 4)
+    block = max(triton.next_power_of_2(span), MIN_BLOCK_K)
     return Config(block, min(block, MAX_SCAN_K), 8 if block <= 8192 else 16)
 
 
@@ -59,7 +64,7 @@ def _keys(number, seed):
 
 @triton.jit
 def _load_codes(
-    label_ptr, seed_ptr, code_ptr, first, start, num_candidates, HAS_CODES: tl.constexpr, BLOCK_K: tl.constexpr
+    label_ptr, seed, code_ptr, first, start, num_candidates, HAS_CODES: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """int32 [BLOCK_K], the codes of the candidates from `start` of the image that begins at `first`."""
     column = start + tl.arange(0, BLOCK_K)
@@ -68,7 +73,7 @@ def _load_codes(
         return tl.load(code_ptr + first + column, mask=mask, other=IGNORED)
     else:
         label = tl.load(label_ptr + first + column, mask=mask, other=-1)
-        key = _keys(first + column, tl.load(seed_ptr))
+        key = _keys(first + column, seed)
         return tl.where(label == 1, key, tl.where(label == 0, key + NEGATIVE, IGNORED))
 
 
@@ -76,7 +81,7 @@ def _load_codes(
 def _next_codes(
     codes,
     label_ptr,
-    seed_ptr,
+    seed,
     code_ptr,
     first,
     start,
@@ -89,7 +94,7 @@ def _next_codes(
     if ONE_TILE:
         return codes
     else:
-        return _load_codes(label_ptr, seed_ptr, code_ptr, first, start, num_candidates, HAS_CODES, BLOCK_K)
+        return _load_codes(label_ptr, seed, code_ptr, first, start, num_candidates, HAS_CODES, BLOCK_K)
 
 
 @triton.jit
@@ -97,7 +102,7 @@ def _count_below(
     bound,
     codes,
     label_ptr,
-    seed_ptr,
+    seed,
     code_ptr,
     first,
     begin,
@@ -108,7 +113,7 @@ def _count_below(
 ):
     count = 0
     for start in range(begin, begin + BLOCK_K if ONE_TILE else end, BLOCK_K):
-        here = _next_codes(codes, label_ptr, seed_ptr, code_ptr, first, start, end, HAS_CODES, ONE_TILE, BLOCK_K)
+        here = _next_codes(codes, label_ptr, seed, code_ptr, first, start, end, HAS_CODES, ONE_TILE, BLOCK_K)
         count += tl.sum((here < bound).to(tl.int32), axis=0)
     return count
 
@@ -119,7 +124,7 @@ def _smallest(
     lowest,
     codes,
     label_ptr,
-    seed_ptr,
+    seed,
     code_ptr,
     first,
     begin,
@@ -133,7 +138,7 @@ def _smallest(
     for step in range(KEY_BITS):
         higher = bound + (KEY_END >> (step + 1))
         count = _count_below(
-            higher, codes, label_ptr, seed_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
+            higher, codes, label_ptr, seed, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
         )
         bound = tl.where(count < rank, higher, bound)
     return bound
@@ -186,32 +191,35 @@ def _sample_kernel(
     first = batch * num_candidates
     begin = tl.program_id(0) * span
     end = tl.minimum(begin + span, num_candidates)
-    codes = _load_codes(label_ptr, seed_ptr, code_ptr, first, begin, end, HAS_CODES, BLOCK_K)
+    seed = tl.full([], 0, dtype=tl.int64)
+    if not HAS_CODES:
+        seed = tl.load(seed_ptr)
+    codes = _load_codes(label_ptr, seed, code_ptr, first, begin, end, HAS_CODES, BLOCK_K)
 
     positives = _count_below(
-        NEGATIVE, codes, label_ptr, seed_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
+        NEGATIVE, codes, label_ptr, seed, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
     )
-    both = _count_below(IGNORED, codes, label_ptr, seed_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K)
+    both = _count_below(IGNORED, codes, label_ptr, seed, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K)
     num_positive = tl.minimum(positives, max_positive)
     num_negative = tl.minimum(both - positives, num_slots - num_positive)
     positive_bound = tl.full([], KEY_END, dtype=tl.int32)
     positive_ties = tl.full([], 0, dtype=tl.int32)
     if num_positive < positives:
         positive_bound = _smallest(
-            num_positive, 0, codes, label_ptr, seed_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
+            num_positive, 0, codes, label_ptr, seed, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
         )
         positive_ties = num_positive - _count_below(
-            positive_bound, codes, label_ptr, seed_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
+            positive_bound, codes, label_ptr, seed, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
         )
     negative_bound = tl.full([], NEGATIVE + KEY_END, dtype=tl.int32)
     negative_ties = tl.full([], 0, dtype=tl.int32)
     if positives + num_negative < both:
         rank = positives + num_negative
         negative_bound = _smallest(
-            rank, NEGATIVE, codes, label_ptr, seed_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
+            rank, NEGATIVE, codes, label_ptr, seed, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
         )
         negative_ties = rank - _count_below(
-            negative_bound, codes, label_ptr, seed_ptr, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
+            negative_bound, codes, label_ptr, seed, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
         )
 
     # Smaller tiles, read once more: a scan needs many registers.
@@ -219,7 +227,7 @@ def _sample_kernel(
     seen_positive = 0
     seen_negative = num_positive
     for start in range(begin, end, SCAN_K):
-        here = _load_codes(label_ptr, seed_ptr, code_ptr, first, start, end, HAS_CODES, SCAN_K)
+        here = _load_codes(label_ptr, seed, code_ptr, first, start, end, HAS_CODES, SCAN_K)
         is_negative = here >= NEGATIVE
         bound = tl.where(is_negative, negative_bound, positive_bound)
         ties = tl.where(is_negative, negative_ties, positive_ties)
