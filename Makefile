@@ -1,12 +1,14 @@
 # Two commands need nothing but Python 3.10+ and make: `make demo` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+# Where `make gpu-check` leaves its tables and logs.
+OUT ?= gpu-check
 # Pin torch and torchvision here if need be: make test TORCH="torch==2.14.1 torchvision==0.29.1"
 TORCH ?=
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench kernel-sheet gpu-check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastdet demo --out runs/demo
@@ -23,6 +25,14 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest --benchmark-only
+
+# Registers, spills and loads of every kernel, compiled for devices that need not be here.
+kernel-sheet: $(VENV)/.installed
+	$(BIN)/python -m bench.kernel_sheet
+
+# All that needs a GPU, in nine minutes at most, with an interpreter that has torch, triton and pytest: no network.
+gpu-check:
+	PYTHONPATH=. $(PYTHON) bench/gpu_check.py --out $(OUT)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -73,7 +74,7 @@ class Launch:
 
 
 @contextmanager
-def recorded(monkeypatch: Any) -> Iterator[list[Launch]]:
+def recorded() -> Iterator[list[Launch]]:
     """Collects the launches made inside, without running any."""
     launches: list[Launch] = []
 
@@ -81,12 +82,12 @@ def recorded(monkeypatch: Any) -> Iterator[list[Launch]]:
         assert not args, f"{self.fn.__name__} is launched by keyword"
         launches.append(Launch(self, tuple(grid), kwargs))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(JITFunction, "run", run)
+    with mock.patch.object(JITFunction, "run", run):
         yield launches
 
 
-def launches_of(monkeypatch: Any, call: Callable[[], Any]) -> list[Launch]:
-    with recorded(monkeypatch) as launches:
+def launches_of(call: Callable[[], object]) -> list[Launch]:
+    """What `call` launches, the same specialisation of a kernel once."""
+    with recorded() as launches:
         call()
-    return launches
+    return list({(launch.source().hash(), str(launch.options())): launch for launch in launches}.values())
