@@ -263,8 +263,8 @@ def _matchable(matcher: Matcher, candidates: list[Tensor], gt_boxes: list[Tensor
 def _match(matcher: Matcher, candidates: Tensor, truth: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Index and label int64 [B, K], as torchvision has them: index 0 of what is not positive, all 0 without truth."""
     found = ops.match(
-        candidates,
-        truth,
+        candidates.float(),
+        truth.float(),
         valid,
         high=matcher.high_threshold,
         low=matcher.low_threshold,

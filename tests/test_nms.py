@@ -1,3 +1,4 @@
+import importlib
 import math
 
 import pytest
@@ -7,6 +8,8 @@ from support import awkward_boxes, check_operator, random_boxes
 
 from fastdet import ops
 from fastdet.ops.nms import fp32_below, nms_cpu, nms_cuda, nms_padded
+
+module = importlib.import_module("fastdet.ops.nms")  # the name in the package is the function's
 
 THRESHOLDS = (0.1, 0.3, 0.5, 0.6, 0.7, 1 / 3)
 
@@ -131,6 +134,33 @@ def test_batched_equals_torchvision_group_by_group(seed):
     assert torch.equal(ops.batched_nms(boxes, scores, groups, 0.5), expected)
 
 
+@pytest.mark.parametrize("count", [30, 700])
+@pytest.mark.parametrize("max_keep", [0, 1, 7, 10_000])
+def test_max_keep_takes_the_first(count, max_keep):
+    boxes, scores = random_boxes(count, side=60), torch.rand(count)
+    assert torch.equal(ops.nms(boxes, scores, 0.5, max_keep), reference(boxes, scores, 0.5)[:max_keep])
+    groups = torch.arange(count) % 3
+    expected = reference_batched(boxes, scores, groups, 0.5)[:max_keep]
+    assert torch.equal(ops.batched_nms(boxes, scores, groups, 0.5, max_keep), expected)
+
+
+@pytest.mark.parametrize("sizes", [[20] * 15, [60, 50, 40] + [3] * 20, [90] + [1] * 30, [33] * 12 + [64, 0, 0]])
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 1.0])
+def test_many_groups_side_by_side_equal_each_alone(monkeypatch, sizes, threshold):
+    """Groups of unequal sizes, in tiles of one row and of many, with gaps, and boxes that do not count."""
+    boxes = random_boxes(len(sizes), max(sizes), side=40).round()
+    boxes[0, 3] = math.nan
+    valid = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+    valid &= torch.rand(valid.shape) < 0.9
+    for tile in (1, 500, 1 << 17):
+        monkeypatch.setattr(module, "_ABREAST_TILE", tile)
+        index, count = nms_cpu(boxes, valid, threshold, 64)
+        for one, rows in enumerate((valid & boxes.isfinite().all(2)).unbind()):
+            mine = rows.nonzero()[:, 0]
+            expected = mine[reference(boxes[one][mine], torch.linspace(1, 0, len(mine)), threshold)][:64]
+            assert torch.equal(index[one, : int(count[one])], expected)
+
+
 def test_padded_groups_are_independent_and_stop_at_max_keep():
     boxes, scores, valid = random_boxes(5, 80, side=60), torch.rand(5, 80).mul(20).round(), torch.rand(5, 80) < 0.7
     valid[3] = False
@@ -186,6 +216,8 @@ def test_operator_contract():
         ({"boxes": torch.zeros(3, 4).double()}, TypeError, "boxes .*float64"),
         ({"scores": torch.zeros(2)}, ValueError, r"scores .*\[2\]"),
         ({"scores": torch.zeros(3, device="meta")}, ValueError, "scores is on meta"),
+        ({"scores": torch.zeros(3).half()}, TypeError, "scores is torch.float16, but boxes is torch.float32"),
+        ({"max_keep": -1}, ValueError, "max_keep .*-1"),
         ({"iou_threshold": 1.5}, ValueError, "iou_threshold .*1.5"),
         ({"iou_threshold": math.nan}, ValueError, "iou_threshold .*nan"),
         ({"idxs": torch.zeros(2).long()}, ValueError, r"idxs .*\[2\]"),

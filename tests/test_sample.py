@@ -9,7 +9,6 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from fastdet import ops
 from fastdet.ops.sample import sample_cpu, sample_cuda
 
-
 module = importlib.import_module("fastdet.ops.sample")  # the name in the package is the function's
 BITS = [29, 2]
 

@@ -59,6 +59,14 @@ def same_device(**tensors: Tensor) -> None:
             raise ValueError(f"{name} is on {tensor.device}, but {first_name} is on {first.device}")
 
 
+def same_dtype(**values: object) -> None:
+    """Of the tensors among `values`, before any is widened: two formats compared are a mistake more often than not."""
+    dtypes = [(name, value.dtype) for name, value in values.items() if isinstance(value, Tensor)]
+    for name, dtype in dtypes[1:]:
+        if dtype != dtypes[0][1]:
+            raise TypeError(f"{name} is {dtype}, but {dtypes[0][0]} is {dtypes[0][1]}")
+
+
 def threshold(name: str, value: float) -> float:
     """A number in [0, 1]."""
     if not 0.0 <= value <= 1.0:

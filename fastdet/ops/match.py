@@ -66,8 +66,9 @@ def match_cpu(
             label[image].masked_fill_(~allowed, -1)
         # A positive overlaps something, but for a threshold of 0.
         positive = ((label[image] == 1) & (iou[image] > 0)).nonzero()[:, 0]
-        truth = gt_boxes[image][index[image][positive]]
-        deltas[image].index_copy_(0, positive, algebra.encode(mine[positive], truth, tuple(weights)))
+        wx, wy, ww, wh = weights
+        offsets = algebra.encode(mine[positive], gt_boxes[image][index[image][positive]], (wx, wy, ww, wh))
+        deltas[image].index_copy_(0, positive, offsets)
     return index, iou, label, deltas
 
 
@@ -283,12 +284,14 @@ def match(
     `weights` are those of `boxes.encode`, by which the offsets are multiplied.
 
     Raises:
-        TypeError: an argument is not a tensor of the kind above.
+        TypeError: an argument is not a tensor of the kind above, or the boxes are of two dtypes.
         ValueError: shapes or devices that do not fit together; thresholds outside [0, 1] or `low` above `high`.
     """
+    given = {"candidates": candidates, "gt_boxes": gt_boxes}
     gt_boxes = _checks.boxes("gt_boxes", gt_boxes, ndim=3).detach()
     batch, num_gt = gt_boxes.shape[:2]
     candidates = _checks.boxes("candidates", candidates, ndim=None).detach()
+    _checks.same_dtype(**given)
     if candidates.ndim not in (2, 3) or (candidates.ndim == 3 and candidates.shape[0] != batch):
         raise ValueError(f"candidates must have the shape [K, 4] or [{batch}, K, 4], got {list(candidates.shape)}")
     if gt_valid is None:

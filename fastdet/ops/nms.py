@@ -104,12 +104,12 @@ def _suppress_abreast(planes: Tensor, groups: list[int], sizes: list[int], iou_t
         memory = hits.new_empty(3, max(_ABREAST_TILE, hits.numel()))
         while active >= _ABREAST and step < longest:
             rest, left = tall[:, step:, :active], hits[step:, :active]
-            rows = min(max(_ABREAST_TILE // left.numel(), 1), len(left))
-            spare = memory[:, : rows * left.numel()].view(3, rows, *left.shape)
-            overlapping = _overlapping(rest[:, :rows, None], rest[:, None], threshold, spare)
+            count = min(max(_ABREAST_TILE // left.numel(), 1), len(left))
+            spare = memory[:, : count * left.numel()].view(3, count, *left.shape)
+            overlapping = _overlapping(rest[:, :count, None], rest[:, None], threshold, spare)
             for row, hit in enumerate(overlapping.unbind()):
                 left[row + 1 :].addcmul_(hit[row + 1 :], (left[row] == 0).float())
-            step += rows
+            step += count
             while active and sizes[groups[active - 1]] <= step:
                 active -= 1
         keep[groups, :longest] &= hits.t() == 0
@@ -240,7 +240,7 @@ def nms_padded(
     return Kept(torch.where(taken, order.gather(1, index), 0), count)
 
 
-def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | None = None) -> Tensor:
     """Indices of the boxes that greedy suppression keeps, int64, in descending order of score: torchvision's `nms`.
 
     Equal to `torchvision.ops.nms` on the CPU, index for index, ties included, with two exceptions: boxes with NaN or
@@ -250,20 +250,26 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         boxes: [N, 4] x1, y1, x2, y2 in pixels; fp16 and bf16 are widened to fp32.
         scores: [N] floating point.
         iou_threshold: in [0, 1].
+        max_keep: indices at most, the highest ranked; None: all. The work stops there.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, range or device; the message names it.
     """
     boxes, scores = _check(boxes, scores)
     _checks.threshold("iou_threshold", iou_threshold)
+    most = _most(max_keep, boxes)
     if boxes.device.type == "cpu" and len(boxes) <= _FEW and boxes.isfinite().all():
-        return torch.ops.torchvision.nms(boxes, scores, iou_threshold)
-    index, count = nms_padded(boxes[None], scores[None], iou_threshold, boxes.shape[0])
+        return torch.ops.torchvision.nms(boxes, scores, iou_threshold)[:most]
+    index, count = nms_padded(boxes[None], scores[None], iou_threshold, most)
     return index[0, : int(count[0])]
 
 
-def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+def batched_nms(
+    boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, max_keep: int | None = None
+) -> Tensor:
     """`nms` within each group of `idxs` [N], the kept of all groups merged in descending order of score (stable).
+
+    Of the merged the first `max_keep` are returned; None: all.
 
     Groups are kept apart by their ids, not by shifting coordinates (as torchvision's `batched_nms` does), so decisions
     near the threshold are those of `nms` on each group alone. Groups are padded to the power of two above their size
@@ -275,6 +281,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     if idxs.is_floating_point() or idxs.is_complex():
         raise TypeError(f"idxs must hold integers, got {idxs.dtype}")
     _checks.same_device(boxes=boxes, idxs=idxs)
+    most = _most(max_keep, boxes)
     if boxes.shape[0] == 0:
         return torch.zeros(0, dtype=torch.int64, device=boxes.device)
     order = scores.argsort(descending=True, stable=True)
@@ -289,13 +296,23 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         valid = slot < sizes[members, None]
         ranks = by_group[torch.where(valid, first[members, None] + slot, 0)]
         rows = order[ranks]
-        kept = nms_padded(boxes[rows], scores[rows], iou_threshold, padded_size, valid, presorted=True)
-        keep[ranks.gather(1, kept.index)[slot < kept.count[:, None]]] = True
-    return order[keep]
+        kept = nms_padded(boxes[rows], scores[rows], iou_threshold, min(padded_size, most), valid, presorted=True)
+        taken = torch.arange(kept.index.shape[1], device=boxes.device) < kept.count[:, None]
+        keep[ranks.gather(1, kept.index)[taken]] = True
+    return order[keep][:most]
+
+
+def _most(max_keep: int | None, boxes: Tensor) -> int:
+    """How many of `boxes` [N, 4] may be kept."""
+    if max_keep is not None and max_keep < 0:
+        raise ValueError(f"max_keep must not be negative, got {max_keep}")
+    return len(boxes) if max_keep is None else min(max_keep, len(boxes))
 
 
 def _check(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    given = {"boxes": boxes, "scores": scores}
     boxes = _checks.boxes("boxes", boxes)
     scores = _checks.shape("scores", _checks.floats("scores", scores), (boxes.shape[0],))
     _checks.same_device(boxes=boxes, scores=scores)
+    _checks.same_dtype(**given)
     return boxes.detach(), scores.detach()
