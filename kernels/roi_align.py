@@ -5,6 +5,8 @@ All of it is meant for kernels launched with `enable_fp_fusion=False`: a fused m
 # mypy: disable-error-code="assignment, var-annotated"
 # (a Triton tuple grows, which Python's types do not say)
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,10 +16,17 @@ from .pyramid import SIZES, by_level, geometry, level_of, pick, pick_pointer, si
 from .samples import bins_of, cells_of, position, reaching
 
 
-def block_of(channels: int) -> tuple[int, int]:
-    """Channels of a program and its warps: four a thread, 16 bytes in fp32, and two warps at most."""
+class Config(NamedTuple):
+    """Channels of a program, a power of two, and its warps."""
+
+    block_c: int
+    num_warps: int
+
+
+def config(channels: int) -> Config:
+    """Four channels a thread, 16 bytes in fp32, and two warps at most."""
     block = min(triton.next_power_of_2(channels), 256)
-    return block, max(block // 128, 1)
+    return Config(block, num_warps=max(block // 128, 1))
 
 
 @triton.jit
@@ -163,8 +172,8 @@ def launch(
     `edges` are the least areas of the second level and those after it.
     """
     num_rois, channels, pooled_height, pooled_width = pooled.shape
-    block, warps = block_of(channels)
-    _roi_align_kernel[(num_rois * pooled_height * pooled_width, triton.cdiv(channels, block))](
+    block_c, num_warps = config(channels)
+    _roi_align_kernel[(num_rois * pooled_height * pooled_width, triton.cdiv(channels, block_c))](
         **by_level("input_{}_ptr", features, None),
         rois_ptr=rois,
         pooled_ptr=pooled,
@@ -175,7 +184,7 @@ def launch(
         POOLED_WIDTH=pooled_width,
         SAMPLING=max(sampling_ratio, 0),
         ALIGNED=aligned,
-        BLOCK_C=block,
-        num_warps=warps,
+        BLOCK_C=block_c,
+        num_warps=num_warps,
         enable_fp_fusion=False,
     )

@@ -6,21 +6,35 @@ All of it is meant for kernels launched with `enable_fp_fusion=False`: a fused m
 # mypy: disable-error-code="assignment, var-annotated"
 # (a Triton tuple grows, which Python's types do not say)
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from .bins import image_of
 from .pyramid import SIZES, by_level, geometry, level_of, pick, pick_pointer, sizes_of
-from .roi_align import block_of
 from .samples import bins_of, cells_of, position, reaching
 from .visits import launch_spans, launch_visits
 
 # A program of the gradient owns a square of so many cells a side: it reads a bin once for all that the bin reaches.
 TILE = 4
-UNROLL = 4
 # Cells of one bin that are weighed at once.
 BLOCK_W = 32
+
+
+class Config(NamedTuple):
+    """Channels of a program, a power of two; bins that it loads at a time; its warps."""
+
+    block_c: int
+    unroll: int
+    num_warps: int
+
+
+def config(channels: int) -> Config:
+    """Four channels a thread, 16 bytes in fp32, and two warps at most."""
+    block = min(triton.next_power_of_2(channels), 256)
+    return Config(block, unroll=4, num_warps=max(block // 128, 1))
 
 
 def tiles(sizes: list[tuple[int, int]]) -> tuple[int, int]:
@@ -241,6 +255,7 @@ def launch(
     ranges: torch.Tensor,
     weights_h: torch.Tensor,
     weights_w: torch.Tensor,
+    extents: torch.Tensor,
     spans: torch.Tensor,
     bounds: torch.Tensor,
     visits: torch.Tensor,
@@ -253,8 +268,8 @@ def launch(
     """Fill `grad_inputs`, levels [B, C, H, W], from `grad` [R, C, PH, PW], all channels-last, and `rois` [R, 5].
 
     Scratch, with (TH, TW) = `tiles`: int32 `images` [R], `ranges` [2, PH + PW, R], `spans` [2, TH + TW + 2, R] and
-    `visits` [visits_bound]; int64 `bounds` [B * TH * TW, 2]; fp32 `weights_h` [R, PH, whole tiles of the highest level]
-    and `weights_w` [R, PW, whole tiles of the widest].
+    `visits` [visits_bound]; int64 `extents` [B, 3] and `bounds` [B * TH * TW, 2]; fp32 `weights_h` [R, PH, whole tiles
+    of the highest level] and `weights_w` [R, PW, whole tiles of the widest].
     """
     num_rois, channels, pooled_height, pooled_width = grad.shape
     pooled = (pooled_height, pooled_width)
@@ -282,9 +297,9 @@ def launch(
         enable_fp_fusion=False,
     )
     launch_spans(ranges, spans, grid=(rows, columns), pooled=pooled)
-    launch_visits(images, spans, bounds, visits, grid=(rows, columns), pooled=pooled)
-    block, warps = block_of(channels)
-    _roi_align_backward_kernel[(len(bounds), triton.cdiv(channels, block))](
+    launch_visits(images, extents, spans, bounds, visits, grid=(rows, columns), pooled=pooled)
+    block_c, unroll, num_warps = config(channels)
+    _roi_align_backward_kernel[(len(bounds), triton.cdiv(channels, block_c))](
         grad_ptr=grad,
         bounds_ptr=bounds,
         visits_ptr=visits,
@@ -300,8 +315,8 @@ def launch(
         POOLED_HEIGHT=pooled_height,
         POOLED_WIDTH=pooled_width,
         TILE=TILE,
-        BLOCK_C=block,
-        UNROLL=UNROLL,
-        num_warps=warps,
+        BLOCK_C=block_c,
+        UNROLL=unroll,
+        num_warps=num_warps,
         enable_fp_fusion=False,
     )

@@ -5,6 +5,8 @@ All of it is meant for kernels launched with `enable_fp_fusion=False`: a fused m
 # mypy: disable-error-code="assignment, var-annotated"
 # (a Triton tuple grows, which Python's types do not say)
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,20 +14,30 @@ import triton.language as tl
 from .bins import axis_of, edges, image_of
 from .visits import BLOCK_R, launch_visits
 
-UNROLL_FORWARD = 4
-UNROLL_BACKWARD = 8
-
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
-def tile(channels: int) -> tuple[int, int]:
-    """Channels of a program and its warps: four a thread, two warps at most.
+class Config(NamedTuple):
+    """Channels of a program, a power of two; cells (of the gradient: bins) that it loads at a time; its warps."""
 
-    In fp32 and for the argmax these are 16 bytes. With as many bytes of bf16 a thread holds so many values that the
-    compiler waits for each load before the next.
+    block_c: int
+    unroll: int
+    num_warps: int
+
+
+def config(channels: int) -> Config:
+    """Four channels a thread, two warps at most.
+
+    In fp32 these are 16 bytes. With as many bytes of bf16 a thread holds so many values that the compiler waits for
+    each load before the next.
     """
     block = min(triton.next_power_of_2(channels), 256)
-    return block, max(block // 128, 1)
+    return Config(block, unroll=4, num_warps=max(block // 128, 1))
+
+
+def config_backward(channels: int) -> Config:
+    """As forward, and more at a time: a cell has about 20 bins, up to some hundreds."""
+    return config(channels)._replace(unroll=8)
 
 
 def visits_bound(num_rois: int, height: int, width: int, pooled_height: int, pooled_width: int) -> int:
@@ -61,7 +73,7 @@ def _roi_pool_kernel(
     input_ptr [B, H, W, C]: fp32, fp16 or bf16, contiguous (a channels-last [B, C, H, W]).
     rois_ptr [R, 5]: fp32, image index and corners in pixels, contiguous.
     pooled_ptr [R, PH, PW, C]: the dtype of input, contiguous.
-    argmax_ptr [R, PH, PW, C]: int32, h * W + w in the plane, -1 where nothing was pooled; contiguous.
+    argmax_ptr [R, PH, PW, C]: int16 or int32, h * W + w in the plane, -1 where nothing was pooled; contiguous.
     """
     index = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -97,7 +109,7 @@ def _roi_pool_kernel(
     best = tl.where(num_cells > 0, best, 0.0)
     out = index.to(tl.int64) * channels + channel
     tl.store(pooled_ptr + out, best.to(pooled_ptr.dtype.element_ty), mask=inside)
-    tl.store(argmax_ptr + out, argmax, mask=inside)
+    tl.store(argmax_ptr + out, argmax.to(argmax_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -163,7 +175,7 @@ def _roi_pool_backward_kernel(
 
     Program (cell of all images, channel block); UNROLL bins of its list in flight, added in ascending order in fp32.
 
-    grad_ptr, argmax_ptr [R, PH, PW, C]: fp32, fp16 or bf16, and int32; contiguous.
+    grad_ptr, argmax_ptr [R, PH, PW, C]: fp32, fp16 or bf16, and int16 or int32; contiguous.
     bounds_ptr [B * H * W, 2], visits_ptr [visits_bound]: as `launch_visits` wrote them.
     grad_input_ptr [B, H, W, C]: the dtype of grad, contiguous.
     """
@@ -200,8 +212,8 @@ def launch(
     """Fill `pooled` and `argmax` [R, C, PH, PW] for `features` [B, C, H, W], all channels-last, and `rois` [R, 5]."""
     num_images, channels, height, width = features.shape
     num_rois, _, pooled_height, pooled_width = pooled.shape
-    block, warps = tile(channels)
-    _roi_pool_kernel[(num_rois * pooled_height * pooled_width, triton.cdiv(channels, block))](
+    block_c, unroll, num_warps = config(channels)
+    _roi_pool_kernel[(num_rois * pooled_height * pooled_width, triton.cdiv(channels, block_c))](
         input_ptr=features,
         rois_ptr=rois,
         pooled_ptr=pooled,
@@ -213,9 +225,9 @@ def launch(
         spatial_scale=spatial_scale,
         POOLED_HEIGHT=pooled_height,
         POOLED_WIDTH=pooled_width,
-        BLOCK_C=block,
-        UNROLL=UNROLL_FORWARD,
-        num_warps=warps,
+        BLOCK_C=block_c,
+        UNROLL=unroll,
+        num_warps=num_warps,
         enable_fp_fusion=False,
     )
 
@@ -226,6 +238,7 @@ def launch_backward(
     argmax: torch.Tensor,
     grad_input: torch.Tensor,
     images: torch.Tensor,
+    extents: torch.Tensor,
     spans: torch.Tensor,
     bounds: torch.Tensor,
     visits: torch.Tensor,
@@ -234,7 +247,8 @@ def launch_backward(
 ) -> None:
     """Fill `grad_input` [B, C, H, W] from `grad` and `argmax` [R, C, PH, PW], all channels-last, and `rois` [R, 5].
 
-    Scratch: `images` [R], `spans` [2, H + W + 2, R], `visits` [visits_bound], int32; `bounds` [B * H * W, 2], int64.
+    Scratch: `images` [R], `spans` [2, H + W + 2, R] and `visits` [visits_bound], int32; `extents` [B, 3] and `bounds`
+    [B * H * W, 2], int64.
     """
     num_images, channels, height, width = grad_input.shape
     num_rois, _, pooled_height, pooled_width = grad.shape
@@ -253,9 +267,9 @@ def launch_backward(
         BLOCK_R=BLOCK_R,
         enable_fp_fusion=False,
     )
-    launch_visits(images, spans, bounds, visits, grid=(height, width), pooled=(pooled_height, pooled_width))
-    block, warps = tile(channels)
-    _roi_pool_backward_kernel[(cells, triton.cdiv(channels, block))](
+    launch_visits(images, extents, spans, bounds, visits, grid=(height, width), pooled=(pooled_height, pooled_width))
+    block_c, unroll, num_warps = config_backward(channels)
+    _roi_pool_backward_kernel[(cells, triton.cdiv(channels, block_c))](
         grad_ptr=grad,
         argmax_ptr=argmax,
         bounds_ptr=bounds,
@@ -264,8 +278,8 @@ def launch_backward(
         channels=channels,
         height=height,
         width=width,
-        BLOCK_C=block,
-        UNROLL=UNROLL_BACKWARD,
-        num_warps=warps,
+        BLOCK_C=block_c,
+        UNROLL=unroll,
+        num_warps=num_warps,
         enable_fp_fusion=False,
     )

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 BLOCK_R = 128
+# RoIs that are looked through at once for those of one image.
+BLOCK_EXTENT = 512
 
 
 @triton.jit
@@ -59,8 +61,45 @@ def _at(spans_ptr, line, num_rois, roi, mask):
 
 
 @triton.jit
+def _extents_kernel(
+    images_ptr,
+    spans_ptr,
+    extents_ptr,
+    num_rois,
+    height,
+    width,
+    BLOCK_R: tl.constexpr,
+):
+    """Where the RoIs of one image lie and how long its lists are, so that its places need not look at the others.
+
+    Program (image).
+
+    images_ptr [R]: int32, the image of each RoI, -1 for padding.
+    spans_ptr [2, H + W + 2, R]: int32, contiguous, as above.
+    extents_ptr [B, 3]: int64, the first RoI of the image, one past its last, and its (bin, place of that bin). RoIs of
+        other images may lie between.
+    """
+    image = tl.program_id(0)
+    low = tl.zeros([BLOCK_R], tl.int32) + num_rois
+    high = tl.zeros([BLOCK_R], tl.int32)
+    count = tl.zeros([BLOCK_R], tl.int64)
+    for first in range(0, num_rois, BLOCK_R):
+        roi = first + tl.arange(0, BLOCK_R)
+        mine = tl.load(images_ptr + roi, mask=roi < num_rois, other=-1) == image
+        rows = _at(spans_ptr, height, num_rois, roi, mine).to(tl.int64)
+        count += rows * _at(spans_ptr, height + 1 + width, num_rois, roi, mine)
+        low = tl.minimum(low, tl.where(mine, roi, num_rois))
+        high = tl.maximum(high, tl.where(mine, roi + 1, 0))
+    extent_ptr = extents_ptr + image.to(tl.int64) * 3
+    tl.store(extent_ptr, tl.min(low, axis=0).to(tl.int64))
+    tl.store(extent_ptr + 1, tl.max(high, axis=0).to(tl.int64))
+    tl.store(extent_ptr + 2, tl.sum(count, axis=0))
+
+
+@triton.jit
 def _visits_kernel(
     images_ptr,
+    extents_ptr,
     spans_ptr,
     bounds_ptr,
     visits_ptr,
@@ -73,10 +112,11 @@ def _visits_kernel(
 ):
     """The bins that reach one place, in ascending order: one list of a CSR array that no two programs share.
 
-    Program (place of all images). Where its list begins follows from the spans alone, so programs need not wait for
+    Program (place of all images). Where its list begins follows from extents and spans, so programs need not wait for
     each other:  all bins of earlier images  +  the rows above this one  +  this row, left of the place.
 
     images_ptr [R]: int32, the image of each RoI, -1 for padding.
+    extents_ptr [B, 3]: as the extents kernel wrote them; None where there is one image.
     spans_ptr [2, H + W + 2, R]: int32, contiguous. [0, p]: places that the bins have before position p; [1, p]: the
         first bin at p, if there is one. Positions 0 .. H are rows of places, H + 1 .. H + W + 1 columns.
     bounds_ptr [B * H * W, 2]: int64, where the list of a place begins and ends.
@@ -89,22 +129,30 @@ def _visits_kernel(
     right = height + 1 + width
     num_lines = height + width + 2
 
+    low = 0
+    high = num_rois
     ahead = tl.zeros([BLOCK_R], tl.int64)
-    for first in range(0, num_rois, BLOCK_R):
+    if extents_ptr is not None:
+        extent_ptr = extents_ptr + image.to(tl.int64) * 3
+        # From a whole block on, so that a thread loads its images in one.
+        low = tl.load(extent_ptr).to(tl.int32) // BLOCK_R * BLOCK_R
+        high = tl.load(extent_ptr + 1).to(tl.int32)
+        for first in range(0, image, BLOCK_R):
+            earlier = first + tl.arange(0, BLOCK_R)
+            ahead += tl.load(extents_ptr + earlier.to(tl.int64) * 3 + 2, mask=earlier < image, other=0)
+
+    for first in range(low, high, BLOCK_R):
         roi = first + tl.arange(0, BLOCK_R)
-        owner = tl.load(images_ptr + roi, mask=roi < num_rois, other=-1)
-        mine = owner == image
-        known = (owner >= 0) & (owner <= image)
-        above = tl.where(mine, row, height)
-        rows = _at(spans_ptr, above, num_rois, roi, known).to(tl.int64)
-        columns = _at(spans_ptr, right, num_rois, roi, known).to(tl.int64)
+        mine = tl.load(images_ptr + roi, mask=roi < num_rois, other=-1) == image
+        rows = _at(spans_ptr, row, num_rois, roi, mine).to(tl.int64)
         here = _at(spans_ptr, row + 1, num_rois, roi, mine) - rows
+        columns = _at(spans_ptr, right, num_rois, roi, mine)
         before = _at(spans_ptr, column, num_rois, roi, mine)
-        ahead += rows * columns + tl.where(mine, here * before, 0)
+        ahead += rows * columns + here * before
 
     at = tl.sum(ahead, axis=0)
     tl.store(bounds_ptr + place.to(tl.int64) * 2, at)
-    for first in range(0, num_rois, BLOCK_R):
+    for first in range(low, high, BLOCK_R):
         roi = first + tl.arange(0, BLOCK_R)
         mine = tl.load(images_ptr + roi, mask=roi < num_rois, other=-1) == image
         tall = _at(spans_ptr, row + 1, num_rois, roi, mine) - _at(spans_ptr, row, num_rois, roi, mine)
@@ -139,6 +187,7 @@ def launch_spans(ranges: torch.Tensor, spans: torch.Tensor, *, grid: tuple[int, 
 
 def launch_visits(
     images: torch.Tensor,
+    extents: torch.Tensor,
     spans: torch.Tensor,
     bounds: torch.Tensor,
     visits: torch.Tensor,
@@ -146,9 +195,25 @@ def launch_visits(
     grid: tuple[int, int],
     pooled: tuple[int, int],
 ) -> None:
-    """Fill `bounds` [B * H * W, 2] and `visits` from `images` [R] and `spans` [2, H + W + 2, R]."""
+    """Fill `bounds` [B * H * W, 2] and `visits` from `images` [R] and `spans` [2, H + W + 2, R].
+
+    Scratch: `extents` [B, 3], int64.
+    """
+    num_images = len(extents)
+    if num_images > 1:
+        _extents_kernel[(num_images,)](
+            images_ptr=images,
+            spans_ptr=spans,
+            extents_ptr=extents,
+            num_rois=len(images),
+            height=grid[0],
+            width=grid[1],
+            BLOCK_R=BLOCK_EXTENT,
+            enable_fp_fusion=False,
+        )
     _visits_kernel[(len(bounds),)](
         images_ptr=images,
+        extents_ptr=extents if num_images > 1 else None,
         spans_ptr=spans,
         bounds_ptr=bounds,
         visits_ptr=visits,

@@ -270,7 +270,7 @@ def test_half_precision_is_computed_in_fp32(dtype):
     assert all(torch.equal(here.grad, there.grad.to(dtype)) for here, there in zip(half, full, strict=True))
     narrow = [boxes[0].to(dtype)]
     wide = [narrow[0].float()]
-    assert torch.equal(*(ops.multiscale_roi_align(full, each, *arguments) for each in (narrow, wide)))
+    assert torch.equal(*(ops.multiscale_roi_align(half, each, *arguments) for each in (narrow, wide)))
 
 
 def test_autocast_leaves_boxes_and_results_as_they_are():
@@ -432,7 +432,18 @@ FEATURES, ROIS = torch.zeros(2, 3, 4, 4), torch.zeros(5, 5)
         ((FEATURES[0], ROIS, 2), ValueError, r"input .* \[3, 4, 4\]"),
         ((FEATURES.int(), ROIS, 2), TypeError, "input .*int32"),
         ((FEATURES, ROIS[:, :4], 2), ValueError, r"boxes .*\[K, 5\], got \[5, 4\]"),
+        ((FEATURES, ROIS[0], 2), ValueError, r"boxes .* \[5\]"),
+        ((FEATURES, ROIS.int(), 2), TypeError, "boxes .*int32"),
         ((FEATURES, ROIS.double(), 2), TypeError, "boxes .*float64"),
+        ((FEATURES, ROIS.half(), 2), TypeError, "boxes .*as input, torch.float32, got torch.float16"),
+        ((FEATURES.half(), ROIS.bfloat16(), 2), TypeError, "boxes .*as input, torch.float16, got torch.bfloat16"),
+        ((FEATURES, ROIS.to("meta"), 2), ValueError, "boxes is on meta"),
+        ((FEATURES, ROIS * float("nan"), 2), ValueError, r"boxes\[0\] lies in image nan"),
+        ((FEATURES, ROIS, (2, 0)), ValueError, "output_size"),
+        ((FEATURES, ROIS, True), TypeError, "output_size .*True"),
+        ((FEATURES, ROIS, 2, -1.0), ValueError, "spatial_scale"),
+        ((FEATURES, ROIS, 2, float("nan")), ValueError, "spatial_scale"),
+        ((FEATURES, ROIS, 2, float("inf")), ValueError, "spatial_scale .*inf"),
         ((FEATURES, [ROIS[:, 1:]], 2), ValueError, "boxes .* 1 for 2 images"),
         ((FEATURES, ROIS + 2, 2), ValueError, r"boxes\[0\] lies in image 2, but input"),
         ((FEATURES, ROIS, 0), ValueError, "output_size .* 0"),
@@ -471,6 +482,7 @@ def test_bad_input_names_the_argument(arguments, error, words):
         ({"scales": (0.5, 0.125)}, ValueError, "scales .*half"),
         ({"scales": (0.6, 0.3)}, ValueError, "scales .*powers of two"),
         ({"boxes": ROIS + 2}, ValueError, r"boxes\[0\] lies in image 2, but features holds 2 images"),
+        ({"boxes": ROIS.half()}, TypeError, "boxes .*as features, torch.float32, got torch.float16"),
         ({"boxes": ROIS.to("meta")}, ValueError, "boxes is on meta, but features is on cpu"),
         ({"boxes": [ROIS[:, 1:]]}, ValueError, "boxes .* 1 for 2 images"),
         ({"output_size": (2, -1)}, ValueError, "output_size"),
@@ -518,9 +530,10 @@ def test_no_list_of_visits_outgrows_its_bound():
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(512, (256, 2)), (200, (256, 2)), (100, (128, 1)), (1, (1, 1))])
-def test_blocks_of_channels(channels, expected):
-    kernel = pytest.importorskip("fastdet.kernels.roi_align")
-    assert kernel.block_of(channels) == expected
+@pytest.mark.parametrize("module", ["roi_align", "roi_align_backward"])
+def test_config(module, channels, expected):
+    config = pytest.importorskip(f"fastdet.kernels.{module}").config(channels)
+    assert (config.block_c, config.num_warps) == expected
 
 
 Case = tuple[str, list[Tensor], Tensor, list[float], tuple[int, int], tuple[int, bool, float, int]]

@@ -1,5 +1,7 @@
 import itertools
 import math
+import multiprocessing
+import os
 import sys
 from collections.abc import Iterator
 
@@ -179,9 +181,8 @@ def test_half_precision_is_computed_in_fp32(dtype):
     pooled.backward(grad)
     expected.backward(grad.float())
     assert torch.equal(half.grad, full.grad.to(dtype))
-    assert torch.equal(
-        ops.roi_pool(input, rois.to(dtype), 2, scale), ops.roi_pool(input, rois.to(dtype).float(), 2, scale)
-    )
+    narrow = rois.to(dtype)
+    assert torch.equal(ops.roi_pool(half, narrow, 2, scale), ops.roi_pool(half, narrow.float(), 2, scale))
 
 
 def test_padding_pools_nothing_and_takes_no_gradient():
@@ -199,7 +200,7 @@ def test_padding_pools_nothing_and_takes_no_gradient():
 
 
 @pytest.mark.parametrize(
-    ("batch", "channels", "num_rois", "height"), [(0, 3, 0, 5), (2, 0, 4, 5), (2, 3, 0, 5), (1, 2, 3, 0)]
+    ("batch", "channels", "num_rois", "height"), [(0, 3, 0, 5), (2, 0, 4, 5), (2, 3, 0, 5), (1, 2, 3, 0), (2, 0, 0, 0)]
 )
 def test_empty_input(batch, channels, num_rois, height):
     input = torch.rand(batch, channels, height, 6, requires_grad=True)
@@ -267,6 +268,7 @@ def test_on_a_gpu_results_are_channels_last_and_the_host_does_not_wait():
         rois = torch.empty(6, 5, device="cuda")
         assert ops.roi_pool(input, rois, 2).is_contiguous(memory_format=torch.channels_last)
         pooled, argmax = torch.ops.fastdet.roi_pool(input, rois, 0.5, 3, 2)
+        assert argmax.dtype == torch.int16
         assert argmax.is_contiguous(memory_format=torch.channels_last)
         grad = torch.ops.fastdet.roi_pool_backward(pooled, rois, argmax, 0.5, 3, 2, 2, 5, 7, 9)
         assert grad.is_contiguous(memory_format=torch.channels_last)
@@ -287,6 +289,11 @@ FEATURES, ROIS = torch.zeros(2, 3, 4, 4), torch.zeros(5, 5)
         ((FEATURES, ROIS[0], 2), ValueError, r"boxes .* \[5\]"),
         ((FEATURES, ROIS.int(), 2), TypeError, "boxes .*int32"),
         ((FEATURES, ROIS.double(), 2), TypeError, "boxes .*float64"),
+        ((FEATURES, ROIS.half(), 2), TypeError, "boxes .*as input, torch.float32, got torch.float16"),
+        ((FEATURES.half(), ROIS.bfloat16(), 2), TypeError, "boxes .*as input, torch.float16, got torch.bfloat16"),
+        ((FEATURES.double(), ROIS.half(), 2), TypeError, "boxes .*as input, torch.float64, got torch.float16"),
+        ((FEATURES, [ROIS[:, 1:], ROIS[:, 1:].half()], 2), TypeError, r"boxes\[1\] .*float16"),
+        ((FEATURES, None, 2), TypeError, "boxes .*NoneType"),
         ((FEATURES, ROIS.to("meta"), 2), ValueError, "boxes is on meta"),
         ((FEATURES, [ROIS[:, 1:]], 2), ValueError, "boxes .* 1 for 2 images"),
         ((FEATURES, [ROIS[:, 1:], ROIS], 2), ValueError, r"boxes\[1\] .*\[L, 4\], got \[5, 5\]"),
@@ -299,9 +306,12 @@ FEATURES, ROIS = torch.zeros(2, 3, 4, 4), torch.zeros(5, 5)
         ((FEATURES, ROIS, (2, 2, 2)), ValueError, "output_size"),
         ((FEATURES, ROIS, ()), ValueError, "output_size"),
         ((FEATURES, ROIS, 2.0), TypeError, "output_size"),
+        ((FEATURES, ROIS, True), TypeError, "output_size .*True"),
+        ((FEATURES, ROIS, "22"), TypeError, "output_size .*'22'"),
         ((FEATURES, ROIS, 2, 0.0), ValueError, "spatial_scale"),
         ((FEATURES, ROIS, 2, -1.0), ValueError, "spatial_scale"),
         ((FEATURES, ROIS, 2, float("nan")), ValueError, "spatial_scale"),
+        ((FEATURES, ROIS, 2, float("inf")), ValueError, "spatial_scale .*inf"),
     ],
 )
 def test_bad_input_names_the_argument(arguments, error, words):
@@ -336,9 +346,10 @@ def test_no_list_of_visits_outgrows_its_bound():
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(512, (256, 2)), (200, (256, 2)), (100, (128, 1)), (1, (1, 1))])
-def test_tiles(channels, expected):
+def test_config(channels, expected):
     kernel = pytest.importorskip("fastdet.kernels.roi_pool")
-    assert kernel.tile(channels) == expected
+    for config in (kernel.config(channels), kernel.config_backward(channels)):
+        assert (config.block_c, config.num_warps) == expected
 
 
 def kernel_cases() -> Iterator[tuple[str, Tensor, Tensor, float, tuple[int, int]]]:
@@ -367,7 +378,8 @@ def test_kernels_equal_cpu(kernel_device, name):
     pooled, argmax = roi_pool_cuda(features, boxes, scale, *size)
     assert pooled.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(pooled.cpu(), expected)
-    assert torch.equal(argmax.cpu(), expected_argmax)
+    assert argmax.dtype == torch.int16
+    assert torch.equal(argmax.cpu().int(), expected_argmax)
     grad = torch.randn(expected.shape)
     arguments = (grad.to(kernel_device), boxes, argmax, scale, *size, *input.shape)
     actual = roi_pool_backward_cuda(*arguments)
@@ -375,6 +387,45 @@ def test_kernels_equal_cpu(kernel_device, name):
     assert torch.equal(actual.cpu(), roi_pool_backward_cpu(grad, rois, expected_argmax, scale, *size, *input.shape))
     if name == "odd":
         assert torch.equal(roi_pool_backward_cuda(*arguments), actual)
+        wide = (*arguments[:2], argmax.int(), *arguments[3:])
+        assert torch.equal(roi_pool_backward_cuda(*wide), actual)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(("width", "dtype"), [(32767, torch.int16), (32768, torch.int32)])
+def test_argmax_holds_the_last_cell_of_a_map(kernel_device, width, dtype):
+    input = torch.zeros(1, 2, 1, width, device=kernel_device)
+    input[..., -1] = 1
+    rois = torch.tensor([[0.0, width - 4, 0, width - 1, 0]], device=kernel_device)
+    pooled, argmax = roi_pool_cuda(input, rois, 1.0, 1, 1)
+    assert (pooled == 1).all()
+    assert argmax.dtype == dtype
+    assert (argmax == width - 1).all()
+    with FakeTensorMode():
+        fake = torch.empty(1, 2, 1, width, device="cuda"), torch.empty(1, 5, device="cuda")
+        assert torch.ops.fastdet.roi_pool(*fake, 1.0, 1, 1)[1].dtype == dtype
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("order", ["sorted", "mixed", "only the last image", "padding alone"])
+def test_gradient_with_rois_in_any_order(monkeypatch, kernel_device, order):
+    visits = pytest.importorskip("fastdet.kernels.visits")
+    monkeypatch.setattr(visits, "BLOCK_R", 4)  # several blocks of RoIs, and of images
+    monkeypatch.setattr(visits, "BLOCK_EXTENT", 4)
+    torch.manual_seed(1)
+    input, rois = torch.randn(6, 2, 2, 3), random_rois(21, 6, 4)
+    if order == "sorted":
+        rois = rois[rois[:, 0].argsort()]
+    elif order == "mixed":
+        rois[::5, 0] = -1
+    else:
+        rois[:, 0] = 5 if order == "only the last image" else 6
+    expected, expected_argmax = roi_pool_cpu(input, rois, 1.0, 2, 1)
+    grad = torch.randn(expected.shape)
+    boxes = rois.to(kernel_device)
+    _, argmax = roi_pool_cuda(input.to(kernel_device), boxes, 1.0, 2, 1)
+    actual = roi_pool_backward_cuda(grad.to(kernel_device), boxes, argmax, 1.0, 2, 1, *input.shape)
+    assert torch.equal(actual.cpu(), roi_pool_backward_cpu(grad, rois, expected_argmax, 1.0, 2, 1, *input.shape))
 
 
 @pytest.mark.kernel
@@ -385,7 +436,7 @@ def test_kernels_in_half_precision(kernel_device, dtype):
     boxes = rois.to(kernel_device)
     pooled, argmax = roi_pool_cuda(input.to(kernel_device), boxes, scale, *size)
     assert torch.equal(pooled.cpu(), expected)
-    assert torch.equal(argmax.cpu(), expected_argmax)
+    assert torch.equal(argmax.cpu().int(), expected_argmax)
     grad = torch.randn(expected.shape).to(dtype)
     actual = roi_pool_backward_cuda(grad.to(kernel_device), boxes, argmax, scale, *size, *input.shape)
     assert actual.dtype == dtype
@@ -435,3 +486,24 @@ def test_threads_work_in_the_callers_mode(mode):
     expected, _ = torch.ops.torchvision.roi_pool(features, rois, 1.0, 7, 7)
     with mode():
         assert torch.equal(ops.roi_pool(features, rois, 7), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_threads_work_in_a_forked_process(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(sys.modules[roi_pool_cpu.__module__], "SLICE", 64)
+    features, rois = torch.rand(1, 2, 9, 9), random_rois(20, 1, side=9.0)
+    expected = ops.roi_pool(features, rois, 2)  # this process has its threads from here on
+
+    process = multiprocessing.get_context("fork").Process(target=_pool_again, args=(features, rois, expected))
+    process.start()
+    process.join(60)
+    hung = process.is_alive()
+    process.kill()
+    assert not hung
+    assert process.exitcode == 0
+
+
+def _pool_again(features: Tensor, rois: Tensor, expected: Tensor) -> None:
+    os._exit(0 if torch.equal(ops.roi_pool(features, rois, 2), expected) else 1)

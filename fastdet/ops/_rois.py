@@ -1,5 +1,7 @@
 """What the operations on regions of interest share: what they ask of their arguments, rows of boxes, threads."""
 
+import functools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,13 +32,13 @@ def features(value: object, name: str = "input") -> Tensor:
 def boxes(name: str, value: object, shape: tuple[str, ...], input: Tensor, holder: str = "input") -> Tensor:
     """`value` in the dtype that the operation computes in, its last dimension and rank as in `shape`.
 
+    It comes in fp32 or in the dtype of `input`: corners in another half precision have lost what nobody meant to lose.
     `holder` is the name of the argument that `input` came from, here and below.
     """
     tensor = _checks.is_tensor(name, value)
-    if input.dtype == torch.float64 and tensor.is_floating_point():
-        tensor = tensor.double()
-    else:
-        tensor = _checks.floats(name, tensor)
+    if tensor.dtype not in (torch.float32, input.dtype):
+        raise TypeError(f"{name} must be float32 or as {holder}, {input.dtype}, got {tensor.dtype}")
+    tensor = tensor.double() if input.dtype == torch.float64 else tensor.float()
     if tensor.ndim != len(shape) or tensor.shape[-1] != int(shape[-1]):
         raise ValueError(f"{name} must have the shape [{', '.join(shape)}], got {list(tensor.shape)}")
     _checks.same_device(**{holder: input, name: tensor})
@@ -46,7 +48,7 @@ def boxes(name: str, value: object, shape: tuple[str, ...], input: Tensor, holde
 def output_size(value: object) -> tuple[int, int]:
     """(height, width) of one positive number or two."""
     sizes = (value, value) if isinstance(value, int) else value
-    if not isinstance(sizes, tuple | list) or not all(isinstance(size, int) for size in sizes):
+    if not isinstance(sizes, tuple | list) or not all(isinstance(n, int) and n is not True for n in sizes):
         raise TypeError(f"output_size must be an int or a pair of them, got {value!r}")
     if len(sizes) != 2 or min(sizes) < 1:
         raise ValueError(f"output_size must be positive, one number or (height, width), got {value}")
@@ -119,6 +121,10 @@ def in_slices(count: int, step: int, fill: Callable[[int, int], None]) -> None:
         for first in firsts:
             run(first)
         return
-    # Not kept between calls: a pool does not survive the fork of a data loader's worker.
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, firsts))
+    list(_pool(os.getpid(), threads).map(run, firsts))
+
+
+@functools.cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """One for each process: the threads of a pool do not survive the fork of a data loader's worker."""
+    return ThreadPoolExecutor(threads)

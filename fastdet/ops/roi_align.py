@@ -69,6 +69,7 @@ def roi_align_backward_cuda(
         ranges=grad.new_empty(2, sum(pooled), num_rois, dtype=torch.int32),
         weights_h=grad.new_empty(num_rois, pooled[0], _whole_tiles(cells[0], kernel.TILE), dtype=torch.float32),
         weights_w=grad.new_empty(num_rois, pooled[1], _whole_tiles(cells[1], kernel.TILE), dtype=torch.float32),
+        extents=grad.new_empty(sizes[0], 3, dtype=torch.int64),
         spans=grad.new_empty(2, rows + columns + 2, num_rois, dtype=torch.int32),
         bounds=grad.new_empty(sizes[0] * rows * columns, 2, dtype=torch.int64),
         visits=grad.new_empty(kernel.visits_bound(num_rois, maps, *pooled), dtype=torch.int32),
@@ -162,8 +163,8 @@ def roi_align(
 
     Args:
         input: features [B, C, H, W], fp32, fp16 or bf16; float64 on the CPU. fp16 and bf16 are computed in fp32.
-        boxes: [K, 5], index of the image and x1, y1, x2, y2 in pixels; or one [L, 4] for each image. fp16 and bf16 are
-            widened to fp32.
+        boxes: [K, 5], index of the image and x1, y1, x2, y2 in pixels; or one [L, 4] for each image. fp32, or
+            the dtype of `input`.
         output_size: bins along height and width, or one number for both.
         spatial_scale: cells per pixel.
         sampling_ratio: samples of a bin along each axis; 0 or less: as many as it has cells, rounded up.
@@ -207,8 +208,8 @@ def multiscale_roi_align(
     Args:
         features: one to five levels [B, C, H_l, W_l], finest first, all of one dtype: fp32, fp16 or bf16; float64 on
             the CPU. fp16 and bf16 are computed in fp32.
-        boxes: [K, 5], index of the image and x1, y1, x2, y2 in pixels; or one [L, 4] for each image. fp16 and bf16 are
-            widened to fp32.
+        boxes: [K, 5], index of the image and x1, y1, x2, y2 in pixels; or one [L, 4] for each image. fp32, or
+            the dtype of `features`.
         output_size: bins along height and width, or one number for both.
         scales: cells per pixel of each level, powers of two; each half of the one before it. The last may repeat:
             those levels are never pooled from. Of a single level any positive scale.
@@ -249,7 +250,7 @@ def batched_roi_align(
     Args:
         features, output_size, scales, sampling_ratio, aligned, canonical_scale, canonical_level: as in
             `multiscale_roi_align`.
-        boxes: [B, S, 4], x1, y1, x2, y2 in pixels; fp16 and bf16 are widened to fp32.
+        boxes: [B, S, 4], x1, y1, x2, y2 in pixels; fp32, or the dtype of `features`.
         valid: bool [B, S]; a box where it is False is padding, gives zeros and takes no gradient. None: all count.
 
     Raises:

@@ -39,7 +39,7 @@ def _cells(rois: Tensor, spatial_scale: float, num_images: int) -> Tensor:
 def roi_pool_cpu(
     input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int
 ) -> tuple[Tensor, Tensor]:
-    pooled, argmax = _outputs(input, rois, pooled_height, pooled_width, torch.contiguous_format)
+    pooled, argmax = _outputs(input, rois, pooled_height, pooled_width, torch.contiguous_format, torch.int32)
     if pooled.numel():
         features = _rois.wide(input).contiguous()
         cells = _cells(rois.to(features.dtype), spatial_scale, input.shape[0])
@@ -97,7 +97,7 @@ def roi_pool_cuda(
 ) -> tuple[Tensor, Tensor]:
     from fastdet.kernels import roi_pool as kernel
 
-    pooled, argmax = _outputs(input, rois, pooled_height, pooled_width, torch.channels_last)
+    pooled, argmax = _outputs(input, rois, pooled_height, pooled_width, torch.channels_last, _argmax_dtype(input))
     if pooled.numel():
         features = input.contiguous(memory_format=torch.channels_last)
         kernel.launch(features, rois.contiguous(), pooled, argmax, spatial_scale=spatial_scale)
@@ -129,6 +129,7 @@ def roi_pool_backward_cuda(
         argmax.contiguous(memory_format=torch.channels_last),
         grad_input,
         images=grad.new_empty(num_rois, dtype=torch.int32),
+        extents=grad.new_empty(batch, 3, dtype=torch.int64),
         spans=grad.new_empty(2, height + width + 2, num_rois, dtype=torch.int32),
         bounds=grad.new_empty(batch * height * width, 2, dtype=torch.int64),
         visits=grad.new_empty(longest, dtype=torch.int32),
@@ -144,10 +145,20 @@ def _empty(
 
 
 def _outputs(
-    input: Tensor, rois: Tensor, pooled_height: int, pooled_width: int, layout: torch.memory_format
+    input: Tensor,
+    rois: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    layout: torch.memory_format,
+    argmax_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     shape = (rois.shape[0], input.shape[1], pooled_height, pooled_width)
-    return _empty(input, shape, layout), _empty(input, shape, layout, torch.int32)
+    return _empty(input, shape, layout), _empty(input, shape, layout, argmax_dtype)
+
+
+def _argmax_dtype(input: Tensor) -> torch.dtype:
+    """On a GPU the smaller type where it holds every cell of the map: half the bytes of the gradient's indices."""
+    return torch.int16 if input.shape[2] * input.shape[3] <= torch.iinfo(torch.int16).max else torch.int32
 
 
 def _layout(tensor: Tensor) -> torch.memory_format:
@@ -157,7 +168,9 @@ def _layout(tensor: Tensor) -> torch.memory_format:
 def roi_pool_fake(
     input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int
 ) -> tuple[Tensor, Tensor]:
-    return _outputs(input, rois, pooled_height, pooled_width, _layout(input))
+    # torchvision's operator works with int32 on the CPU.
+    dtype = _argmax_dtype(input) if input.device.type == "cuda" else torch.int32
+    return _outputs(input, rois, pooled_height, pooled_width, _layout(input), dtype)
 
 
 def roi_pool_backward_fake(
@@ -231,8 +244,8 @@ def roi_pool(
 
     Args:
         input: features [B, C, H, W], fp32, fp16 or bf16; float64 on the CPU.
-        boxes: [K, 5], index of the image and x1, y1, x2, y2 in pixels; or one [L, 4] for each image. fp16 and bf16 are
-            widened to fp32.
+        boxes: [K, 5], index of the image and x1, y1, x2, y2 in pixels; or one [L, 4] for each image. fp32, or
+            the dtype of `input`.
         output_size: bins along height and width, or one number for both.
         spatial_scale: cells per pixel.
 
@@ -241,7 +254,8 @@ def roi_pool(
     every run. A box with a NaN corner pools nothing, and so does one on the GPU whose image does not exist.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor; float64 on a GPU, or float64 boxes of another input.
+        TypeError: an argument is not a floating-point tensor; float64 on a GPU, or boxes of a dtype that is neither
+            fp32 nor that of `input`.
         ValueError: shapes or devices that do not fit, a list not as long as the batch, an output size below 1, a scale
             that is not positive; on the CPU, an image index outside the batch.
     """
@@ -264,7 +278,7 @@ def batched_roi_pool(
 
     Args:
         input: features [B, C, H, W], fp32, fp16 or bf16; float64 on the CPU.
-        boxes: [B, S, 4], x1, y1, x2, y2 in pixels; fp16 and bf16 are widened to fp32.
+        boxes: [B, S, 4], x1, y1, x2, y2 in pixels; fp32, or the dtype of `input`.
         output_size: bins along height and width, or one number for both.
         spatial_scale: cells per pixel.
         valid: bool [B, S]; a box where it is False is padding, gives zeros and takes no gradient. None: all count.
