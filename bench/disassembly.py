@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 _SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.+?)\s*;")
 _SASS_ACCESS = re.compile(r"\b(LDGSTS|LDG|STG)\.E((?:\.\w+)*)")
@@ -123,7 +124,21 @@ class Usage:
     spilled: int
 
 
-def cuobjdump(cubin: bytes) -> tuple[Usage, Code]:
+def usage_of(assembly: dict[str, Any]) -> Usage:
+    """Of a compiled kernel's `asm`."""
+    if "cubin" not in assembly:
+        return amd_usage(assembly["amdgcn"])
+    text = _cuobjdump(assembly["cubin"], "-res-usage")
+    numbers = {name: sum(map(int, re.findall(rf"\b{name}:(\d+)", text))) for name in ("REG", "LOCAL", "STACK")}
+    return Usage(numbers["REG"], numbers["LOCAL"] + numbers["STACK"])
+
+
+def code_of(assembly: dict[str, Any]) -> Code:
+    """Of a compiled kernel's `asm`."""
+    return sass(_cuobjdump(assembly["cubin"], "-sass")) if "cubin" in assembly else amdgcn(assembly["amdgcn"])
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
     """By the disassembler that ships with Triton."""
     import triton.backends.nvidia as nvidia
 
@@ -131,10 +146,7 @@ def cuobjdump(cubin: bytes) -> tuple[Usage, Code]:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [tool, "-res-usage", "-sass", path]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    numbers = {name: sum(map(int, re.findall(rf"\b{name}:(\d+)", text))) for name in ("REG", "LOCAL", "STACK")}
-    return Usage(numbers["REG"], numbers["LOCAL"] + numbers["STACK"]), sass(text)
+        return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
 
 
 def amd_usage(text: str) -> Usage:

@@ -11,6 +11,7 @@ once for all threads goes through the scalar unit, as arguments do, and is not a
 
 import csv
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.disassembly import amd_usage, amdgcn, cuobjdump
+from bench.disassembly import code_of, usage_of
 from bench.launches import TARGETS, Launch, launches_of
 from fastdet.ops.box_iou import box_iou_cuda
 from fastdet.ops.decode import decode_cuda
@@ -181,12 +182,13 @@ def occupancy(device: Device, warps: int, registers: int, shared: int) -> tuple[
     return min(by_registers * warps, device.warps) / device.warps, min(by_shared * warps, device.warps) / device.warps
 
 
+def _written(widths: Counter[int]) -> str:
+    return " + ".join(f"{count} x {width}" for width, count in sorted(widths.items()))
+
+
 def measure(call: str, launch: Launch, target: str, compiled: Any) -> Row:
     """Read the code of one launch, compiled for one target."""
-    if "cubin" in compiled.asm:
-        usage, code = cuobjdump(compiled.asm["cubin"])
-    else:
-        usage, code = amd_usage(compiled.asm["amdgcn"]), amdgcn(compiled.asm["amdgcn"])
+    usage, code = usage_of(compiled.asm), code_of(compiled.asm)
     device, warps, shared = DEVICES[target], compiled.metadata.num_warps, compiled.metadata.shared
     (loads_in, stores_in), (loads_out, stores_out) = code.accesses(inside=True), code.accesses(inside=False)
     name = launch.kernel.fn.__name__
@@ -204,10 +206,10 @@ def measure(call: str, launch: Launch, target: str, compiled: Any) -> Row:
         shared,
         round(by_registers, 3),
         round(by_shared, 3),
-        *(
-            " + ".join(f"{count} x {width}" for width, count in sorted(counts.items()))
-            for counts in (loads_in, loads_out, stores_in, stores_out)
-        ),
+        _written(loads_in),
+        _written(loads_out),
+        _written(stores_in),
+        _written(stores_out),
         code.longest_loop(),
         unit,
         round(per_unit, 1),
