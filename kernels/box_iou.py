@@ -1,16 +1,41 @@
 """Pairwise overlap of two batches of boxes: IoU and its generalized, distance and complete forms."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from .overlap import intersection_union, load_boxes, ratio_or_zero
+from .overlap import intersection_union, ratio_or_zero
 
-BLOCK_N = 16
-BLOCK_M = 128
+
+class Config(NamedTuple):
+    """Rows and columns of a tile, the columns a power of two, and warps: up to four columns a thread."""
+
+    block_n: int
+    block_m: int
+    num_warps: int
+
+
+def config(num_boxes1: int, num_boxes2: int) -> Config:
+    """Few rows a program while there are few programs, for then a program takes as long as its rows."""
+    block_m = min(max(triton.next_power_of_2(num_boxes2), 32), 512)
+    many = num_boxes1 * num_boxes2 >= 1 << 24
+    return Config(block_n=32 if many else 8, block_m=block_m, num_warps=max(block_m // 128, 1))
 
 
 @triton.jit
+def _load_corners(boxes_ptr, index):
+    """Corners of the boxes `index`, of any shape, of a contiguous [.., 4] array.
+
+    Number by number, and so in whatever layout the tile is written: boxes loaded as a whole lie one to a thread, and
+    would have to be dealt out again for every row.
+    """
+    corner = boxes_ptr + index * 4
+    return tl.load(corner), tl.load(corner + 1), tl.load(corner + 2), tl.load(corner + 3)
+
+
+@triton.jit(do_not_specialize=["num_boxes1", "num_boxes2"])
 def _box_iou_kernel(
     boxes1_ptr,
     boxes2_ptr,
@@ -21,58 +46,56 @@ def _box_iou_kernel(
     num_boxes2,
     eps,
     KIND: tl.constexpr,
+    IN_FOURS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """One tile of one batch entry's matrix, written once.
+    """One tile of one batch entry's matrix, written once, row after row.
 
                       boxes2
                   BLOCK_M  BLOCK_M
                  +--------+--------+
         BLOCK_N  | program|        |   program (tile, batch), tiles row by row
     boxes1       +--------+--------+
-        BLOCK_N  |        |        |
+        BLOCK_N  |        |        |   the boxes of its columns stay in registers
                  +--------+--------+
 
     boxes1_ptr [B, N, 4], boxes2_ptr [B, M, 4]: fp32 corners, pixels, contiguous.
     angle1_ptr [B, N], angle2_ptr [B, M]: fp32 atan(width / height), radians; read by KIND "complete" alone.
-    out_ptr [B, N, M]: fp32, contiguous.
+    out_ptr [B, N, M]: fp32, contiguous. IN_FOURS says that M is a multiple of 4: then four numbers are one store.
     """
+    width = num_boxes2 // 4 * 4 if IN_FOURS else num_boxes2
     batch = tl.program_id(1).to(tl.int64)
-    across = tl.cdiv(num_boxes2, BLOCK_M)
-    row = tl.program_id(0) // across * BLOCK_N + tl.arange(0, BLOCK_N)
+    across = tl.cdiv(width, BLOCK_M)
     column = tl.program_id(0) % across * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = row < num_boxes1
-    column_mask = column < num_boxes2
-    first = batch * num_boxes1 + row
-    second = batch * num_boxes2 + column
-    ax1, ay1, ax2, ay2 = load_boxes(boxes1_ptr, first, row_mask)
-    bx1, by1, bx2, by2 = load_boxes(boxes2_ptr, second, column_mask)
-    ax1, ay1, ax2, ay2 = ax1[:, None], ay1[:, None], ax2[:, None], ay2[:, None]
-    bx1, by1, bx2, by2 = bx1[None, :], by1[None, :], bx2[None, :], by2[None, :]
+    mask = column < width
+    second = batch * width + tl.minimum(column, width - 1)
+    bx1, by1, bx2, by2 = _load_corners(boxes2_ptr, second)
+    if KIND == "complete":
+        angle2 = tl.load(angle2_ptr + second)
 
-    inter, union = intersection_union(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2)
-    value = ratio_or_zero(inter, union)
-    if KIND != "iou":
-        hull_width = tl.maximum(tl.maximum(ax2, bx2) - tl.minimum(ax1, bx1), 0.0)
-        hull_height = tl.maximum(tl.maximum(ay2, by2) - tl.minimum(ay1, by1), 0.0)
-        if KIND == "generalized":
-            hull = hull_width * hull_height
-            value -= ratio_or_zero(hull - union, hull)
-        else:
-            dx = (ax1 + ax2 - bx1 - bx2) * 0.5
-            dy = (ay1 + ay2 - by1 - by2) * 0.5
-            distance = tl.div_rn(dx * dx + dy * dy, hull_width * hull_width + hull_height * hull_height + eps)
-            if KIND == "complete":
-                angle1 = tl.load(angle1_ptr + first, mask=row_mask, other=0.0)
-                angle2 = tl.load(angle2_ptr + second, mask=column_mask, other=0.0)
-                turn = angle1[:, None] - angle2[None, :]
-                aspect = turn * turn * 0.4052847345693511  # 4 / pi^2
-                distance += tl.div_rn(aspect * aspect, 1.0 - value + aspect + eps)
-            value -= distance
-
-    out = out_ptr + first[:, None] * num_boxes2 + column[None, :]
-    tl.store(out, value, mask=row_mask[:, None] & column_mask[None, :])
+    first_row = tl.program_id(0) // across * BLOCK_N
+    for row in range(first_row, tl.minimum(first_row + BLOCK_N, num_boxes1)):
+        first = batch * num_boxes1 + row
+        ax1, ay1, ax2, ay2 = _load_corners(boxes1_ptr, first)
+        inter, union = intersection_union(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2)
+        value = ratio_or_zero(inter, union)
+        if KIND != "iou":
+            hull_width = tl.maximum(tl.maximum(ax2, bx2) - tl.minimum(ax1, bx1), 0.0)
+            hull_height = tl.maximum(tl.maximum(ay2, by2) - tl.minimum(ay1, by1), 0.0)
+            if KIND == "generalized":
+                hull = hull_width * hull_height
+                value -= ratio_or_zero(hull - union, hull)
+            else:
+                dx = (ax1 + ax2 - bx1 - bx2) * 0.5
+                dy = (ay1 + ay2 - by1 - by2) * 0.5
+                distance = tl.div_rn(dx * dx + dy * dy, hull_width * hull_width + hull_height * hull_height + eps)
+                if KIND == "complete":
+                    turn = tl.load(angle1_ptr + first) - angle2
+                    aspect = turn * turn * 0.4052847345693511  # 4 / pi^2
+                    distance += tl.div_rn(aspect * aspect, 1.0 - value + aspect + eps)
+                value -= distance
+        tl.store(out_ptr + first * width + column, value, mask=mask)
 
 
 def launch(
@@ -87,7 +110,8 @@ def launch(
 ) -> None:
     """Fill `out` [B, N, M] for `boxes1` [B, N, 4] and `boxes2` [B, M, 4]."""
     batch, num_boxes1, num_boxes2 = out.shape
-    _box_iou_kernel[(triton.cdiv(num_boxes1, BLOCK_N) * triton.cdiv(num_boxes2, BLOCK_M), batch)](
+    block_n, block_m, num_warps = config(num_boxes1, num_boxes2)
+    _box_iou_kernel[(triton.cdiv(num_boxes1, block_n) * triton.cdiv(num_boxes2, block_m), batch)](
         boxes1_ptr=boxes1,
         boxes2_ptr=boxes2,
         angle1_ptr=angle1,
@@ -97,7 +121,9 @@ def launch(
         num_boxes2=num_boxes2,
         eps=eps,
         KIND=kind,
-        BLOCK_N=BLOCK_N,
-        BLOCK_M=BLOCK_M,
+        IN_FOURS=num_boxes2 % 4 == 0,
+        BLOCK_N=block_n,
+        BLOCK_M=block_m,
+        num_warps=num_warps,
         enable_fp_fusion=False,
     )

@@ -1,12 +1,25 @@
 """From the raw output of the two convolutions of a region proposal head to clipped boxes and scores, in one pass."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from .overlap import store_fours
+from .overlap import load_boxes, store_fours
 
-BLOCK_N = 128
+
+class Config(NamedTuple):
+    """Anchors of a block, a power of two, and warps."""
+
+    block_n: int
+    num_warps: int
+
+
+def config(num_anchors: int) -> Config:
+    """An anchor a thread, so that the loads of all are under way at once; of few anchors, few a block."""
+    block_n = 128 if num_anchors >= 1 << 14 else 64
+    return Config(block_n=block_n, num_warps=block_n // 32)
 
 
 @triton.jit(
@@ -90,10 +103,8 @@ def _decode_kernel(
 
     shift_x = (w * stride_w).to(tl.float32)
     shift_y = (h * stride_h).to(tl.float32)
-    ax1 = tl.load(cell_anchors_ptr + anchor * 4, mask=mask, other=0.0) + shift_x
-    ay1 = tl.load(cell_anchors_ptr + anchor * 4 + 1, mask=mask, other=0.0) + shift_y
-    ax2 = tl.load(cell_anchors_ptr + anchor * 4 + 2, mask=mask, other=0.0) + shift_x
-    ay2 = tl.load(cell_anchors_ptr + anchor * 4 + 3, mask=mask, other=0.0) + shift_y
+    ax1, ay1, ax2, ay2 = load_boxes(cell_anchors_ptr, anchor, mask)
+    ax1, ay1, ax2, ay2 = ax1 + shift_x, ay1 + shift_y, ax2 + shift_x, ay2 + shift_y
 
     # By comparison and not by tl.minimum or tl.maximum, which would turn NaN into a number.
     dw = tl.where(dw > clamp, clamp, dw)
@@ -140,7 +151,8 @@ def launch(
     """Fill `boxes` [B, H * W * A, 4] and `scores` [B, H * W * A]; `stride` is (down, across) in pixels."""
     batch, _, height, width = deltas.shape
     num_anchors = cell_anchors.shape[0]
-    _decode_kernel[(triton.cdiv(scores.shape[1], BLOCK_N), batch)](
+    block_n, num_warps = config(batch * scores.shape[1])
+    _decode_kernel[(triton.cdiv(scores.shape[1], block_n), batch)](
         deltas_ptr=deltas,
         logits_ptr=logits,
         cell_anchors_ptr=cell_anchors,
@@ -163,6 +175,7 @@ def launch(
         logits_stride_w=logits.stride(3),
         NUM_ANCHORS=num_anchors,
         NUM_LOGITS=logits.shape[1] // num_anchors,
-        BLOCK_N=BLOCK_N,
+        BLOCK_N=block_n,
+        num_warps=num_warps,
         enable_fp_fusion=False,
     )

@@ -38,8 +38,10 @@ def intersection_union(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
 
 @triton.jit
 def ratio_or_zero(numerator, denominator):
-    """The quotient rounded as IEEE division does where it is positive, else 0 (0/0 and NaN as well)."""
-    ratio = tl.div_rn(numerator, denominator)
+    """The quotient of two positive numbers, rounded as IEEE division does; 0 for any others (NaN as well)."""
+    # A numerator of 0, that of most pairs, would take the slow path of an NVIDIA division; any that gives a negative
+    # quotient will do in its place.
+    ratio = tl.div_rn(tl.where(numerator > 0.0, numerator, -denominator), denominator)
     return tl.where(ratio > 0.0, ratio, 0.0)
 
 

@@ -137,9 +137,7 @@ def _smallest(
     bound = lowest
     for step in range(KEY_BITS):
         higher = bound + (KEY_END >> (step + 1))
-        count = _count_below(
-            higher, codes, label_ptr, seed, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K
-        )
+        count = _count_below(higher, codes, label_ptr, seed, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K)
         bound = tl.where(count < rank, higher, bound)
     return bound
 

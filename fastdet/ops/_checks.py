@@ -8,20 +8,23 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def boxes(name: str, value: object, ndim: int | None = 2) -> Tensor:
-    """`value` as fp32 boxes [..., 4]; fp16 and bf16 are widened. `ndim` None takes any rank from 2 up."""
-    value = floats(name, value)
+def boxes(name: str, value: object, ndim: int | None = 2, *, double: bool = False) -> Tensor:
+    """`value` as boxes [..., 4] in the dtype of `floats`. `ndim` None takes any rank from 2 up."""
+    value = floats(name, value, double=double)
     if value.ndim < 2 or value.shape[-1] != 4 or (ndim is not None and value.ndim != ndim):
         wanted = "[..., N, 4]" if ndim is None else "[" + "N, " * (ndim - 1) + "4]"
         raise ValueError(f"{name} must have the shape {wanted}, got {list(value.shape)}")
     return value
 
 
-def floats(name: str, value: object) -> Tensor:
-    """`value` as an fp32 tensor; fp16 and bf16 are widened."""
+def floats(name: str, value: object, *, double: bool = False) -> Tensor:
+    """`value` as an fp32 tensor; fp16 and bf16 are widened, float64 is refused or, with `double`, left as it is."""
     tensor = is_tensor(name, value)
+    if double and tensor.dtype == torch.float64:
+        return tensor
     if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
+        allowed = "float32, float16, bfloat16 or float64" if double else "float32, float16 or bfloat16"
+        raise TypeError(f"{name} must be {allowed}, got {tensor.dtype}")
     return tensor.float()
 
 

@@ -4,28 +4,48 @@ Sources: generalized, Rezatofighi et al. 2019 (arXiv:1902.09630), section 3; dis
 (arXiv:1911.08287), sections 3.1 and 3.2.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import _checks
 from ._library import define
+from ._rois import in_slices
 
-
-def _ratio_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:
-    ratio = numerator / denominator
-    return torch.where(ratio > 0, ratio, 0.0)
+# Pairs of one tile on the CPU: few enough for the cache, and for torch to keep to one thread. So many tiles are worth a
+# thread of their own.
+_TILE = 32 * 1024 - 1
+_TILES_A_THREAD = 16
 
 
 def pairwise(boxes1: Tensor, boxes2: Tensor, kind: str = "iou", eps: float = 1e-7) -> Tensor:
     """The formula in plain torch, differentiable: [..., N, 4] and [..., M, 4] give [..., N, M]."""
-    ax1, ay1, ax2, ay2 = boxes1[..., :, None, :].unbind(-1)
-    bx1, by1, bx2, by2 = boxes2[..., None, :, :].unbind(-1)
+    first, second = _planes(boxes1, kind)[..., None], _planes(boxes2, kind)[..., None, :]
+    return _overlap(first.unbind(-3), second.unbind(-3), kind, eps)
+
+
+def _planes(boxes: Tensor, kind: str) -> Tensor:
+    """x1, y1, x2, y2, area and, for "complete", atan(width / height): `boxes` [..., N, 4] as [..., 5 or 6, N]."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    angle = (_angle(boxes),) if kind == "complete" else ()
+    return torch.stack((x1, y1, x2, y2, (x2 - x1) * (y2 - y1), *angle), dim=-2)
+
+
+def _angle(boxes: Tensor) -> Tensor:
+    return torch.atan2(boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1])
+
+
+def _overlap(first: Sequence[Tensor], second: Sequence[Tensor], kind: str, eps: float) -> Tensor:
+    """What `kind` says of the boxes of two sets of planes, which broadcast."""
+    ax1, ay1, ax2, ay2, area1 = first[:5]
+    bx1, by1, bx2, by2, area2 = second[:5]
     width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
     height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
     inter = width * height
-    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - inter
+    union = area1 + area2 - inter
     value = _ratio_or_zero(inter, union)
     if kind == "iou":
         return value
@@ -38,7 +58,7 @@ def pairwise(boxes1: Tensor, boxes2: Tensor, kind: str = "iou", eps: float = 1e-
     dy = (ay1 + ay2 - by1 - by2) * 0.5
     distance = (dx * dx + dy * dy) / (hull_width * hull_width + hull_height * hull_height + eps)
     if kind == "complete":
-        turn = _aspect_angle(boxes1)[..., :, None] - _aspect_angle(boxes2)[..., None, :]
+        turn = first[5] - second[5]
         aspect = 4 / math.pi**2 * turn * turn
         # The trade-off weight is a constant to the gradient: section 3.2, equation 12.
         weight = (aspect / (1 - value + aspect + eps)).detach()
@@ -46,8 +66,66 @@ def pairwise(boxes1: Tensor, boxes2: Tensor, kind: str = "iou", eps: float = 1e-
     return value - distance
 
 
-def _aspect_angle(boxes: Tensor) -> Tensor:
-    return torch.atan2(boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1])
+def _ratio_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:
+    ratio = numerator / denominator
+    return torch.where(ratio > 0, ratio, 0.0)
+
+
+def box_iou_cpu(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float) -> Tensor:
+    out = box_iou_fake(boxes1, boxes2, kind, eps)
+    if out.numel() <= _TILE:
+        return pairwise(boxes1, boxes2, kind, eps)
+    first, second = _planes(boxes1, kind), _planes(boxes2, kind)
+    if kind == "iou":
+        _make_proper(first)
+        _make_proper(second)
+    first, second = first[..., None], second[..., None, :]
+    tiles = _tiles(out.shape)
+
+    def fill(start: int, stop: int) -> None:
+        spare = out.new_empty(2, _TILE)
+        for image, row, column in tiles[start:stop]:
+            some, others = first[image, :, row].unbind(1), second[image, :, :, column].unbind(1)
+            if kind == "iou":
+                _iou_of_proper(some, others, spare, out=out[image, row, column])
+            else:
+                out[image, row, column] = _overlap(some, others, kind, eps)
+
+    in_slices(len(tiles), _TILES_A_THREAD, fill)
+    return out
+
+
+def _tiles(shape: Sequence[int]) -> list[tuple[slice, slice, slice]]:
+    """Parts of at most _TILE elements of an array of three dimensions, none of them 0: as many whole rows as fit."""
+    parts, room = [], _TILE
+    for size in reversed(shape):
+        step = max(min(size, room), 1)
+        parts.append([slice(start, start + step) for start in range(0, size, step)])
+        room //= step
+    return list(itertools.product(*reversed(parts)))
+
+
+def _make_proper(planes: Tensor) -> None:
+    """Put each box of `planes` [B, 5, N] that can overlap nothing (inverted, no area, not finite) at the origin.
+
+    There it has no extent, but an area of 1: so no tile has to look for it, nor for NaN.
+    """
+    x1, _, x2, _, area = planes.unbind(1)
+    improper = ~((area > 0) & (area < math.inf) & (x2 > x1))
+    if improper.any():
+        planes[:, :4].masked_fill_(improper[:, None], 0.0)
+        area.masked_fill_(improper, 1.0)
+
+
+def _iou_of_proper(first: Sequence[Tensor], second: Sequence[Tensor], spare: Tensor, out: Tensor) -> None:
+    """IoU to the bit as `_overlap` has it, in fewer steps: what two intervals share is one held to the other."""
+    ax1, ay1, ax2, ay2, area1 = first
+    bx1, by1, bx2, by2, area2 = second
+    one, other = spare[:, : out.numel()].view(2, *out.shape).unbind()
+    torch.clamp(ax2, bx1, bx2, out=out).sub_(torch.clamp(ax1, bx1, bx2, out=one))
+    torch.clamp(ay2, by1, by2, out=other).sub_(torch.clamp(ay1, by1, by2, out=one))
+    out.mul_(other)
+    out.div_(torch.add(area1, area2, out=one).sub_(out))
 
 
 def box_iou_cuda(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float) -> Tensor:
@@ -57,7 +135,7 @@ def box_iou_cuda(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float) -> Tenso
     if out.numel():
         boxes1, boxes2 = boxes1.contiguous(), boxes2.contiguous()
         # The kernel reads the angles only where they matter; elsewhere any tensor fills the place.
-        angle1, angle2 = (_aspect_angle(boxes1), _aspect_angle(boxes2)) if kind == "complete" else (boxes1, boxes2)
+        angle1, angle2 = (_angle(boxes1), _angle(boxes2)) if kind == "complete" else (boxes1, boxes2)
         kernel.launch(boxes1, boxes2, angle1, angle2, out, kind=kind, eps=eps)
     return out
 
@@ -68,23 +146,22 @@ def box_iou_fake(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float) -> Tenso
 
 define(
     "box_iou(Tensor boxes1, Tensor boxes2, str kind, float eps) -> Tensor",
-    cpu=pairwise,
+    cpu=box_iou_cpu,
     cuda=box_iou_cuda,
     fake=box_iou_fake,
 )
 
 
 def _public(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float = 1e-7) -> Tensor:
-    # float64 and gradients take the plain formula: they are for checks and losses, not for large matrices.
-    plain = all(isinstance(boxes, Tensor) and boxes.dtype == torch.float64 for boxes in (boxes1, boxes2))
-    if not plain:
-        boxes1 = _checks.boxes("boxes1", boxes1, ndim=None)
-        boxes2 = _checks.boxes("boxes2", boxes2, ndim=None)
+    _checks.same_dtype(boxes1=boxes1, boxes2=boxes2)
+    boxes1 = _checks.boxes("boxes1", boxes1, ndim=None, double=True)
+    boxes2 = _checks.boxes("boxes2", boxes2, ndim=None, double=True)
     _checks.same_device(boxes1=boxes1, boxes2=boxes2)
     if boxes1.shape[:-2] != boxes2.shape[:-2]:
         shapes = f"{list(boxes1.shape)} and {list(boxes2.shape)}"
         raise ValueError(f"boxes1 and boxes2 must have the same leading dimensions, got {shapes}")
-    if plain or (torch.is_grad_enabled() and (boxes1.requires_grad or boxes2.requires_grad)):
+    # float64 and gradients take the plain formula: they are for checks and losses, not for large matrices.
+    if boxes1.dtype == torch.float64 or (torch.is_grad_enabled() and (boxes1.requires_grad or boxes2.requires_grad)):
         return pairwise(boxes1, boxes2, kind, eps)
     batch, num_boxes1, num_boxes2 = boxes1.shape[:-2], boxes1.shape[-2], boxes2.shape[-2]
     size = math.prod(batch)
@@ -95,11 +172,11 @@ def _public(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float = 1e-7) -> Ten
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """Intersection over union of every pair, [..., N, 4] and [..., M, 4] to [..., N, M].
 
-    Boxes are x1, y1, x2, y2 in pixels, continuous (no + 1). fp16 and bf16 are computed and returned in fp32. A pair
-    whose ratio is undefined (a degenerate box: 0/0; NaN or infinite corners) has IoU 0. Differentiable.
+    Boxes are x1, y1, x2, y2 in pixels, continuous (no + 1). fp16 and bf16 are computed and returned in fp32, float64 in
+    float64. A pair whose ratio is undefined (a degenerate box: 0/0; NaN or infinite corners) has IoU 0. Differentiable.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor.
+        TypeError: an argument is not a floating-point tensor, or the two differ in dtype.
         ValueError: last dimension not 4, leading dimensions or devices that differ.
     """
     return _public(boxes1, boxes2, "iou")
