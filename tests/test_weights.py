@@ -458,10 +458,10 @@ def test_detectron2_s_classes_are_ours():
     ours = weights.from_detectron2(state)
     found = F.linear(features, ours[f"{predictor}.cls_score.weight"], ours[f"{predictor}.cls_score.bias"]).softmax(-1)
     locs = F.linear(features, ours[f"{predictor}.bbox_pred.weight"], ours[f"{predictor}.bbox_pred.bias"])
-    assert torch.allclose(found[:, 0], scores.softmax(-1)[:, 6])
+    torch.testing.assert_close(found[:, 0], scores.softmax(-1)[:, 6])
     for k in range(6):
-        assert torch.allclose(found[:, k + 1], scores.softmax(-1)[:, k])
-        assert torch.allclose(locs.reshape(9, 7, 4)[:, k + 1], deltas[:, 4 * k : 4 * k + 4])
+        torch.testing.assert_close(found[:, k + 1], scores.softmax(-1)[:, k])
+        torch.testing.assert_close(locs.reshape(9, 7, 4)[:, k + 1], deltas[:, 4 * k : 4 * k + 4])
     assert not locs[:, :4].any()
 
 
