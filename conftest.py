@@ -8,5 +8,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("benchmark_only") and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+    if config.getoption("benchmark_only", False) and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
         config.args = ["bench"]

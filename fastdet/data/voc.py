@@ -12,7 +12,6 @@ from xml.etree.ElementTree import Element, ParseError
 
 import numpy as np
 import torch
-from defusedxml import ElementTree
 from torch.utils.data import Dataset
 
 from fastdet.data.errors import DataError
@@ -134,6 +133,9 @@ def _read_split(root: Path, split: str) -> tuple[str, ...]:
 
 
 def _read_annotation(path: Path) -> _Annotation:
+    # Here and not above, so that the detector can be had where there is no such package.
+    from defusedxml import ElementTree
+
     try:
         root = ElementTree.parse(path).getroot()
     except FileNotFoundError:
