@@ -18,20 +18,19 @@ from ._rois import in_slices
 # Pairs of one tile on the CPU: few enough for the cache, and for torch to keep to one thread. So many tiles are worth a
 # thread of their own.
 _TILE = 32 * 1024 - 1
-_TILES_A_THREAD = 16
+_TILES_A_THREAD = 4
 
 
 def pairwise(boxes1: Tensor, boxes2: Tensor, kind: str = "iou", eps: float = 1e-7) -> Tensor:
     """The formula in plain torch, differentiable: [..., N, 4] and [..., M, 4] give [..., N, M]."""
-    first, second = _planes(boxes1, kind)[..., None], _planes(boxes2, kind)[..., None, :]
-    return _overlap(first.unbind(-3), second.unbind(-3), kind, eps)
+    return _overlap(_planes(boxes1[..., :, None, :], kind), _planes(boxes2[..., None, :, :], kind), kind, eps)
 
 
-def _planes(boxes: Tensor, kind: str) -> Tensor:
-    """x1, y1, x2, y2, area and, for "complete", atan(width / height): `boxes` [..., N, 4] as [..., 5 or 6, N]."""
+def _planes(boxes: Tensor, kind: str) -> tuple[Tensor, ...]:
+    """x1, y1, x2, y2, area and, for "complete", atan(width / height) of `boxes` [..., 4], apart."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     angle = (_angle(boxes),) if kind == "complete" else ()
-    return torch.stack((x1, y1, x2, y2, (x2 - x1) * (y2 - y1), *angle), dim=-2)
+    return x1, y1, x2, y2, (x2 - x1) * (y2 - y1), *angle
 
 
 def _angle(boxes: Tensor) -> Tensor:
@@ -73,9 +72,7 @@ def _ratio_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 def box_iou_cpu(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float) -> Tensor:
     out = box_iou_fake(boxes1, boxes2, kind, eps)
-    if out.numel() <= _TILE:
-        return pairwise(boxes1, boxes2, kind, eps)
-    first, second = _planes(boxes1, kind), _planes(boxes2, kind)
+    first, second = torch.stack(_planes(boxes1, kind), 1), torch.stack(_planes(boxes2, kind), 1)
     if kind == "iou":
         _make_proper(first)
         _make_proper(second)
@@ -160,13 +157,22 @@ def _public(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float = 1e-7) -> Ten
     if boxes1.shape[:-2] != boxes2.shape[:-2]:
         shapes = f"{list(boxes1.shape)} and {list(boxes2.shape)}"
         raise ValueError(f"boxes1 and boxes2 must have the same leading dimensions, got {shapes}")
-    # float64 and gradients take the plain formula: they are for checks and losses, not for large matrices.
-    if boxes1.dtype == torch.float64 or (torch.is_grad_enabled() and (boxes1.requires_grad or boxes2.requires_grad)):
+    if _is_plain(boxes1, boxes2):
         return pairwise(boxes1, boxes2, kind, eps)
     batch, num_boxes1, num_boxes2 = boxes1.shape[:-2], boxes1.shape[-2], boxes2.shape[-2]
     size = math.prod(batch)
     out = torch.ops.fastdet.box_iou(boxes1.reshape(size, num_boxes1, 4), boxes2.reshape(size, num_boxes2, 4), kind, eps)
     return out.reshape(*batch, num_boxes1, num_boxes2)
+
+
+def _is_plain(boxes1: Tensor, boxes2: Tensor) -> bool:
+    """Whether the plain formula will do: float64 and gradients are for checks and losses, not for large matrices, and a
+    matrix of one tile on the CPU is done before the operator is called."""
+    if boxes1.dtype == torch.float64 or (torch.is_grad_enabled() and (boxes1.requires_grad or boxes2.requires_grad)):
+        return True
+    # Compiled, the size may be a symbol, which is better not asked.
+    small = boxes1.device.type == "cpu" and not torch.compiler.is_compiling()
+    return small and boxes1.numel() // 4 * boxes2.shape[-2] <= _TILE
 
 
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
