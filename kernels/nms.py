@@ -8,15 +8,15 @@ is removed. Each round decides at least the first undecided box, and no decision
 greedy one whatever the data. A group that has kept `max_keep` boxes skips its later chunks.
 """
 
+import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from .overlap import intersection_union, load_boxes, ratio_or_zero, store_fours
+from .overlap import intersections_unions, load_boxes, ratio_or_zero, store_fours
 
 
 class Config(NamedTuple):
@@ -107,16 +107,7 @@ def _overlap_kernel(
     if below & (tl.max(row_valid, axis=0) > 0):
         x1, y1, x2, y2 = load_boxes(boxes_ptr, first + slot, row_valid != 0)
         ox1, oy1, ox2, oy2 = load_boxes(boxes_ptr, first + other, other_valid != 0)
-        inter, union = intersection_union(
-            ox1[:, None],
-            oy1[:, None],
-            ox2[:, None],
-            oy2[:, None],
-            x1[None, :],
-            y1[None, :],
-            x2[None, :],
-            y2[None, :],
-        )
+        inter, union = intersections_unions(ox1, oy1, ox2, oy2, x1, y1, x2, y2)
         hit = _exceeds(inter, union, iou_threshold, half_ulp, FUSED) & (other[:, None] < slot[None, :])
         packed = tl.sum(hit.to(tl.int32) << bit[:, None], axis=0)
         matrix = group * CHUNKS + chunk
@@ -164,16 +155,7 @@ def _filter_kernel(
             other = first + tl.arange(0, BLOCK_KEPT)
             # Past the end boxes are zeros, which overlap nothing.
             kx1, ky1, kx2, ky2 = load_boxes(kept_ptr, group * max_keep + other, other < end)
-            inter, union = intersection_union(
-                x1[:, None],
-                y1[:, None],
-                x2[:, None],
-                y2[:, None],
-                kx1[None, :],
-                ky1[None, :],
-                kx2[None, :],
-                ky2[None, :],
-            )
+            inter, union = intersections_unions(x1, y1, x2, y2, kx1, ky1, kx2, ky2)
             hit = _exceeds(inter, union, iou_threshold, half_ulp, FUSED)
             overlapped |= tl.max(hit.to(tl.int32), axis=1)
         mask = (row < num_boxes) & (overlapped != 0)
@@ -279,7 +261,8 @@ def launch(
     chunks, longest = overlap.shape[1], min(num_boxes, chunk)
     numbers = {
         "iou_threshold": iou_threshold,
-        "half_ulp": float(np.spacing(np.float32(iou_threshold))) / 2,
+        # Of 24 digits the first is worth half of 2 to the exponent.
+        "half_ulp": math.ldexp(1.0, math.frexp(iou_threshold)[1] - 25) if iou_threshold else 0.0,
         "num_boxes": num_boxes,
         "CHUNK": chunk,
         # The interpreter rounds twice in a multiply-add, so there the quotient is compared.

@@ -37,6 +37,21 @@ def intersection_union(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
 
 
 @triton.jit
+def intersections_unions(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
+    """The same of each of N boxes, down, with each of M others, across: [N, M], of corners [N] and [M]."""
+    return intersection_union(
+        ax1[:, None],
+        ay1[:, None],
+        ax2[:, None],
+        ay2[:, None],
+        bx1[None, :],
+        by1[None, :],
+        bx2[None, :],
+        by2[None, :],
+    )
+
+
+@triton.jit
 def ratio_or_zero(numerator, denominator):
     """The quotient of two positive numbers, rounded as IEEE division does; 0 for any others (NaN as well)."""
     # A numerator of 0, that of most pairs, would take the slow path of an NVIDIA division; any that gives a negative

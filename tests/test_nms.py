@@ -1,4 +1,3 @@
-import importlib
 import math
 
 import pytest
@@ -7,9 +6,8 @@ import torchvision
 from support import awkward_boxes, check_operator, random_boxes
 
 from fastdet import ops
+from fastdet.ops import _nms_cpu
 from fastdet.ops.nms import fp32_below, nms_cpu, nms_cuda, nms_padded
-
-module = importlib.import_module("fastdet.ops.nms")  # the name in the package is the function's
 
 THRESHOLDS = (0.1, 0.3, 0.5, 0.6, 0.7, 1 / 3)
 
@@ -153,7 +151,7 @@ def test_many_groups_side_by_side_equal_each_alone(monkeypatch, sizes, threshold
     valid = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
     valid &= torch.rand(valid.shape) < 0.9
     for tile in (1, 500, 1 << 17):
-        monkeypatch.setattr(module, "_ABREAST_TILE", tile)
+        monkeypatch.setattr(_nms_cpu, "_ABREAST_TILE", tile)
         index, count = nms_cpu(boxes, valid, threshold, 64)
         for one, rows in enumerate((valid & boxes.isfinite().all(2)).unbind()):
             mine = rows.nonzero()[:, 0]
