@@ -1,3 +1,4 @@
+import floors
 import pytest
 import scenes
 import torch
@@ -8,6 +9,7 @@ from fastdet import ops
 KINDS = {
     "box_iou": (ops.box_iou, torchvision.ops.box_iou),
     "generalized_box_iou": (ops.generalized_box_iou, torchvision.ops.generalized_box_iou),
+    "distance_box_iou": (ops.distance_box_iou, torchvision.ops.distance_box_iou),
     "complete_box_iou": (ops.complete_box_iou, torchvision.ops.complete_box_iou),
 }
 
@@ -18,4 +20,11 @@ def test_pairs(versus, device, kind):
     first, second = (scenes.uniform(count, seed)[0].to(device) for seed in (0, 1))
     ours, theirs = KINDS[kind]
     torch.testing.assert_close(ours(first, second), theirs(first, second), rtol=1e-4, atol=1e-5)
-    versus(lambda: ours(first, second), lambda: theirs(first, second), op=kind, size=f"{count} x {count}")
+    versus(
+        lambda: ours(first, second),
+        lambda: theirs(first, second),
+        op=kind,
+        size=f"{count} x {count}",
+        floor=floors.box_iou(count, count),
+        graph=True,
+    )

@@ -1,5 +1,6 @@
 import math
 
+import floors
 import pytest
 import torch
 from torchvision.models.detection._utils import BoxCoder
@@ -38,5 +39,14 @@ def test_proposals(versus, device, batch, dtype):
         return [clip_boxes_to_image(*pair) for pair in zip(decoded, images.image_sizes, strict=True)], scores
 
     torch.testing.assert_close(ours().boxes, torch.stack(theirs()[0]), rtol=1e-5, atol=1e-2)
-    size = f"{batch} x {GRID[0] * GRID[1] * 9} anchors"
-    versus(ours, theirs, op="decode", size=size, dtype=dtype, rounds=20)
+    num_anchors = GRID[0] * GRID[1] * 9
+    versus(
+        ours,
+        theirs,
+        op="decode",
+        size=f"{batch} x {num_anchors} anchors",
+        dtype=dtype,
+        rounds=20,
+        floor=floors.decode(batch * num_anchors, 1, deltas.element_size()),
+        graph=True,
+    )

@@ -1,3 +1,4 @@
+import floors
 import pytest
 import scenes
 import torch
@@ -25,4 +26,12 @@ def test_anchor_targets(versus, device, num_gt):
     (label, locs), (matched, their_locs) = ours(), theirs()
     assert torch.equal(label == 1, matched >= 0)
     torch.testing.assert_close(locs[label == 1], their_locs[label == 1])
-    versus(ours, theirs, op="match", size=f"{len(anchors)} anchors, {num_gt} boxes, encoded", rounds=20)
+    versus(
+        ours,
+        theirs,
+        op="match",
+        size=f"{len(anchors)} anchors, {num_gt} boxes, encoded",
+        rounds=20,
+        floor=floors.match(len(anchors), num_gt),
+        graph=True,
+    )

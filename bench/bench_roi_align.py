@@ -1,3 +1,4 @@
+import floors
 import pytest
 import torch
 from torch import Tensor
@@ -59,6 +60,11 @@ def name(levels: list[Tensor], boxes: Tensor) -> str:
     return f"{boxes.shape[0] * boxes.shape[1]} RoIs of {'x'.join(map(str, levels[0].shape))} .. to 7x7"
 
 
+def floor(levels: list[Tensor], boxes: Tensor) -> tuple[floors.Work]:
+    num_outputs = boxes.shape[0] * boxes.shape[1] * levels[0].shape[1] * 49
+    return floors.roi_align(sum(level.numel() for level in levels), num_outputs, levels[0].element_size())
+
+
 @sizes
 def test_forward(versus, device, images, side, channels, num_rois, dtype):
     levels, boxes = training(images, side, channels, num_rois, dtype, device)
@@ -72,6 +78,8 @@ def test_forward(versus, device, images, side, channels, num_rois, dtype):
         op="roi_align",
         size=name(levels, boxes),
         dtype=str(dtype).removeprefix("torch."),
+        floor=floor(levels, boxes),
+        graph=True,
     )
 
 
@@ -98,4 +106,6 @@ def test_forward_and_backward(versus, device, images, side, channels, num_rois, 
         size=name(levels, boxes),
         dtype=str(dtype).removeprefix("torch."),
         rounds=5,
+        floor=floor(levels, boxes) * 2,
+        graph=True,
     )

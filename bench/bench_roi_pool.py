@@ -1,3 +1,4 @@
+import floors
 import pytest
 import scenes
 import torch
@@ -9,7 +10,8 @@ from fastdet import ops
 SCALE = 1 / 16
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="large: only on a GPU")
 sizes = pytest.mark.parametrize(
-    ("images", "dtype"), [(1, torch.float32), pytest.param(16, torch.bfloat16, marks=on_gpu)]
+    ("images", "dtype"),
+    [(1, torch.float32), *(pytest.param(images, torch.bfloat16, marks=on_gpu) for images in (1, 16))],
 )
 
 
@@ -31,13 +33,25 @@ def name(features: Tensor, rois: Tensor) -> str:
     return f"{len(rois)} RoIs of {'x'.join(map(str, features.shape))} to 7x7"
 
 
+def floor(features: Tensor, rois: Tensor) -> tuple[floors.Work]:
+    return floors.roi_pool(features.numel(), len(rois) * features.shape[1] * 49, features.element_size())
+
+
 @sizes
 def test_forward(versus, device, images, dtype):
     features, rois = training(images, dtype, device)
     ours = lambda: ops.roi_pool(features, rois, 7, SCALE)  # noqa: E731
     theirs = lambda: torchvision_roi_pool(features, rois)  # noqa: E731
     assert torch.equal(ours(), theirs())
-    versus(ours, theirs, op="roi_pool", size=name(features, rois), dtype=str(dtype).removeprefix("torch."))
+    versus(
+        ours,
+        theirs,
+        op="roi_pool",
+        size=name(features, rois),
+        dtype=str(dtype).removeprefix("torch."),
+        floor=floor(features, rois),
+        graph=True,
+    )
 
 
 @sizes
@@ -55,5 +69,11 @@ def test_forward_and_backward(versus, device, images, dtype):
     if device.type == "cpu":  # on a GPU torchvision adds in no fixed order
         assert torch.equal(ours(), theirs())
     versus(
-        ours, theirs, op="roi_pool with gradient", size=name(features, rois), dtype=str(dtype).removeprefix("torch.")
+        ours,
+        theirs,
+        op="roi_pool with gradient",
+        size=name(features, rois),
+        dtype=str(dtype).removeprefix("torch."),
+        floor=floor(features, rois) * 2,
+        graph=True,
     )

@@ -1,3 +1,4 @@
+import floors
 import pytest
 import torch
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
@@ -26,4 +27,5 @@ def test_labels(versus, device, case, batch):
 
     assert int(ours().weight.sum()) == sum(len(index) for index in theirs())
     size = f"{batch} x {num_candidates} {case}, {num_samples} taken"
-    versus(ours, theirs, op="sample", size=size, dtype="int64", rounds=20)
+    floor = floors.sample(label.numel(), batch * num_samples)
+    versus(ours, theirs, op="sample", size=size, dtype="int64", rounds=20, floor=floor, graph=True)

@@ -1,30 +1,19 @@
-"""How benchmarks measure: two contenders in turn in one process, medians, and one table at the end."""
+"""How benchmarks measure: two contenders in turn in one process, percentiles, floors, and one table at the end."""
 
-import csv
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import floors
 import pytest
+import table
 import torch
 
+Call = Callable[[], object]
+Clock = Callable[[Call], float]  # milliseconds of one call
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; times are medians in milliseconds, `ratio` is torchvision's over ours."""
-
-    op: str
-    size: str
-    dtype: str
-    device: str
-    ours_ms: float
-    torchvision_ms: float
-    ratio: float
-
-
-_ROWS: list[Row] = []
+_ROWS: list[table.Row] = []
 
 
 def device_name() -> str:
@@ -33,42 +22,112 @@ def device_name() -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _timed(call: Callable[[], object]) -> float:
+@pytest.fixture(scope="session")
+def rates(device: torch.device) -> floors.Device | None:
+    """What floors are computed from, None on a GPU whose rates are not known."""
+    return floors.DEVICES.get(device_name()) if device.type == "cuda" else floors.this_cpu()
+
+
+@pytest.fixture(scope="session")
+def clock(device: torch.device) -> Clock:
+    return gpu_clock() if device.type == "cuda" else cpu_clock
+
+
+def cpu_clock(call: Call) -> float:
     start = time.perf_counter()
     call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) * 1e3
+
+
+def gpu_clock() -> Clock:
+    """A clock of the GPU's own time with nothing of the call's data in its cache.
+
+    Writing 512 MiB empties the cache and keeps the GPU busy for as long as the host needs to launch a short call, so
+    that what is timed is not the host.
+    """
+    other = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+
+    def milliseconds(call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        other.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return milliseconds
+
+
+def captured(call: Call) -> Call | None:
+    """The replay of `call` as one CUDA graph, None (and a warning) where it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError as error:
+        warnings.warn(f"not captured: {error}", stacklevel=2)
+        return None
+    return graph.replay
 
 
 @pytest.fixture
-def versus(benchmark: Any) -> Callable[..., None]:
-    """`versus(ours, theirs, op=, size=, dtype=, rounds=)` times both in turn: theirs runs before each round of ours."""
+def versus(benchmark: Any, clock: Clock, rates: floors.Device | None) -> Callable[..., None]:
+    """`versus(ours, theirs, op=, size=, ...)` times both in turn: theirs runs before each round of ours.
+
+    `floor` are the phases of the work (see floors.py), left out where none is known. With `graph` a GPU times ours in a
+    CUDA graph as well: for what never waits for the GPU. `rounds` is 50 on a GPU and 10 elsewhere if left out.
+    """
+    cuda = torch.cuda.is_available()
 
     def measure(
-        ours: Callable[[], object],
-        theirs: Callable[[], object],
+        ours: Call,
+        theirs: Call,
         *,
         op: str,
         size: str,
         dtype: str = "float32",
-        rounds: int = 10,
+        rounds: int | None = None,
+        floor: Sequence[floors.Work] = (),
+        graph: bool = False,
     ) -> None:
-        theirs_seconds: list[float] = []
-        for call in (ours, theirs):
-            _timed(call)
+        rounds = rounds or (50 if cuda else 10)
+        times: dict[str, list[float]] = {"ours": [], "theirs": []}
+        for _ in range(3 if cuda else 1):
+            theirs()
+            ours()
         benchmark.group = op
         benchmark.pedantic(
-            lambda: _timed(ours), setup=lambda: theirs_seconds.append(_timed(theirs)), rounds=rounds, iterations=1
+            lambda: times["ours"].append(clock(ours)),
+            setup=lambda: times["theirs"].append(clock(theirs)),
+            rounds=rounds,
+            iterations=1,
         )
-        ours_ms, theirs_ms = benchmark.stats.stats.median * 1e3, statistics.median(theirs_seconds) * 1e3
-        row = Row(op, size, dtype, device_name(), ours_ms, theirs_ms, theirs_ms / ours_ms)
-        benchmark.extra_info.update(asdict(row))
+        replay = captured(ours) if graph and cuda else None
+        graphed_ms = None if replay is None else table.spread([clock(replay) for _ in range(rounds)]).p50
+        floor_us = floors.floor_us(rates, floor) if rates and floor else None
+        row = table.compared(
+            op,
+            size,
+            dtype,
+            device_name(),
+            table.spread(times["ours"]),
+            table.spread(times["theirs"]),
+            graphed_ms,
+            None if floor_us is None else floor_us / 1e3,
+        )
+        benchmark.extra_info.update(vars(row))
         _ROWS.append(row)
 
     return measure
@@ -78,14 +137,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not _ROWS:
         return
     terminalreporter.section(f"beside torchvision, on {device_name()}")
-    line = "{:<24} {:<40} {:<9} {:>12} {:>14} {:>8}"
-    terminalreporter.write_line(line.format("op", "size", "dtype", "ours, ms", "torchvision", "ratio"))
-    for row in _ROWS:
-        times = f"{row.ours_ms:.3f}", f"{row.torchvision_ms:.3f}", f"{row.ratio:.2f}"
-        terminalreporter.write_line(line.format(row.op, row.size, row.dtype, *times))
+    for line in table.lines(_ROWS):
+        terminalreporter.write_line(line)
     path = config.getoption("--bench-csv")
     if path:
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, [column.name for column in fields(Row)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in _ROWS)
+        table.write(path, _ROWS)

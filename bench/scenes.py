@@ -1,5 +1,7 @@
 """Seeded sets of boxes in an image of 1000 x 600 pixels, as the operations meet them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,9 +40,23 @@ def jittered_anchors(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     every = anchors()
     chosen = every[torch.randperm(len(every), generator=generator)[:count]]
-    centre, side = (chosen[:, :2] + chosen[:, 2:]) / 2, chosen[:, 2:] - chosen[:, :2]
-    centre = centre + 0.1 * side * torch.randn(count, 2, generator=generator)
-    side = side * torch.exp(0.1 * torch.randn(count, 2, generator=generator))
+    return _jittered(chosen, generator)
+
+
+def by_class(
+    scene: Callable[[int, int], tuple[Tensor, Tensor]], images: int, classes: int, num_rois: int
+) -> tuple[Tensor, Tensor]:
+    """Boxes [images * classes, num_rois, 4] and scores: each class's are the image's RoIs, moved a little."""
+    generator = torch.Generator().manual_seed(3)
+    rois = torch.stack([scene(num_rois, seed)[0] for seed in range(images)])
+    boxes, scores = _jittered(rois.repeat_interleave(classes, dim=0).reshape(-1, 4), generator)
+    return boxes.unflatten(0, (-1, num_rois)), scores.unflatten(0, (-1, num_rois))
+
+
+def _jittered(boxes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    centre, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    centre = centre + 0.1 * side * torch.randn(side.shape, generator=generator)
+    side = side * torch.exp(0.1 * torch.randn(side.shape, generator=generator))
     return _finish(centre, side, generator)
 
 
