@@ -1,4 +1,3 @@
-import importlib
 import sys
 
 import numpy as np
@@ -9,10 +8,10 @@ from support import assert_close, awkward_boxes, check_operator, random_boxes
 from torchvision.models.detection._utils import BoxCoder, Matcher
 
 from fastdet import ops
+from fastdet.ops import _match_cpu
 from fastdet.ops.match import match_cpu, match_cuda
 
 ONES = [1.0, 1.0, 1.0, 1.0]
-module = importlib.import_module("fastdet.ops.match")  # the name in the package is the function's
 
 
 def loop_iou(first, second, dtype):
@@ -100,13 +99,14 @@ def test_iou_equals_a_float64_loop():
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("tile", "block"), [(40, 7), (64, 16), (16, 16), (1000, 1)])
-def test_tiles_do_not_show(monkeypatch, seed, tile, block):
+@pytest.mark.parametrize(("tile", "block", "spans"), [(40, 7, 64), (64, 16, 2), (16, 16, 1), (1000, 1, 3), (19, 1, 64)])
+def test_tiles_do_not_show(monkeypatch, seed, tile, block, spans):
     inputs = case(2, 83, 19, seed)
     expected = match_cpu(*inputs, None, 0.5, 0.2, True, 0.5, ONES)
     assert_equals_loop(expected, *inputs, 0.5, 0.2, True)
-    monkeypatch.setattr(module, "TILE", tile)
-    monkeypatch.setattr(module, "MIN_BLOCK_K", block)
+    monkeypatch.setattr(_match_cpu, "TILE", tile)
+    monkeypatch.setattr(_match_cpu, "MIN_ACROSS", block)
+    monkeypatch.setattr(_match_cpu, "MAX_SPANS", spans)
     assert_equal(match_cpu(*inputs, None, 0.5, 0.2, True, 0.5, ONES), expected)
 
 

@@ -150,8 +150,9 @@ def test_many_groups_side_by_side_equal_each_alone(monkeypatch, sizes, threshold
     boxes[0, 3] = math.nan
     valid = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
     valid &= torch.rand(valid.shape) < 0.9
-    for tile in (1, 500, 1 << 17):
+    for tile, first_rows in ((1, 1), (500, 7), (1 << 17, 64)):
         monkeypatch.setattr(_nms_cpu, "_ABREAST_TILE", tile)
+        monkeypatch.setattr(_nms_cpu, "_ROWS", first_rows)
         index, count = nms_cpu(boxes, valid, threshold, 64)
         for one, rows in enumerate((valid & boxes.isfinite().all(2)).unbind()):
             mine = rows.nonzero()[:, 0]

@@ -5,15 +5,17 @@ import torch
 import torchvision.ops  # noqa: F401  (registers the operator that is called)
 from torch import Tensor
 
+from ._overlap_cpu import TILE, iou, make_proper
+
 # Groups of at most so many boxes are worked through side by side, and longer ones block by block.
 FEW = 600
 # Side by side: how many groups it takes to beat torchvision's operator on each, and pairs compared at a time.
 _ABREAST = 12
 _ABREAST_TILE = 1 << 17
-# Block by block: boxes of a block, and pairs compared at a time, just below what torch shares among threads: so a tile
-# stays in a core's cache and no operator waits for another thread.
+# How many of them are compared before those removed are dropped for the first time.
+_ROWS = 64
+# Block by block: boxes of a block.
 _BLOCK = 192
-_TILE = 32767
 
 
 def fp32_below(threshold: float) -> float:
@@ -39,15 +41,14 @@ def nms_cpu(boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int) -
 def _planes(boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """x1, y1, x2, y2 and area of `boxes` [G, N, 4], apart: [5, G, N]; and which of the `valid` are finite.
 
-    The others are zeros, which overlap nothing.
+    The others, and those without area, overlap nothing.
     """
     planes = boxes.new_empty(5, *valid.shape)
     corners = planes[:4].copy_(boxes.permute(2, 0, 1))
     # NaN and infinities times 0 are NaN.
     counted = (corners * 0).sum(0).eq(0).logical_and_(valid)
-    if not counted.all():
-        corners.masked_fill_(~counted, 0.0)
     torch.mul(planes[2] - planes[0], planes[3] - planes[1], out=planes[4])
+    make_proper(planes.unbind(), counted)
     return planes, counted
 
 
@@ -75,31 +76,61 @@ def _settle(corners: Tensor, iou_threshold: float) -> Tensor:
 def _suppress_abreast(planes: Tensor, groups: list[int], sizes: list[int], iou_threshold: float, keep: Tensor) -> None:
     """Leave in `keep` [G, N] what `groups`, the longest first, keep of the first `sizes` boxes of `planes` [5, G, N].
 
-    Box after box, that of all groups at a time, for as long as enough groups have more; what is left of the longest is
-    settled group by group.
+    Box after box, that of all groups at a time, against all after it, for as long as enough groups have more; what is
+    left of the longest is settled group by group. Removed boxes are dropped in between, each time twice as late.
     """
-    step, active = 0, len(groups)
-    if active >= _ABREAST:
-        longest, threshold = sizes[groups[0]], fp32_below(iou_threshold)
-        tall = planes[:, groups, :longest].transpose(1, 2).contiguous()
-        hits = torch.zeros_like(tall[0])
-        memory = hits.new_empty(3, max(_ABREAST_TILE, hits.numel()))
-        while active >= _ABREAST and step < longest:
-            rest, left = tall[:, step:, :active], hits[step:, :active]
-            count = min(max(_ABREAST_TILE // left.numel(), 1), len(left))
+    threshold, longest = fp32_below(iou_threshold), sizes[groups[0]]
+    # Boxes down, groups across. Of `stays` a box that is kept has 1, and 1 less for each that removes it.
+    boxes, stays = planes[:, groups, :longest].transpose(1, 2), keep[groups, :longest].t().float()
+    place = torch.arange(longest)[:, None].expand_as(stays)
+    lengths = [sizes[group] for group in groups]
+    kept = keep.new_zeros(len(groups), longest + 1)
+    active, rows = len(groups), _ROWS
+    while active >= _ABREAST:
+        step, last = 0, rows if len(stays) >= 2 * rows else len(stays)
+        boxes, stays = boxes.contiguous(), stays.contiguous()
+        memory = stays.new_empty(3, max(_ABREAST_TILE, stays.numel()))
+        while active >= _ABREAST and step < last:
+            rest, left = boxes[:, step:, :active], stays[step:, :active]
+            count = min(max(_ABREAST_TILE // left.numel(), 1), last - step)
             spare = memory[:, : count * left.numel()].view(3, count, *left.shape)
             overlapping = _overlapping(rest[:, :count, None], rest[:, None], threshold, spare)
             for row, hit in enumerate(overlapping.unbind()):
-                left[row + 1 :].addcmul_(hit[row + 1 :], (left[row] == 0).float())
+                left[row + 1 :].addcmul_(hit[row + 1 :], left[row].clamp(min=0), value=-1)
             step += count
-            while active and sizes[groups[active - 1]] <= step:
-                active -= 1
-        keep[groups, :longest] &= hits.t() == 0
+            active = _active(lengths, step)
+        undecided = stays > 0
+        kept.scatter_(1, place[:step].t(), undecided[:step].t())
+        boxes, place, undecided = boxes[:, step:], place[step:], undecided[step:]
+        if active < _ABREAST:
+            break
+        boxes, place, lengths = _packed(boxes, place, undecided, nowhere=longest)
+        stays, active, rows = (place < longest).float(), _active(lengths, 0), rows * 2
+    else:
+        undecided = stays > 0
 
-    for group in groups[:active]:
-        left = keep[group, step : sizes[group]]
-        rows = left.nonzero()[:, 0]
-        left.zero_().index_fill_(0, rows[_settle(planes[:4, group, step + rows], iou_threshold)], True)
+    for column in range(active):
+        rows_left = place[undecided[:, column], column]
+        kept[column, rows_left[_settle(planes[:4, groups[column], rows_left], iou_threshold)]] = True
+    keep[groups, :longest] = kept[:, :longest]
+
+
+def _active(lengths: list[int], step: int) -> int:
+    """The first so many groups are those with more than `step` boxes, and perhaps some others."""
+    return next((i + 1 for i in reversed(range(len(lengths))) if lengths[i] > step), 0)
+
+
+def _packed(boxes: Tensor, place: Tensor, chosen: Tensor, nowhere: int) -> tuple[Tensor, Tensor, list[int]]:
+    """The chosen of `boxes` [5, L, G] and of their `place` [L, G] moved up; below them zeros, `nowhere`. And how many
+    each group has."""
+    rank = chosen.cumsum(0)
+    lengths = rank[-1].tolist()
+    most = max(lengths)
+    # One row more, for what is not chosen.
+    target = torch.where(chosen, rank - 1, most)
+    boxes = boxes.new_zeros(5, most + 1, len(lengths)).scatter_(1, target.expand_as(boxes), boxes)
+    place = place.new_full((most + 1, len(lengths)), nowhere).scatter_(0, target, place)
+    return boxes[:, :most], place[:most], lengths
 
 
 def _suppress_many(planes: Tensor, rows: Tensor, iou_threshold: float, max_keep: int) -> Tensor:
@@ -107,11 +138,11 @@ def _suppress_many(planes: Tensor, rows: Tensor, iou_threshold: float, max_keep:
     what is left among itself."""
     threshold = fp32_below(iou_threshold)
     kept, found, most = planes.new_empty(5, min(max_keep, len(rows))), [], 0
-    memory = planes.new_empty(3, _TILE)
+    memory = planes.new_empty(3, TILE)
     for block in rows.split(_BLOCK):
         left, first = block, 0
         while first < most and len(left):
-            last = min(first + _TILE // len(left), most)
+            last = min(first + TILE // len(left), most)
             spare = memory[:, : len(left) * (last - first)].view(3, len(left), last - first)
             hits = _overlapping(planes[:, left, None], kept[:, None, first:last], threshold, spare)
             # A sum, because sums of numbers are what is fast on a CPU.
@@ -126,15 +157,7 @@ def _suppress_many(planes: Tensor, rows: Tensor, iou_threshold: float, max_keep:
     return torch.cat(found)
 
 
-def _overlapping(first: Tensor, second: Tensor, threshold: float | Tensor, spare: Tensor) -> Tensor:
+def _overlapping(first: Tensor, second: Tensor, threshold: float, spare: Tensor) -> Tensor:
     """1 where the IoU of `first` and `second` [5, ...], broadcast, exceeds the threshold, else 0: fp32, in `spare`
-    [3, ...].
-
-    The arithmetic of `box_iou`, but that a height below 0 is let be: the IoU is negative then, and exceeds nothing.
-    """
-    ax1, ay1, ax2, ay2, area1 = first.unbind()
-    bx1, by1, bx2, by2, area2 = second.unbind()
-    inter, other, another = spare.unbind()
-    torch.minimum(ax2, bx2, out=inter).sub_(torch.maximum(ax1, bx1, out=another)).clamp_(min=0)
-    inter *= torch.minimum(ay2, by2, out=other).sub_(torch.maximum(ay1, by1, out=another))
-    return inter.div_(torch.add(area1, area2, out=other).sub_(inter)).gt_(threshold)
+    [3, ...]."""
+    return iou(first.unbind(), second.unbind(), spare[0], spare[1:]).gt_(threshold)

@@ -13,12 +13,7 @@ from torch import Tensor
 
 from . import _checks
 from ._library import define
-from ._rois import in_slices
-
-# Pairs of one tile on the CPU: few enough for the cache, and for torch to keep to one thread. So many tiles are worth a
-# thread of their own.
-_TILE = 32 * 1024 - 1
-_TILES_A_THREAD = 4
+from ._overlap_cpu import TILE, iou, make_proper
 
 
 def pairwise(boxes1: Tensor, boxes2: Tensor, kind: str = "iou", eps: float = 1e-7) -> Tensor:
@@ -74,55 +69,27 @@ def box_iou_cpu(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float) -> Tensor
     out = box_iou_fake(boxes1, boxes2, kind, eps)
     first, second = torch.stack(_planes(boxes1, kind), 1), torch.stack(_planes(boxes2, kind), 1)
     if kind == "iou":
-        _make_proper(first)
-        _make_proper(second)
-    first, second = first[..., None], second[..., None, :]
-    tiles = _tiles(out.shape)
-
-    def fill(start: int, stop: int) -> None:
-        spare = out.new_empty(2, _TILE)
-        for image, row, column in tiles[start:stop]:
-            some, others = first[image, :, row].unbind(1), second[image, :, :, column].unbind(1)
-            if kind == "iou":
-                _iou_of_proper(some, others, spare, out=out[image, row, column])
-            else:
-                out[image, row, column] = _overlap(some, others, kind, eps)
-
-    in_slices(len(tiles), _TILES_A_THREAD, fill)
+        make_proper(first.unbind(1))
+        make_proper(second.unbind(1))
+    spare = out.new_empty(2, TILE)
+    for image, row, column in _tiles(out.shape):
+        tile = out[image, row, column]
+        some, others = first[image, :, row, None].unbind(1), second[image, :, None, column].unbind(1)
+        if kind == "iou":
+            iou(some, others, tile, spare[:, : tile.numel()].view(2, *tile.shape))
+        else:
+            tile.copy_(_overlap(some, others, kind, eps))
     return out
 
 
 def _tiles(shape: Sequence[int]) -> list[tuple[slice, slice, slice]]:
-    """Parts of at most _TILE elements of an array of three dimensions, none of them 0: as many whole rows as fit."""
-    parts, room = [], _TILE
+    """Parts of at most TILE elements of an array of three dimensions, none of them 0: as many whole rows as fit."""
+    parts, room = [], TILE
     for size in reversed(shape):
         step = max(min(size, room), 1)
         parts.append([slice(start, start + step) for start in range(0, size, step)])
         room //= step
     return list(itertools.product(*reversed(parts)))
-
-
-def _make_proper(planes: Tensor) -> None:
-    """Put each box of `planes` [B, 5, N] that can overlap nothing (inverted, no area, not finite) at the origin.
-
-    There it has no extent, but an area of 1: so no tile has to look for it, nor for NaN.
-    """
-    x1, _, x2, _, area = planes.unbind(1)
-    improper = ~((area > 0) & (area < math.inf) & (x2 > x1))
-    if improper.any():
-        planes[:, :4].masked_fill_(improper[:, None], 0.0)
-        area.masked_fill_(improper, 1.0)
-
-
-def _iou_of_proper(first: Sequence[Tensor], second: Sequence[Tensor], spare: Tensor, out: Tensor) -> None:
-    """IoU to the bit as `_overlap` has it, in fewer steps: what two intervals share is one held to the other."""
-    ax1, ay1, ax2, ay2, area1 = first
-    bx1, by1, bx2, by2, area2 = second
-    one, other = spare[:, : out.numel()].view(2, *out.shape).unbind()
-    torch.clamp(ax2, bx1, bx2, out=out).sub_(torch.clamp(ax1, bx1, bx2, out=one))
-    torch.clamp(ay2, by1, by2, out=other).sub_(torch.clamp(ay1, by1, by2, out=one))
-    out.mul_(other)
-    out.div_(torch.add(area1, area2, out=one).sub_(out))
 
 
 def box_iou_cuda(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float) -> Tensor:
@@ -172,7 +139,7 @@ def _is_plain(boxes1: Tensor, boxes2: Tensor) -> bool:
         return True
     # Compiled, the size may be a symbol, which is better not asked.
     small = boxes1.device.type == "cpu" and not torch.compiler.is_compiling()
-    return small and boxes1.numel() // 4 * boxes2.shape[-2] <= _TILE
+    return small and boxes1.numel() // 4 * boxes2.shape[-2] <= TILE
 
 
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:

@@ -3,20 +3,15 @@
 Source of the rules: Ren et al. 2015 (arXiv:1506.01497), section 3.1.2.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import boxes as algebra
-from . import _checks
+from . import _checks, _match_cpu
 from ._library import define
-
-# Elements of one tile of overlaps on the CPU, and the least number of candidates across it: small enough for the cache,
-# large enough for torch to share among threads.
-TILE = 1 << 17
-MIN_BLOCK_K = 512
 
 
 class Matches(NamedTuple):
@@ -50,18 +45,23 @@ def match_cpu(
         candidates, gt_boxes, gt_valid, valid, gt_ignore, high, low, allow_low_quality, ignore_iof, weights
     )
     deltas.zero_()
-    tiles = _Tiles(candidates, gt_boxes.shape[1])
+    if not index.numel():
+        return index, iou, label, deltas
+    count = index.shape[1]
     for image in range(gt_boxes.shape[0]):
         mine = candidates if candidates.ndim == 2 else candidates[image]
         allowed = None if valid is None else valid[image]
-        one, other = _Side(mine, allowed), _Side(gt_boxes[image], gt_valid[image])
-        hopeful, gt_best = _best(tiles, one, other, index[image], iou[image], allow_low_quality)
+        spans = _match_cpu.spans_of(mine, allowed, gt_boxes.shape[1])
+        gt = _match_cpu.planes_of(gt_boxes[image], gt_valid[image])
+        best_index, best_iou, of_gt = _match_cpu.best(spans, gt)
+        index[image], iou[image] = best_index[:count], best_iou[:count]
         label[image] = torch.where(iou[image] >= high, 1, torch.where(iou[image] < low, 0, -1))
         if gt_ignore is not None and gt_ignore[image].any():
-            covered = _covered(tiles, one, _Side(gt_boxes[image][gt_ignore[image]], None))
+            ignored = _match_cpu.planes_of(gt_boxes[image][gt_ignore[image]])
+            covered = _match_cpu.covered(spans, ignored)[:count]
             label[image].masked_fill_((label[image] == 0) & (covered >= ignore_iof), -1)
         if allow_low_quality:
-            label[image, _as_good(tiles, one, other, hopeful, gt_best)] = 1
+            label[image].masked_fill_(_match_cpu.as_good(spans, gt, of_gt)[:count], 1)
         if allowed is not None:
             label[image].masked_fill_(~allowed, -1)
         # A positive overlaps something, but for a threshold of 0.
@@ -70,121 +70,6 @@ def match_cpu(
         offsets = algebra.encode(mine[positive], gt_boxes[image][index[image][positive]], (wx, wy, ww, wh))
         deltas[image].index_copy_(0, positive, offsets)
     return index, iou, label, deltas
-
-
-class _Side:
-    """Boxes by coordinate [5, N]: x1, y1, x2, y2, area.
-
-    A box that is masked out, has no area or is not finite overlaps nothing: it is put at the origin with an area of 1,
-    so that no tile has to look for it, nor for NaN. (One inverted both ways keeps its area; no overlap is positive.)
-    """
-
-    def __init__(self, boxes: Tensor, allowed: Tensor | None) -> None:
-        x1, y1, x2, y2 = boxes.unbind(-1)
-        area = (x2 - x1) * (y2 - y1)
-        proper = (area > 0) & (area < float("inf"))
-        if allowed is not None:
-            proper &= allowed
-        self.rows = torch.stack((x1, y1, x2, y2, area))
-        if not proper.all():
-            self.rows[:4].masked_fill_(~proper, 0.0)
-            self.rows[4].masked_fill_(~proper, 1.0)
-
-
-class _Tiles:
-    """Overlaps of some ground truths (down) with a block of candidates (across), in memory that is reused."""
-
-    def __init__(self, like: Tensor, num_gt: int) -> None:
-        self.width = max(MIN_BLOCK_K, TILE // max(num_gt, 1))
-        self.height = max(TILE // self.width, 1)
-        self.memory = like.new_empty(3, TILE)
-        self.buffers = self.memory[:, :, None].unbind()
-
-    def across(self, candidates: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-        """The blocks of `candidates` [5, K]: which, their coordinates [k]."""
-        for start in range(0, candidates.shape[1], self.width):
-            which = slice(start, start + self.width)
-            yield which, candidates[:, which].unbind()
-
-    def down(self, gt: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-        """The parts of `gt` [5, G]: which, their coordinates [g, 1]."""
-        for start in range(0, gt.shape[1], self.height):
-            which = slice(start, start + self.height)
-            yield which, gt[:, which, None].unbind()
-
-    def iou(self, gt: tuple[Tensor, ...], candidates: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """IoU [g, k], rounded as the kernels round, and spare memory of that shape; valid until the next call."""
-        inter, other, spare = self.intersection(gt, candidates)
-        return inter.div_(torch.add(candidates[4], gt[4], out=other).sub_(inter)), spare
-
-    def intersection(self, gt: tuple[Tensor, ...], candidates: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Shared areas [g, k], 0 or less where nothing is shared, and two spares of that shape; till the next call."""
-        bx1, by1, bx2, by2, area_b = gt
-        ax1, ay1, ax2, ay2, area_a = candidates
-        shape = area_b.shape[0], area_a.shape[0]
-        if self.buffers[0].shape != shape:
-            self.buffers = self.memory[:, : shape[0] * shape[1]].view(3, *shape).unbind()
-        inter, other, spare = self.buffers
-        torch.minimum(ax2, bx2, out=inter).sub_(torch.maximum(ax1, bx1, out=spare)).clamp_(min=0)
-        torch.minimum(ay2, by2, out=other).sub_(torch.maximum(ay1, by1, out=spare))
-        return inter.mul_(other), other, spare
-
-
-def _best(
-    tiles: _Tiles, candidates: _Side, gt: _Side, index: Tensor, iou: Tensor, allow_low_quality: bool
-) -> tuple[Tensor, Tensor]:
-    """Fill `index` and `iou` [K].
-
-    With `allow_low_quality` return who was at the time as good as a ground truth's best (fp32 [K], 0 or 1), and what
-    those are in the end (fp32 [G], infinite in place of 0).
-    """
-    num_gt = gt.rows.shape[1]
-    # Ground truths are ranked from the last, so that the first of several equal ones ranks highest: exact below 2^24.
-    rank = torch.arange(num_gt, 0, -1, dtype=iou.dtype)[:, None]
-    gt_best, hopeful, best_rank = iou.new_zeros(num_gt, 1), torch.zeros_like(iou), torch.full_like(iou, num_gt)
-    iou.zero_()
-    parts = [(coordinates, rank[which], gt_best[which]) for which, coordinates in tiles.down(gt.rows)]
-    for which, block in tiles.across(candidates.rows):
-        best, best_rank_here, hopeful_here = iou[which], best_rank[which], hopeful[which]
-        for coordinates, part_rank, part_best in parts:
-            overlap, spare = tiles.iou(coordinates, block)
-            of_candidate = overlap.amax(0)
-            first = torch.eq(overlap, of_candidate, out=spare).mul_(part_rank).amax(0)
-            best_rank_here.copy_(torch.where(of_candidate > best, first, best_rank_here))
-            torch.maximum(best, of_candidate, out=best)
-            if allow_low_quality:
-                torch.maximum(part_best, overlap.amax(1, keepdim=True), out=part_best)
-                as_good = torch.eq(overlap, _infinite_for_zero(part_best), out=spare).amax(0)
-                torch.maximum(hopeful_here, as_good, out=hopeful_here)
-    index.copy_(num_gt - best_rank)
-    return hopeful, _infinite_for_zero(gt_best)
-
-
-def _infinite_for_zero(value: Tensor) -> Tensor:
-    return torch.where(value > 0, value, float("inf"))
-
-
-def _as_good(tiles: _Tiles, candidates: _Side, gt: _Side, hopeful: Tensor, gt_best: Tensor) -> Tensor:
-    """Indices of the candidates that some ground truth finds as good as its best: of the hopeful, computed again."""
-    some = hopeful.nonzero().flatten()
-    hit = hopeful.new_zeros(len(some))
-    parts = [(coordinates, gt_best[which]) for which, coordinates in tiles.down(gt.rows)]
-    for which, block in tiles.across(candidates.rows[:, some]):
-        for coordinates, part_best in parts:
-            overlap, spare = tiles.iou(coordinates, block)
-            hit[which] = torch.maximum(hit[which], torch.eq(overlap, part_best, out=spare).amax(0))
-    return some[hit > 0]
-
-
-def _covered(tiles: _Tiles, candidates: _Side, ignored: _Side) -> Tensor:
-    """fp32 [K]: the largest share of each candidate's area that one of the ignored boxes covers."""
-    covered = candidates.rows.new_zeros(candidates.rows.shape[1])
-    parts = [coordinates for _, coordinates in tiles.down(ignored.rows)]
-    for which, block in tiles.across(candidates.rows):
-        for coordinates in parts:
-            share = tiles.intersection(coordinates, block)[0].div_(block[4])
-            covered[which] = torch.maximum(covered[which], share.amax(0))
-    return covered
 
 
 def match_cuda(
