@@ -55,7 +55,7 @@ def _box_iou_kernel(
                       boxes2
                   BLOCK_M  BLOCK_M
                  +--------+--------+
-        BLOCK_N  | program|        |   program (tile, batch), tiles row by row
+        BLOCK_N  | program|        |   program (tile of all batch entries, row by row)
     boxes1       +--------+--------+
         BLOCK_N  |        |        |   the boxes of its columns stay in registers
                  +--------+--------+
@@ -65,16 +65,18 @@ def _box_iou_kernel(
     out_ptr [B, N, M]: fp32, contiguous. IN_FOURS says that M is a multiple of 4: then four numbers are one store.
     """
     width = num_boxes2 // 4 * 4 if IN_FOURS else num_boxes2
-    batch = tl.program_id(1).to(tl.int64)
     across = tl.cdiv(width, BLOCK_M)
-    column = tl.program_id(0) % across * BLOCK_M + tl.arange(0, BLOCK_M)
+    tiles = tl.cdiv(num_boxes1, BLOCK_N) * across
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    column = tile % across * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = column < width
     second = batch * width + tl.minimum(column, width - 1)
     bx1, by1, bx2, by2 = _load_corners(boxes2_ptr, second)
     if KIND == "complete":
         angle2 = tl.load(angle2_ptr + second)
 
-    first_row = tl.program_id(0) // across * BLOCK_N
+    first_row = tile // across * BLOCK_N
     for row in range(first_row, tl.minimum(first_row + BLOCK_N, num_boxes1)):
         first = batch * num_boxes1 + row
         ax1, ay1, ax2, ay2 = _load_corners(boxes1_ptr, first)
@@ -111,7 +113,8 @@ def launch(
     """Fill `out` [B, N, M] for `boxes1` [B, N, 4] and `boxes2` [B, M, 4]."""
     batch, num_boxes1, num_boxes2 = out.shape
     block_n, block_m, num_warps = config(num_boxes1, num_boxes2)
-    _box_iou_kernel[(triton.cdiv(num_boxes1, block_n) * triton.cdiv(num_boxes2, block_m), batch)](
+    # In one axis: the others may not be long.
+    _box_iou_kernel[(batch * triton.cdiv(num_boxes1, block_n) * triton.cdiv(num_boxes2, block_m),)](
         boxes1_ptr=boxes1,
         boxes2_ptr=boxes2,
         angle1_ptr=angle1,

@@ -13,6 +13,9 @@ import triton.language as tl
 
 from .overlap import intersection_union, iou, load_boxes, ratio_or_zero, store_fours
 
+# Parts of the ground truths that programs of their own look at for the best of each.
+MAX_PARTS = 8
+
 
 class Config(NamedTuple):
     """Candidates and ground truths of a tile, powers of two, and warps: a candidate a thread."""
@@ -88,8 +91,8 @@ def _best_kernel(
                candidates
                 BLOCK_K
                +-------+
-      BLOCK_G  |   v   |    program (block of candidates, image); the maximum of a row goes to gt_best by an atomic
-      BLOCK_G  |   v   |    maximum, whose order does not matter
+      BLOCK_G  |   v   |    program (block of candidates, image, part): every so many tiles from its own on, as there
+      BLOCK_G  |   v   |    are parts; the maximum of a row goes to gt_best by an atomic maximum, in any order
                +-------+
 
     Arguments as of `_match_kernel`; gt_best_ptr [B, G]: int32 bits of an fp32 IoU, zero at first.
@@ -98,7 +101,7 @@ def _best_kernel(
     _, _, _, ax1, ay1, ax2, ay2 = _load_candidates(
         candidates_ptr, valid_ptr, num_candidates, candidates_stride_b, HAS_VALID, BLOCK_K
     )
-    for start in range(0, num_gt, BLOCK_G):
+    for start in range(tl.program_id(2) * BLOCK_G, num_gt, tl.num_programs(2) * BLOCK_G):
         overlap = _overlap(ax1, ay1, ax2, ay2, gt_boxes_ptr, gt_valid_ptr, first_gt, start, num_gt, BLOCK_G)
         gt = start + tl.arange(0, BLOCK_G)
         bits = tl.max(overlap.to(tl.int32, bitcast=True), axis=1)
@@ -244,7 +247,8 @@ def launch(
     }
     grid = (triton.cdiv(num_candidates, block_k), batch)
     if gt_best is not None:
-        _best_kernel[grid](**shared)
+        # What it finds is scattered anyhow, so the work of few candidates is cut in the other direction too.
+        _best_kernel[(*grid, min(triton.cdiv(gt_boxes.shape[1], block_g), MAX_PARTS))](**shared)
     _match_kernel[grid](
         gt_ignore_ptr=gt_ignore,
         index_ptr=index,

@@ -18,6 +18,9 @@ from triton.runtime.jit import JITFunction
 
 from .overlap import intersections_unions, load_boxes, ratio_or_zero, store_fours
 
+# A value of its own would compile a kernel of its own.
+_SIZES = ["num_boxes", "num_chunks", "max_keep", "start", "chunk"]
+
 
 class Config(NamedTuple):
     """Sizes of the work, all powers of two: boxes a chunk, at least 32; rows a program compares with 32 others; rows
@@ -34,7 +37,7 @@ class Config(NamedTuple):
 def config(num_boxes: int) -> Config:
     """Sizes for groups of `num_boxes` boxes: the matrix of a chunk has to fit the registers of the program it settles.
 
-    1024 boxes are 64 of them in each of 512 threads.
+    That of 1024 boxes is 64 words in each of 512 threads.
     """
     chunk = min(max(triton.next_power_of_2(num_boxes), 32), 1024)
     return Config(
@@ -56,21 +59,22 @@ def _exceeds(inter, union, threshold, half_ulp, FUSED: tl.constexpr):
     inter - threshold * union has few digits, so that a fused multiply-add gives it exactly. (For areas above 2^-100.)
     """
     if FUSED:
-        return tl.fma(-threshold, union, inter) > half_ulp * union
+        # A box inverted along one axis may have a union below 0.
+        return (inter > 0.0) & (tl.fma(-threshold, union, inter) > half_ulp * union)
     else:
         return ratio_or_zero(inter, union) > threshold
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _overlap_kernel(
     boxes_ptr,
     valid_ptr,
     overlap_ptr,
     removed_ptr,
     num_boxes,
+    num_chunks,
     iou_threshold,
     half_ulp,
-    CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     FUSED: tl.constexpr,
@@ -85,14 +89,14 @@ def _overlap_kernel(
 
     Rows whose tile holds nothing valid are left unwritten: they are never looked at.
 
-    boxes_ptr [groups, N, 4] fp32, pixels; valid_ptr [groups, N] bool; overlap_ptr [groups, CHUNKS, CHUNK / 32, CHUNK]
-    int32, written; removed_ptr [groups, N] int8, set to 0 for the launches that follow.
+    boxes_ptr [groups, N, 4] fp32, pixels; valid_ptr [groups, N] bool; overlap_ptr [groups, num_chunks, CHUNK / 32,
+    CHUNK] int32, written; removed_ptr [groups, N] int8, set to 0 for the launches that follow.
     """
     row_blocks: tl.constexpr = CHUNK // BLOCK_ROWS
     block = tl.program_id(0)
     word = tl.program_id(1)
-    group = (block // (CHUNKS * row_blocks)).to(tl.int64)
-    chunk = block // row_blocks % CHUNKS
+    group = (block // (num_chunks * row_blocks)).to(tl.int64)
+    chunk = block // row_blocks % num_chunks
     slot = block % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     bit = tl.arange(0, 32)
     other = word * 32 + bit
@@ -110,11 +114,11 @@ def _overlap_kernel(
         inter, union = intersections_unions(ox1, oy1, ox2, oy2, x1, y1, x2, y2)
         hit = _exceeds(inter, union, iou_threshold, half_ulp, FUSED) & (other[:, None] < slot[None, :])
         packed = tl.sum(hit.to(tl.int32) << bit[:, None], axis=0)
-        matrix = group * CHUNKS + chunk
+        matrix = group * num_chunks + chunk
         tl.store(overlap_ptr + (matrix * (CHUNK // 32) + word) * CHUNK + slot, packed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _filter_kernel(
     boxes_ptr,
     kept_ptr,
@@ -163,13 +167,18 @@ def _filter_kernel(
 
 
 @triton.jit
+def _or(first, second):
+    return first | second
+
+
+@triton.jit
 def _words(flags, CHUNK: tl.constexpr):
     """uint32 [1, CHUNK / 32]: 32 of the `flags` [CHUNK], 0 or 1, to a word."""
     bits = tl.reshape(flags, [CHUNK // 32, 32]) << tl.arange(0, 32)[None, :]
     return tl.sum(bits, axis=1).to(tl.uint32, bitcast=True)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _settle_kernel(
     boxes_ptr,
     valid_ptr,
@@ -179,9 +188,9 @@ def _settle_kernel(
     index_ptr,
     count_ptr,
     num_boxes,
+    num_chunks,
     max_keep,
     chunk,
-    CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     FIRST: tl.constexpr,
 ):
@@ -194,9 +203,9 @@ def _settle_kernel(
     row  |        |        |
          +--------+--------+     program (group)
 
-    boxes_ptr [groups, N, 4] fp32; valid_ptr [groups, N] bool; overlap_ptr [groups, CHUNKS, CHUNK / 32, CHUNK] int32;
-    removed_ptr [groups, N] int8; kept_ptr [groups, max_keep, 4] fp32, index_ptr [groups, max_keep] int64, count_ptr
-    [groups] int64: appended to, and taken to be empty if FIRST.
+    boxes_ptr [groups, N, 4] fp32; valid_ptr [groups, N] bool; overlap_ptr [groups, num_chunks, CHUNK / 32, CHUNK]
+    int32; removed_ptr [groups, N] int8; kept_ptr [groups, max_keep, 4] fp32, index_ptr [groups, max_keep] int64,
+    count_ptr [groups] int64: appended to, and taken to be empty if FIRST.
     """
     WORDS: tl.constexpr = CHUNK // 32
     group = tl.program_id(0).to(tl.int64)
@@ -216,15 +225,15 @@ def _settle_kernel(
     undecided &= (x1 * 0.0 == 0.0) & (y1 * 0.0 == 0.0) & (x2 * 0.0 == 0.0) & (y2 * 0.0 == 0.0)
     waiting = undecided.to(tl.int32)
     if tl.sum(waiting, axis=0) > 0:
-        matrix = (group * CHUNKS + chunk) * (WORDS * CHUNK)
+        matrix = (group * num_chunks + chunk) * (WORDS * CHUNK)
         words = tl.arange(0, WORDS)[None, :] * CHUNK + lane[:, None]
         # A row that is decided already needs no word, nor any row a word of later boxes.
         needed = (waiting[:, None] != 0) & (tl.arange(0, WORDS)[None, :] * 32 < lane[:, None])
         higher = tl.load(overlap_ptr + matrix + words, mask=needed, other=0).to(tl.uint32, bitcast=True)
         kept = tl.zeros([CHUNK], dtype=tl.int32)
         while tl.sum(waiting, axis=0) > 0:
-            under_kept = tl.max(higher & _words(kept, CHUNK), axis=1)
-            under_waiting = tl.max(higher & _words(waiting, CHUNK), axis=1)
+            under_kept = tl.reduce(higher & _words(kept, CHUNK), 1, _or)
+            under_waiting = tl.reduce(higher & _words(waiting, CHUNK), 1, _or)
             waiting = tl.where(under_kept != 0, 0, waiting)
             newly_kept = tl.where(under_waiting == 0, waiting, 0)
             kept += newly_kept
@@ -275,7 +284,7 @@ def launch(
         valid_ptr=valid,
         overlap_ptr=overlap,
         removed_ptr=removed,
-        CHUNKS=chunks,
+        num_chunks=chunks,
         BLOCK_ROWS=config.overlap_rows,
         num_warps=max(config.overlap_rows // 32, 1),
         **numbers,
@@ -305,8 +314,8 @@ def launch(
             count_ptr=count,
             num_boxes=num_boxes,
             max_keep=max_keep,
+            num_chunks=chunks,
             chunk=which,
-            CHUNKS=chunks,
             CHUNK=chunk,
             FIRST=which == 0,
             num_warps=config.settle_warps,

@@ -23,10 +23,10 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def config(channels: int) -> Config:
-    """Four channels a thread, 16 bytes in fp32, and two warps at most."""
+def config(channels: int, itemsize: int) -> Config:
+    """16 bytes a thread, of values of `itemsize` bytes, and two warps at most."""
     block = min(triton.next_power_of_2(channels), 256)
-    return Config(block, num_warps=max(block // 128, 1))
+    return Config(block, num_warps=max(block * itemsize // 512, 1))
 
 
 @triton.jit
@@ -172,7 +172,7 @@ def launch(
     `edges` are the least areas of the second level and those after it.
     """
     num_rois, channels, pooled_height, pooled_width = pooled.shape
-    block_c, num_warps = config(channels)
+    block_c, num_warps = config(channels, pooled.element_size())
     _roi_align_kernel[(num_rois * pooled_height * pooled_width, triton.cdiv(channels, block_c))](
         **by_level("input_{}_ptr", features, None),
         rois_ptr=rois,

@@ -25,19 +25,18 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def config(channels: int) -> Config:
-    """Four channels a thread, two warps at most.
+def config(channels: int, itemsize: int) -> Config:
+    """16 bytes a thread, of values of `itemsize` bytes, and two warps at most.
 
-    In fp32 these are 16 bytes. With as many bytes of bf16 a thread holds so many values that the compiler waits for
-    each load before the next.
+    Half precision gets one warp: with two of them the compiler waits for each load before the next.
     """
     block = min(triton.next_power_of_2(channels), 256)
-    return Config(block, unroll=4, num_warps=max(block // 128, 1))
+    return Config(block, unroll=4, num_warps=max(block * itemsize // 512, 1))
 
 
-def config_backward(channels: int) -> Config:
+def config_backward(channels: int, itemsize: int) -> Config:
     """As forward, and more at a time: a cell has about 20 bins, up to some hundreds."""
-    return config(channels)._replace(unroll=8)
+    return config(channels, itemsize)._replace(unroll=8)
 
 
 def visits_bound(num_rois: int, height: int, width: int, pooled_height: int, pooled_width: int) -> int:
@@ -212,7 +211,7 @@ def launch(
     """Fill `pooled` and `argmax` [R, C, PH, PW] for `features` [B, C, H, W], all channels-last, and `rois` [R, 5]."""
     num_images, channels, height, width = features.shape
     num_rois, _, pooled_height, pooled_width = pooled.shape
-    block_c, unroll, num_warps = config(channels)
+    block_c, unroll, num_warps = config(channels, features.element_size())
     _roi_pool_kernel[(num_rois * pooled_height * pooled_width, triton.cdiv(channels, block_c))](
         input_ptr=features,
         rois_ptr=rois,
@@ -268,7 +267,7 @@ def launch_backward(
         enable_fp_fusion=False,
     )
     launch_visits(images, extents, spans, bounds, visits, grid=(height, width), pooled=(pooled_height, pooled_width))
-    block_c, unroll, num_warps = config_backward(channels)
+    block_c, unroll, num_warps = config_backward(channels, grad.element_size())
     _roi_pool_backward_kernel[(cells, triton.cdiv(channels, block_c))](
         grad_ptr=grad,
         argmax_ptr=argmax,

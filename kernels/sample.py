@@ -2,8 +2,8 @@
 
 Keys are not read but computed, from the seed and the candidate's number alone, so that no order of the work changes
 them. A candidate is one int32, its code: the key of KEY_BITS bits for a positive, 2^30 more for a negative, IGNORED for
-the rest. Codes order the positives before the negatives before the rest, and the k-th smallest code is found bit by
-bit: KEY_BITS passes that count.
+the rest. Codes order the positives before the negatives before the rest, and a bound for the k smallest is found bit by
+bit, in passes that count: some log2(N) of them, KEY_BITS at most.
 
 One program on one image could not count fast enough, so many candidates are first thinned, tile by tile and in
 parallel, to those that may still be chosen.
@@ -133,12 +133,18 @@ def _smallest(
     ONE_TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The code of that rank, counted from 1, which is known to be one of a positive or negative, from `lowest` up."""
+    """A bound that as many codes lie below as `rank`, counted from 1; or where equal codes leave none, their code.
+
+    There are so many codes of positives or negatives from `lowest` up. It is found bit by bit, and as soon as the next
+    code is told from the wanted ones: of N candidates after some log2(N) bits.
+    """
     bound = lowest
-    for step in range(KEY_BITS):
-        higher = bound + (KEY_END >> (step + 1))
+    step = 1
+    while step <= KEY_BITS:
+        higher = bound + (KEY_END >> step)
         count = _count_below(higher, codes, label_ptr, seed, code_ptr, first, begin, end, HAS_CODES, ONE_TILE, BLOCK_K)
-        bound = tl.where(count < rank, higher, bound)
+        bound = tl.where(count <= rank, higher, bound)
+        step = tl.where(count == rank, KEY_BITS, step) + 1
     return bound
 
 

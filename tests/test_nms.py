@@ -268,6 +268,20 @@ def test_kernel_on_awkward_boxes(kernel_device):
 
 
 @pytest.mark.kernel
+def test_kernel_on_boxes_inverted_along_one_axis(kernel_device):
+    """Their areas are negative, and so may be the union with another box, which they still do not overlap."""
+    boxes = torch.tensor([[0, 0, 10, -20], [50, 50, 60, 60], [30, 0, 0, 30], [51, 51, 59, 59], [0, 0, 10, 10.0]])
+    expected = reference(boxes, torch.linspace(1, 0, 5), 0.5)
+    assert expected.tolist() == [0, 1, 2, 4]
+    valid = torch.ones(1, 5, dtype=torch.bool)
+    for index, count in (
+        nms_cpu(boxes[None], valid, 0.5, 5),
+        nms_cuda(boxes[None].to(kernel_device), valid.to(kernel_device), 0.5, 5),
+    ):
+        assert index[0, : int(count[0])].tolist() == expected.tolist()
+
+
+@pytest.mark.kernel
 def test_kernel_takes_empty_input(kernel_device):
     for groups, count, max_keep in ((0, 4, 3), (2, 0, 3), (2, 4, 0)):
         boxes = torch.zeros(groups, count, 4, device=kernel_device)

@@ -530,10 +530,12 @@ def test_no_list_of_visits_outgrows_its_bound():
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(512, (256, 2)), (200, (256, 2)), (100, (128, 1)), (1, (1, 1))])
-@pytest.mark.parametrize("module", ["roi_align", "roi_align_backward"])
-def test_config(module, channels, expected):
-    config = pytest.importorskip(f"fastdet.kernels.{module}").config(channels)
-    assert (config.block_c, config.num_warps) == expected
+def test_config(channels, expected):
+    forward = pytest.importorskip("fastdet.kernels.roi_align")
+    backward = pytest.importorskip("fastdet.kernels.roi_align_backward")
+    for config in (forward.config(channels, itemsize=4), backward.config(channels)):
+        assert (config.block_c, config.num_warps) == expected
+    assert forward.config(channels, itemsize=2) == (expected[0], 1)
 
 
 Case = tuple[str, list[Tensor], Tensor, list[float], tuple[int, int], tuple[int, bool, float, int]]

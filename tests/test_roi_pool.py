@@ -345,10 +345,13 @@ def test_no_list_of_visits_outgrows_its_bound():
     assert longest == 1.0, "reached, and never passed"
 
 
-@pytest.mark.parametrize(("channels", "expected"), [(512, (256, 2)), (200, (256, 2)), (100, (128, 1)), (1, (1, 1))])
-def test_config(channels, expected):
+@pytest.mark.parametrize(
+    ("channels", "itemsize", "expected"),
+    [(512, 4, (256, 2)), (512, 2, (256, 1)), (200, 4, (256, 2)), (100, 4, (128, 1)), (1, 2, (1, 1))],
+)
+def test_config(channels, itemsize, expected):
     kernel = pytest.importorskip("fastdet.kernels.roi_pool")
-    for config in (kernel.config(channels), kernel.config_backward(channels)):
+    for config in (kernel.config(channels, itemsize), kernel.config_backward(channels, itemsize)):
         assert (config.block_c, config.num_warps) == expected
 
 
