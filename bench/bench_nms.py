@@ -14,7 +14,9 @@ def test_proposals(versus, device, scene, count, keep):
     ours = lambda: ops.nms_padded(boxes[None], scores[None], 0.7, keep)  # noqa: E731
     theirs = lambda: torchvision.ops.nms(boxes, scores, 0.7)[:keep]  # noqa: E731
     kept = ours()
-    assert torch.equal(kept.index[0, : int(kept.count[0])], theirs())
+    # On a GPU torchvision's own kernel may decide a pair at the threshold otherwise.
+    expected = torchvision.ops.nms(boxes.cpu(), scores.cpu(), 0.7)[:keep]
+    assert torch.equal(kept.index[0, : int(kept.count[0])].cpu(), expected)
     size = f"{scene} {count} -> {keep}, IoU 0.7"
     # Of 6000 boxes the 300th to be kept comes early: most pairs are never needed, and how many is not known before.
     floor = floors.nms(1, count) if keep == 2000 else ()

@@ -16,11 +16,12 @@ sizes = pytest.mark.parametrize(
 
 
 def training(images: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Features of VGG16 and 128 RoIs for each image."""
+    """Features of VGG16, on a GPU channels-last, and 128 RoIs for each image."""
     features = torch.randn(images, 512, 37, 56, generator=torch.Generator().manual_seed(0)).relu()
     boxes, _ = scenes.jittered_anchors(images * 128)
     image = torch.arange(images).repeat_interleave(128)[:, None]
-    features = features.to(device, dtype, memory_format=torch.channels_last if images > 1 else torch.contiguous_format)
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    features = features.to(device, dtype, memory_format=layout)
     return features, torch.cat([image, boxes], dim=1).to(device)
 
 
@@ -41,7 +42,8 @@ def floor(features: Tensor, rois: Tensor) -> tuple[floors.Work]:
 def test_forward(versus, device, images, dtype):
     features, rois = training(images, dtype, device)
     ours = lambda: ops.roi_pool(features, rois, 7, SCALE)  # noqa: E731
-    theirs = lambda: torchvision_roi_pool(features, rois)  # noqa: E731
+    planes = features.contiguous()  # as torchvision has it
+    theirs = lambda: torchvision_roi_pool(planes, rois)  # noqa: E731
     assert torch.equal(ours(), theirs())
     versus(
         ours,
@@ -57,6 +59,7 @@ def test_forward(versus, device, images, dtype):
 @sizes
 def test_forward_and_backward(versus, device, images, dtype):
     features, rois = training(images, dtype, device)
+    planes = features.contiguous().clone().requires_grad_()  # as torchvision has it
     features.requires_grad_()
     grad = torch.randn(len(rois), 512, 7, 7, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
@@ -64,7 +67,7 @@ def test_forward_and_backward(versus, device, images, dtype):
         return torch.autograd.grad(ops.roi_pool(features, rois, 7, SCALE), features, grad)[0]
 
     def theirs() -> Tensor:
-        return torch.autograd.grad(torchvision_roi_pool(features, rois), features, grad)[0]
+        return torch.autograd.grad(torchvision_roi_pool(planes, rois), planes, grad)[0]
 
     if device.type == "cpu":  # on a GPU torchvision adds in no fixed order
         assert torch.equal(ours(), theirs())

@@ -1,5 +1,6 @@
 """How benchmarks measure: two contenders in turn in one process, percentiles, floors, and one table at the end."""
 
+import importlib.util
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -47,14 +48,15 @@ def cpu_clock(call: Call) -> float:
 def gpu_clock() -> Clock:
     """A clock of the GPU's own time with nothing of the call's data in its cache.
 
-    Writing 512 MiB empties the cache and keeps the GPU busy for as long as the host needs to launch a short call, so
-    that what is timed is not the host.
+    Writing 512 MiB empties the cache, and a few times over it keeps the GPU busy for as long as the host needs to
+    launch a call of some tens of kernels, so that what is timed is not the host.
     """
     other = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
 
     def milliseconds(call: Call) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        other.zero_()
+        for _ in range(4):
+            other.zero_()
         start.record()
         call()
         end.record()
@@ -77,9 +79,30 @@ def captured(call: Call) -> Call | None:
         with torch.cuda.graph(graph):
             call()
     except RuntimeError as error:
+        # A capture that failed may leave its own stream the current one.
+        torch.cuda.set_stream(torch.cuda.default_stream())
         warnings.warn(f"not captured: {error}", stacklevel=2)
         return None
     return graph.replay
+
+
+if importlib.util.find_spec("pytest_benchmark") is None:
+
+    class _Plain:
+        """The part of pytest-benchmark's fixture that is used here, where it is not installed."""
+
+        def __init__(self) -> None:
+            self.group = ""
+            self.extra_info: dict[str, Any] = {}
+
+        def pedantic(self, function: Call, *, setup: Call, rounds: int, iterations: int) -> None:
+            for _ in range(rounds * iterations):
+                setup()
+                function()
+
+    @pytest.fixture
+    def benchmark() -> _Plain:
+        return _Plain()
 
 
 @pytest.fixture
