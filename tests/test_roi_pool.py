@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdet import ops
+from fastdet.ops import _rois
 from fastdet.ops.roi_pool import roi_pool_backward_cpu, roi_pool_backward_cuda, roi_pool_cpu, roi_pool_cuda
 
 LOWEST = torch.finfo(torch.float32).min
@@ -343,6 +344,18 @@ def test_no_list_of_visits_outgrows_its_bound():
             used = sum(map(len, bins_by_definition(np.float32(first), np.float32(last), 1.0, count, height)))
             longest = max(longest, used / bound)
     assert longest == 1.0, "reached, and never passed"
+
+
+def test_workers_start_no_teams_of_their_own():
+    """A team of each would be more threads than cores, after which OpenMP is slow in the whole process."""
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        _rois.in_slices(12, 1, lambda first, last: seen.append(torch.get_num_threads()))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1] * 12
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._overlap_cpu import TILE, intersection, iou, make_proper
+from ._overlap_cpu import TILE, Memory, Planes, intersection, iou, make_proper
 
 # Candidates across a tile, at least: with fewer of them the calls of torch would take longer than their work.
 MIN_ACROSS = 512
@@ -24,14 +24,14 @@ class Spans(NamedTuple):
     across: int
 
 
-def spans_of(candidates: Tensor, allowed: Tensor | None, num_boxes: int) -> Spans:
-    """`candidates` [K, 4], K > 0, of which `allowed` [K] take part, for a search among `num_boxes` boxes."""
+def spans_of(candidates: Tensor, num_boxes: int) -> Spans:
+    """`candidates` [K, 4], K > 0, for a search among `num_boxes` boxes."""
     count = len(candidates)
     across = min(max(TILE // max(num_boxes, 1), MIN_ACROSS), count)
     length = -(-count // (across * MAX_SPANS)) * across
     planes = candidates.new_zeros(5, -(-count // length) * length)
     planes[4, count:] = 1.0
-    _fill(planes[:, :count], candidates, allowed)
+    _fill(planes[:, :count], candidates, None)
     return Spans(planes.unflatten(1, (-1, length)), across)
 
 
@@ -56,14 +56,16 @@ def best(spans: Spans, gt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     best_iou = torch.zeros_like(spans.planes[0])
     best_rank = torch.full_like(best_iou, num_gt)
     of_gt = gt.new_zeros(len(best_iou), num_gt)
-    for span, across, down, spare in _tiles(spans, num_gt):
-        overlap = iou(gt[:, down, None].unbind(), spans.planes[:, span, across].unbind(), spare[0], spare[1:])
+    for tile in _tiles(spans, gt):
+        overlap = iou(tile.boxes, tile.candidates, tile.memory)
         here = overlap.amax(0)
-        rank_here = torch.eq(overlap, here, out=spare[1]).mul_(rank[down]).amax(0)
-        so_far = best_iou[span, across]
-        torch.where(here > so_far, rank_here, best_rank[span, across], out=best_rank[span, across])
-        torch.maximum(so_far, here, out=so_far)
-        torch.maximum(of_gt[span, down], overlap.amax(1), out=of_gt[span, down])
+        here_rank = torch.eq(overlap, here, out=tile.memory[1]).mul_(rank[tile.down]).amax(0)
+        if tile.down.start:
+            here_rank = torch.where(here > best_iou[tile.at], here_rank, best_rank[tile.at])
+            here = torch.maximum(here, best_iou[tile.at])
+        best_iou[tile.at], best_rank[tile.at] = here, here_rank
+        mine = of_gt[tile.at[0], tile.down]
+        torch.maximum(mine, overlap.amax(1), out=mine)
     return num_gt - best_rank.flatten().long(), best_iou.flatten(), of_gt
 
 
@@ -79,8 +81,7 @@ def as_good(spans: Spans, gt: Tensor, of_gt: Tensor) -> Tensor:
     step = max(TILE // length, 1)
     memory = gt.new_empty(3, step, length)
     for span, box in zip(some.split(step), boxes.split(step), strict=True):
-        spare = memory[:, : len(span)]
-        overlap = iou(gt[:, box, None].unbind(), spans.planes[:, span].unbind(), spare[0], spare[1:])
+        overlap = iou(gt[:, box, None].unbind(), spans.planes[:, span].unbind(), memory[:, : len(span)].unbind())
         row, column = (overlap == best_of_gt[box, None]).nonzero(as_tuple=True)
         found[span[row], column] = True
     return found.flatten()
@@ -89,21 +90,33 @@ def as_good(spans: Spans, gt: Tensor, of_gt: Tensor) -> Tensor:
 def covered(spans: Spans, ignored: Tensor) -> Tensor:
     """fp32 [spans * length]: the largest share of the area of each candidate that one of `ignored` [5, G] covers."""
     most = torch.zeros_like(spans.planes[0])
-    for span, across, down, spare in _tiles(spans, ignored.shape[1]):
-        candidates = spans.planes[:, span, across].unbind()
-        shared = intersection(ignored[:, down, None].unbind(), candidates, spare[0], spare[1:])
-        torch.maximum(most[span, across], shared.div_(candidates[4]).amax(0), out=most[span, across])
+    for tile in _tiles(spans, ignored):
+        shared = intersection(tile.boxes, tile.candidates, tile.memory)
+        torch.maximum(most[tile.at], shared.div_(tile.candidates[4]).amax(0), out=most[tile.at])
     return most.flatten()
 
 
-def _tiles(spans: Spans, num_boxes: int) -> Iterator[tuple[int, slice, slice, Tensor]]:
-    """Every tile: its span, its candidates in that, its boxes, and memory [3, boxes, candidates] that is reused."""
+class _Tile(NamedTuple):
+    """Some candidates, across, with their place among the spans; some boxes, down; memory for their overlaps."""
+
+    at: tuple[int, slice]
+    candidates: Planes
+    down: slice
+    boxes: Planes
+    memory: Memory
+
+
+def _tiles(spans: Spans, boxes: Tensor) -> Iterator[_Tile]:
+    """Every tile of `spans` and `boxes` [5, G]; their memory is reused."""
     _, num_spans, length = spans.planes.shape
-    height = max(TILE // spans.across, 1)
-    memory = spans.planes.new_empty(3, height * spans.across)
+    num_boxes, across = boxes.shape[1], spans.across
+    height = max(TILE // across, 1)
+    memory = boxes.new_empty(3, min(height, num_boxes), across)
+    downs = [slice(top, min(top + height, num_boxes)) for top in range(0, num_boxes, height)]
+    rows = [(down, boxes[:, down, None].unbind(), memory[:, : down.stop - down.start].unbind()) for down in downs]
     for span in range(num_spans):
-        for left in range(0, length, spans.across):
-            for top in range(0, num_boxes, height):
-                rows = min(height, num_boxes - top)
-                spare = memory[:, : rows * spans.across].view(3, rows, spans.across)
-                yield span, slice(left, left + spans.across), slice(top, top + rows), spare
+        for left in range(0, length, across):
+            at = span, slice(left, left + across)
+            candidates = spans.planes[:, span, at[1]].unbind()
+            for down, some, spare in rows:
+                yield _Tile(at, candidates, down, some, spare)

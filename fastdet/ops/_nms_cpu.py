@@ -160,4 +160,4 @@ def _suppress_many(planes: Tensor, rows: Tensor, iou_threshold: float, max_keep:
 def _overlapping(first: Tensor, second: Tensor, threshold: float, spare: Tensor) -> Tensor:
     """1 where the IoU of `first` and `second` [5, ...], broadcast, exceeds the threshold, else 0: fp32, in `spare`
     [3, ...]."""
-    return iou(first.unbind(), second.unbind(), spare[0], spare[1:]).gt_(threshold)
+    return iou(first.unbind(), second.unbind(), spare.unbind()).gt_(threshold)

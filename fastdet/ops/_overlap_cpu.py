@@ -11,6 +11,7 @@ from torch import Tensor
 TILE = 32 * 1024 - 1
 
 Planes = Sequence[Tensor]  # x1, y1, x2, y2 and area, apart
+Memory = Sequence[Tensor]  # three tensors of the shape of the result
 
 
 def make_proper(planes: Planes, allowed: Tensor | None = None) -> None:
@@ -29,20 +30,20 @@ def make_proper(planes: Planes, allowed: Tensor | None = None) -> None:
         area.masked_fill_(improper, 1.0)
 
 
-def intersection(first: Planes, second: Planes, out: Tensor, spare: Tensor) -> Tensor:
-    """Shared areas of proper boxes, which broadcast, in `out`; `spare` is two more of its shape.
+def intersection(first: Planes, second: Planes, memory: Memory) -> Tensor:
+    """Shared areas of proper boxes, which broadcast, in the first tensor of `memory`.
 
     What two intervals share is one of them held to the other. The last dimension should be that of `second`.
     """
     ax1, ay1, ax2, ay2, _ = first
     bx1, by1, bx2, by2, _ = second
-    one, other = spare.unbind()
+    out, one, other = memory
     torch.clamp(ax2, bx1, bx2, out=out).sub_(torch.clamp(ax1, bx1, bx2, out=one))
     torch.clamp(ay2, by1, by2, out=other).sub_(torch.clamp(ay1, by1, by2, out=one))
     return out.mul_(other)
 
 
-def iou(first: Planes, second: Planes, out: Tensor, spare: Tensor) -> Tensor:
-    """IoU in `out`, rounded at each step as the kernels round; else as `intersection`."""
-    intersection(first, second, out, spare)
-    return out.div_(torch.add(first[4], second[4], out=spare[0]).sub_(out))
+def iou(first: Planes, second: Planes, memory: Memory) -> Tensor:
+    """IoU, rounded at each step as the kernels round; else as `intersection`."""
+    inter = intersection(first, second, memory)
+    return inter.div_(torch.add(first[4], second[4], out=memory[1]).sub_(inter))

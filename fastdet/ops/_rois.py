@@ -2,6 +2,7 @@
 
 import functools
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -126,5 +127,22 @@ def in_slices(count: int, step: int, fill: Callable[[int, int], None]) -> None:
 
 @functools.cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """One for each process: the threads of a pool do not survive the fork of a data loader's worker."""
-    return ThreadPoolExecutor(threads)
+    """One for each process: the threads of a pool do not survive the fork of a data loader's worker.
+
+    Its threads share what they do with no others: a team of each would have more threads than there are cores, and
+    OpenMP then sends them all to sleep after each operator, those of the caller's operators too.
+    """
+    pool = ThreadPoolExecutor(threads, initializer=_alone)
+    everyone = threading.Barrier(threads + 1)
+    for _ in range(threads):
+        pool.submit(everyone.wait)
+    everyone.wait()
+    # The number holds for the thread that sets it and for those to come.
+    torch.set_num_threads(threads)
+    return pool
+
+
+def _alone() -> None:
+    torch.set_num_threads(1)
+    # A thread takes the number over when it first looks, and then keeps it.
+    torch.get_num_threads()

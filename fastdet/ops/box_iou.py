@@ -76,7 +76,7 @@ def box_iou_cpu(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float) -> Tensor
         tile = out[image, row, column]
         some, others = first[image, :, row, None].unbind(1), second[image, :, None, column].unbind(1)
         if kind == "iou":
-            iou(some, others, tile, spare[:, : tile.numel()].view(2, *tile.shape))
+            iou(some, others, (tile, *spare[:, : tile.numel()].view(2, *tile.shape).unbind()))
         else:
             tile.copy_(_overlap(some, others, kind, eps))
     return out

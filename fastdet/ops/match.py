@@ -44,30 +44,29 @@ def match_cpu(
     index, iou, label, deltas = match_fake(
         candidates, gt_boxes, gt_valid, valid, gt_ignore, high, low, allow_low_quality, ignore_iof, weights
     )
-    deltas.zero_()
-    if not index.numel():
-        return index, iou, label, deltas
-    count = index.shape[1]
+    index.zero_(), iou.zero_(), label.fill_(-1), deltas.zero_()
     for image in range(gt_boxes.shape[0]):
-        mine = candidates if candidates.ndim == 2 else candidates[image]
-        allowed = None if valid is None else valid[image]
-        spans = _match_cpu.spans_of(mine, allowed, gt_boxes.shape[1])
+        every = candidates if candidates.ndim == 2 else candidates[image]
+        rows = slice(None) if valid is None else valid[image].nonzero()[:, 0]
+        mine = every[rows]
+        if not len(mine):
+            continue
         gt = _match_cpu.planes_of(gt_boxes[image], gt_valid[image])
-        best_index, best_iou, of_gt = _match_cpu.best(spans, gt)
-        index[image], iou[image] = best_index[:count], best_iou[:count]
-        label[image] = torch.where(iou[image] >= high, 1, torch.where(iou[image] < low, 0, -1))
+        spans = _match_cpu.spans_of(mine, gt.shape[1])
+        best, best_iou, of_gt = _match_cpu.best(spans, gt)
+        best, best_iou = best[: len(mine)], best_iou[: len(mine)]
+        labels = torch.where(best_iou >= high, 1, torch.where(best_iou < low, 0, -1))
         if gt_ignore is not None and gt_ignore[image].any():
             ignored = _match_cpu.planes_of(gt_boxes[image][gt_ignore[image]])
-            covered = _match_cpu.covered(spans, ignored)[:count]
-            label[image].masked_fill_((label[image] == 0) & (covered >= ignore_iof), -1)
+            covered = _match_cpu.covered(spans, ignored)[: len(mine)]
+            labels.masked_fill_((labels == 0) & (covered >= ignore_iof), -1)
         if allow_low_quality:
-            label[image].masked_fill_(_match_cpu.as_good(spans, gt, of_gt)[:count], 1)
-        if allowed is not None:
-            label[image].masked_fill_(~allowed, -1)
+            labels.masked_fill_(_match_cpu.as_good(spans, gt, of_gt)[: len(mine)], 1)
+        index[image, rows], iou[image, rows], label[image, rows] = best, best_iou, labels
         # A positive overlaps something, but for a threshold of 0.
         positive = ((label[image] == 1) & (iou[image] > 0)).nonzero()[:, 0]
         wx, wy, ww, wh = weights
-        offsets = algebra.encode(mine[positive], gt_boxes[image][index[image][positive]], (wx, wy, ww, wh))
+        offsets = algebra.encode(every[positive], gt_boxes[image][index[image][positive]], (wx, wy, ww, wh))
         deltas[image].index_copy_(0, positive, offsets)
     return index, iou, label, deltas
 
