@@ -105,6 +105,12 @@ def test_bad_input_names_the_argument(boxes1, boxes2, error, words):
         ops.box_iou(boxes1, boxes2)
 
 
+@pytest.mark.parametrize(("eps", "error"), [("x", TypeError), (float("nan"), ValueError), (-1e-7, ValueError)])
+def test_bad_eps_is_named(eps, error):
+    with pytest.raises(error, match=f"eps .*{eps}|eps .*NaN"):
+        ops.distance_box_iou(torch.zeros(2, 4), torch.zeros(2, 4), eps)
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("batch", "num_boxes1", "num_boxes2"), [(1, 1, 1), (2, 17, 129), (1, 5, 300)])

@@ -361,7 +361,7 @@ def test_ctrl_c_exits_cleanly(tree, tmp_path):
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
     said = process.communicate(timeout=30)[1]
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert "Traceback" not in said
     assert said.splitlines()[-1] == "fastdet: interrupted"
     assert checkpoint.load(out / "last.pth")["epoch"] >= 0

@@ -187,7 +187,12 @@ def test_operator_contract():
         ({"sizes": torch.zeros(2, 2)}, TypeError, "sizes must be int64"),
         ({"min_side": torch.zeros(3)}, ValueError, r"min_side .*\[2\].*\[3\]"),
         ({"min_side": torch.zeros(2).long()}, TypeError, "min_side .*int64"),
-        ({"stride": (16, 0)}, ValueError, "stride must be positive"),
+        ({"stride": 16}, TypeError, "stride .*16"),
+        ({"stride": (1.5, 2)}, TypeError, "stride .*1.5"),
+        ({"clamp": "4"}, TypeError, "clamp .*'4'"),
+        ({"clamp": float("nan")}, ValueError, "clamp .*NaN"),
+        ({"min_side": [1.0]}, TypeError, r"min_side .*\[1.0\]"),
+        ({"stride": (16, 0)}, ValueError, "stride must be at least 1"),
     ],
 )
 def test_bad_input_names_the_argument(arguments, error, words):

@@ -290,6 +290,9 @@ BOXES, BATCH = torch.zeros(5, 4), torch.zeros(2, 3, 4)
         ({"ignore_iof": -0.1}, ValueError, r"ignore_iof .*\[0, 1\]"),
         ({"high": 1.5}, ValueError, r"high .*\[0, 1\]"),
         ({"low": float("nan")}, ValueError, r"low .*\[0, 1\]"),
+        ({"weights": (1, 1, 1)}, TypeError, r"weights .*\(1, 1, 1\)"),
+        ({"weights": (1, 1, 1, 0)}, ValueError, "weights .*0"),
+        ({"allow_low_quality": "yes"}, TypeError, "allow_low_quality .*'yes'"),
         ({"low": 0.6}, ValueError, "low must not exceed high"),
     ],
 )

@@ -310,6 +310,7 @@ FEATURES, ROIS = torch.zeros(2, 3, 4, 4), torch.zeros(5, 5)
         ((FEATURES, ROIS, True), TypeError, "output_size .*True"),
         ((FEATURES, ROIS, "22"), TypeError, "output_size .*'22'"),
         ((FEATURES, ROIS, 2, 0.0), ValueError, "spatial_scale"),
+        ((FEATURES, ROIS, 2, None), TypeError, "spatial_scale .*None"),
         ((FEATURES, ROIS, 2, -1.0), ValueError, "spatial_scale"),
         ((FEATURES, ROIS, 2, float("nan")), ValueError, "spatial_scale"),
         ((FEATURES, ROIS, 2, float("inf")), ValueError, "spatial_scale .*inf"),

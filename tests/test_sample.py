@@ -156,8 +156,11 @@ LABEL = torch.zeros(2, 5, dtype=torch.int64)
         ({"seed": LABEL}, ValueError, r"seed .*\[1\].*\[2, 5\]"),
         ({"seed": torch.zeros(1)}, TypeError, "seed must be int64"),
         ({"seed": torch.zeros(1, dtype=torch.int64, device="meta")}, ValueError, "seed is on meta"),
-        ({"num_samples": -1}, ValueError, "num_samples must not be negative"),
-        ({"max_positive": -1}, ValueError, "max_positive must not be negative"),
+        ({"num_samples": 1.5}, TypeError, "num_samples .*1.5"),
+        ({"max_positive": None}, TypeError, "max_positive .*None"),
+        ({"num_samples": 2**63}, ValueError, "num_samples .*64 bits"),
+        ({"num_samples": -1}, ValueError, "num_samples must be at least 0"),
+        ({"max_positive": -1}, ValueError, "max_positive must be at least 0"),
     ],
 )
 def test_bad_input_names_the_argument(arguments, error, words):

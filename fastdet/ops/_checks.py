@@ -1,6 +1,7 @@
 """What the public operations ask of their arguments before any work, in words that name the argument."""
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ def floats(name: str, value: object, *, double: bool = False) -> Tensor:
 def is_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
     return value
 
 
@@ -70,14 +73,49 @@ def same_dtype(**values: object) -> None:
             raise TypeError(f"{name} is {dtype}, but {dtypes[0][0]} is {dtypes[0][1]}")
 
 
-def threshold(name: str, value: float) -> float:
+def number(name: str, value: object) -> float:
+    """A number that is not NaN."""
+    found = _real(name, value)
+    if math.isnan(found):
+        raise ValueError(f"{name} must not be NaN")
+    return found
+
+
+def threshold(name: str, value: object) -> float:
     """A number in [0, 1]."""
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must lie in [0, 1], got {value}")
-    return float(value)
+    found = _real(name, value)
+    if not 0.0 <= found <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {found}")
+    return float(found)
 
 
-def positive(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be finite and positive, got {value}")
+def positive(name: str, value: object) -> float:
+    """A finite number above 0."""
+    found = _real(name, value)
+    if not (math.isfinite(found) and found > 0):
+        raise ValueError(f"{name} must be finite and positive, got {found}")
+    return found
+
+
+def _real(name: str, value: object) -> float:
+    """A real number; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return value  # type: ignore[return-value]
+
+
+def integer(name: str, value: object, least: int | None = None) -> int:
+    """An int of 64 bits, not below `least`; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if isinstance(value, numbers.Integral) and not -(2**63) <= value < 2**63:  # type: ignore[operator]
+        raise ValueError(f"{name} must fit 64 bits, got {value}")
+    return value  # type: ignore[return-value]
+
+
+def flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
     return value

@@ -49,11 +49,12 @@ def boxes(name: str, value: object, shape: tuple[str, ...], input: Tensor, holde
 def output_size(value: object) -> tuple[int, int]:
     """(height, width) of one positive number or two."""
     sizes = (value, value) if isinstance(value, int) else value
-    if not isinstance(sizes, tuple | list) or not all(isinstance(n, int) and n is not True for n in sizes):
+    if not isinstance(sizes, tuple | list):
         raise TypeError(f"output_size must be an int or a pair of them, got {value!r}")
-    if len(sizes) != 2 or min(sizes) < 1:
-        raise ValueError(f"output_size must be positive, one number or (height, width), got {value}")
-    return sizes[0], sizes[1]
+    if len(sizes) != 2:
+        raise ValueError(f"output_size must be one number or (height, width), got {value}")
+    height, width = (_checks.integer("output_size", size, least=1) for size in sizes)
+    return height, width
 
 
 def of_any(value: object, input: Tensor, holder: str = "input") -> Tensor:
@@ -134,9 +135,14 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     """
     pool = ThreadPoolExecutor(threads, initializer=_alone)
     everyone = threading.Barrier(threads + 1)
-    for _ in range(threads):
-        pool.submit(everyone.wait)
-    everyone.wait()
+    try:
+        for _ in range(threads):
+            pool.submit(everyone.wait)
+        everyone.wait()
+    except BaseException:
+        # Such as an interruption: nobody waits for whom it keeps from coming.
+        everyone.abort()
+        raise
     # The number holds for the thread that sets it and for those to come.
     torch.set_num_threads(threads)
     return pool

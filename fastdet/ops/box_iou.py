@@ -124,6 +124,8 @@ def _public(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float = 1e-7) -> Ten
     if boxes1.shape[:-2] != boxes2.shape[:-2]:
         shapes = f"{list(boxes1.shape)} and {list(boxes2.shape)}"
         raise ValueError(f"boxes1 and boxes2 must have the same leading dimensions, got {shapes}")
+    if not 0 <= _checks.number("eps", eps) < math.inf:
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
     if _is_plain(boxes1, boxes2):
         return pairwise(boxes1, boxes2, kind, eps)
     batch, num_boxes1, num_boxes2 = boxes1.shape[:-2], boxes1.shape[-2], boxes2.shape[-2]

@@ -153,13 +153,14 @@ def decode(
         raise ValueError(f"logits must have the shape {wanted}, got {list(logits.shape)}")
     _checks.integers("sizes", sizes, (batch, 2))
     if not isinstance(min_side, Tensor):
-        min_side = torch.full((batch,), min_side or 0.0, dtype=torch.float32, device=deltas.device)
+        least = 0.0 if min_side is None else _checks.number("min_side", min_side)
+        min_side = torch.full((batch,), least, dtype=torch.float32, device=deltas.device)
     min_side = _checks.shape("min_side", _checks.floats("min_side", min_side), (batch,)).detach()
     _checks.same_device(deltas=deltas, logits=logits, cell_anchors=cell_anchors, sizes=sizes, min_side=min_side)
-    stride_h, stride_w = stride
-    if stride_h < 1 or stride_w < 1:
-        raise ValueError(f"stride must be positive, got {stride}")
-    bound = math.inf if clamp is None else float(clamp)
+    if not isinstance(stride, tuple | list) or len(stride) != 2:
+        raise TypeError(f"stride must be a pair (down, across), got {stride!r}")
+    stride_h, stride_w = (_checks.integer("stride", step, least=1) for step in stride)
+    bound = math.inf if clamp is None else float(_checks.number("clamp", clamp))
     out = torch.ops.fastdet.decode(deltas, logits, cell_anchors, sizes, min_side, stride_h, stride_w, bound)
     return Decoded(*out)
 

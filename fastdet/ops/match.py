@@ -194,5 +194,8 @@ def match(
     if low > high:
         raise ValueError(f"low must not exceed high, got {low} and {high}")
     masks = gt_valid, valid, gt_ignore
-    rules = high, low, allow_low_quality, ignore_iof, [float(weight) for weight in weights]
+    if not isinstance(weights, tuple | list) or len(weights) != 4:
+        raise TypeError(f"weights must be four numbers, got {weights!r}")
+    factors = [float(_checks.positive("weights", weight)) for weight in weights]
+    rules = high, low, _checks.flag("allow_low_quality", allow_low_quality), ignore_iof, factors
     return Matches(*torch.ops.fastdet.match(candidates, gt_boxes, *masks, *rules))

@@ -91,9 +91,8 @@ def nms_padded(
     _checks.booleans("valid", valid, tuple(boxes.shape[:2]))
     _checks.same_device(boxes=boxes, scores=scores, valid=valid)
     _checks.threshold("iou_threshold", iou_threshold)
-    if max_keep < 0:
-        raise ValueError(f"max_keep must not be negative, got {max_keep}")
-    if presorted:
+    _checks.integer("max_keep", max_keep, least=0)
+    if _checks.flag("presorted", presorted):
         return Kept(*torch.ops.fastdet.nms(boxes, valid, iou_threshold, max_keep))
     # Rows that don't count go last, so that the work ends with the rows that do.
     order = torch.where(valid, scores, -math.inf).argsort(dim=1, descending=True, stable=True)
@@ -169,9 +168,7 @@ def batched_nms(
 
 def _most(max_keep: int | None, boxes: Tensor) -> int:
     """How many of `boxes` [N, 4] may be kept."""
-    if max_keep is not None and max_keep < 0:
-        raise ValueError(f"max_keep must not be negative, got {max_keep}")
-    return len(boxes) if max_keep is None else min(max_keep, len(boxes))
+    return len(boxes) if max_keep is None else min(_checks.integer("max_keep", max_keep, least=0), len(boxes))
 
 
 def _check(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

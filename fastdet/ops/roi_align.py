@@ -267,14 +267,8 @@ def batched_roi_align(
 
 
 def _sampling(sampling_ratio: object, aligned: object) -> tuple[int, bool]:
-    if not isinstance(sampling_ratio, int) or isinstance(sampling_ratio, bool):
-        raise TypeError(f"sampling_ratio must be an int, got {sampling_ratio!r}")
-    if not isinstance(aligned, bool):
-        raise TypeError(f"aligned must be a bool, got {aligned!r}")
-    return sampling_ratio, aligned
+    return _checks.integer("sampling_ratio", sampling_ratio), _checks.flag("aligned", aligned)
 
 
-def _canonical(scale: float, level: object) -> tuple[float, int]:
-    if not isinstance(level, int) or isinstance(level, bool):
-        raise TypeError(f"canonical_level must be an int, got {level!r}")
-    return float(_checks.positive("canonical_scale", scale)), level
+def _canonical(scale: object, level: object) -> tuple[float, int]:
+    return float(_checks.positive("canonical_scale", scale)), _checks.integer("canonical_level", level)

@@ -125,6 +125,5 @@ def sample(label: Tensor, num_samples: int, max_positive: int, seed: Tensor | No
     _checks.integers("seed", seed, (1,))
     _checks.same_device(label=label, seed=seed)
     for name, value in (("num_samples", num_samples), ("max_positive", max_positive)):
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
+        _checks.integer(name, value, least=0)
     return Sampled(*torch.ops.fastdet.sample(label, seed, num_samples, max_positive))
