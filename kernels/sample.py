@@ -46,19 +46,27 @@ def config(span: int) -> Config:
 
 
 @triton.jit
+def _avalanche(words):
+    """uint32 of which each bit hangs on every bit of `words`.
+
+    The 32-bit mixer `lowbias32` of C. Wellons, "Prospecting for hash functions" (2018).
+    """
+    words ^= words >> 16
+    words *= 0x7FEB352D
+    words ^= words >> 15
+    words *= 0x846CA68B
+    return words ^ (words >> 16)
+
+
+@triton.jit
 def _keys(number, seed):
     """int32 of KEY_BITS bits from a candidate's `number` and the int64 `seed`.
 
-    A product and an exclusive or bring in the halves of the seed; then the 32-bit mixer `lowbias32` of C. Wellons,
-    "Prospecting for hash functions" (2018).
+    The seed is mixed before it meets the number: otherwise seeds that are near would choose alike.
     """
-    mixed = (number.to(tl.uint32) ^ seed.to(tl.uint32)) * 0x9E3779B1
-    mixed ^= (seed >> 32).to(tl.uint32)
-    mixed ^= mixed >> 16
-    mixed *= 0x7FEB352D
-    mixed ^= mixed >> 15
-    mixed *= 0x846CA68B
-    mixed ^= mixed >> 16
+    first = _avalanche(seed.to(tl.uint32))
+    second = _avalanche((seed >> 32).to(tl.uint32) ^ first)
+    mixed = _avalanche(((number.to(tl.uint32) ^ first) * 0x9E3779B1) ^ second)
     return (mixed >> (32 - KEY_BITS)).to(tl.int32)
 
 

@@ -84,6 +84,31 @@ def test_gradients(kind):
         assert torch.autograd.gradcheck(ours, (boxes1, boxes2))
 
 
+def test_gradients_of_awkward_pairs_are_zeros():
+    """Where the value is 0 whatever the boxes do, and never NaN for the proper box of a pair."""
+    proper, awkward = torch.tensor([[0.0, 0.0, 10.0, 10.0]]), awkward_boxes()
+    for kind in KINDS:
+        first, second = proper.clone().requires_grad_(), awkward.clone().requires_grad_()
+        rows = slice(None) if kind == "iou" else slice(0, 7)
+        PUBLIC[kind][0](first, second[rows]).sum().backward()
+        assert torch.isfinite(first.grad).all(), kind
+        assert torch.isfinite(second.grad).all(), kind
+    first, second = proper.clone().requires_grad_(), awkward[4:10].clone().requires_grad_()
+    ops.box_iou(first, second).sum().backward()
+    assert (first.grad == 0).all()
+    assert (second.grad == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_with_symbolic_sizes_and_numbers(kind):
+    torch._dynamo.reset()
+    ours = PUBLIC[kind][0]
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=True)
+    for count in (5, 6):
+        boxes1, boxes2 = random_boxes(count), random_boxes(count + 2)
+        torch.testing.assert_close(compiled(boxes1, boxes2), ours(boxes1, boxes2))
+
+
 def test_operator_contract():
     check_operator(torch.ops.fastdet.box_iou, random_boxes(2, 3), random_boxes(2, 5), "generalized", 1e-7)
 

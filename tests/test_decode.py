@@ -244,3 +244,9 @@ def test_kernel_on_what_is_not_finite(kernel_device):
         actual = decode_cuda(*(x.to(kernel_device) for x in inputs), 8, 8, clamp)
         assert torch.isfinite(actual[0]).all()
         assert_decoded(actual, decode_cpu(*inputs, 8, 8, clamp))
+
+
+def test_no_anchors_give_no_boxes():
+    cells = torch.zeros(2, 0, 4, 5)
+    found = ops.decode(cells, cells, torch.zeros(0, 4), torch.ones(2, 2, dtype=torch.int64), stride=(8, 8))
+    assert (found.boxes.shape, found.scores.shape) == ((2, 0, 4), (2, 0))

@@ -225,6 +225,7 @@ def test_operator_contract():
         ({"boxes": torch.zeros(3, 4).to_sparse()}, TypeError, "boxes .*sparse"),
         ({"idxs": torch.zeros(2).long()}, ValueError, r"idxs .*\[2\]"),
         ({"idxs": torch.zeros(3)}, TypeError, "idxs .*float32"),
+        ({"idxs": torch.zeros(3, dtype=torch.bool)}, TypeError, "idxs .*bool"),
     ],
 )
 def test_bad_input_names_the_argument(change, error, words):

@@ -32,8 +32,8 @@ def floats(name: str, value: object, *, double: bool = False) -> Tensor:
 def is_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if value.is_nested else value.layout}")
     return value
 
 
@@ -76,7 +76,8 @@ def same_dtype(**values: object) -> None:
 def number(name: str, value: object) -> float:
     """A number that is not NaN."""
     found = _real(name, value)
-    if math.isnan(found):
+    # Comparisons alone: of a symbol torch.compile can ask no more.
+    if not (found <= 0 or found >= 0):
         raise ValueError(f"{name} must not be NaN")
     return found
 
@@ -92,7 +93,7 @@ def threshold(name: str, value: object) -> float:
 def positive(name: str, value: object) -> float:
     """A finite number above 0."""
     found = _real(name, value)
-    if not (math.isfinite(found) and found > 0):
+    if not 0.0 < found < math.inf:
         raise ValueError(f"{name} must be finite and positive, got {found}")
     return found
 

@@ -34,7 +34,7 @@ def of(features: object, scales: object) -> tuple[list[Tensor], list[float]]:
 
 def _falling(scales: object, num_levels: int) -> list[float]:
     """The scales of a pyramid, each a power of two and half of the one before it; the last may repeat."""
-    if not isinstance(scales, list | tuple) or not all(isinstance(scale, int | float) for scale in scales):
+    if not isinstance(scales, list | tuple):
         raise TypeError(f"scales must be a list of numbers, got {scales!r}")
     if len(scales) != num_levels:
         raise ValueError(f"scales must be as many as the levels of features: got {len(scales)} for {num_levels}")

@@ -1,6 +1,7 @@
 """What the operations on regions of interest share: what they ask of their arguments, rows of boxes, threads."""
 
 import functools
+import numbers
 import os
 import threading
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def boxes(name: str, value: object, shape: tuple[str, ...], input: Tensor, holde
 
 def output_size(value: object) -> tuple[int, int]:
     """(height, width) of one positive number or two."""
-    sizes = (value, value) if isinstance(value, int) else value
+    sizes = (value, value) if isinstance(value, numbers.Integral) else value
     if not isinstance(sizes, tuple | list):
         raise TypeError(f"output_size must be an int or a pair of them, got {value!r}")
     if len(sizes) != 2:
@@ -94,7 +95,7 @@ def _of_list(per_image: list[object] | tuple[object, ...], input: Tensor, holder
 def _check_images(rois: Tensor, num_images: int, holder: str) -> None:
     """Raises ValueError for a row of `rois` [K, 5] whose image does not exist; looks at the values."""
     images = rois[:, 0]
-    wrong = ~((images >= 0) & (images < num_images))
+    wrong = ~((images >= 0) & (images < num_images) & (images == images.floor()))
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(f"boxes[{row}] lies in image {images[row].item():g}, but {holder} holds {num_images} images")
@@ -110,7 +111,7 @@ def in_slices(count: int, step: int, fill: Callable[[int, int], None]) -> None:
     """Call `fill(first, last)` over [0, count) in slices of `step`, on as many threads as torch uses."""
     step = max(1, step)
     firsts = range(0, count, step)
-    threads = min(torch.get_num_threads(), len(firsts))
+    threads = torch.get_num_threads()
     inference = torch.is_inference_mode_enabled()
 
     def run(first: int) -> None:
@@ -119,7 +120,7 @@ def in_slices(count: int, step: int, fill: Callable[[int, int], None]) -> None:
         with torch.inference_mode(inference), torch._C._AutoDispatchBelowAutograd():
             fill(first, min(first + step, count))
 
-    if threads < 2:
+    if min(threads, len(firsts)) < 2:
         for first in firsts:
             run(first)
         return

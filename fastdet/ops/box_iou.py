@@ -18,6 +18,9 @@ from ._overlap_cpu import TILE, iou, make_proper
 
 def pairwise(boxes1: Tensor, boxes2: Tensor, kind: str = "iou", eps: float = 1e-7) -> Tensor:
     """The formula in plain torch, differentiable: [..., N, 4] and [..., M, 4] give [..., N, M]."""
+    if kind == "iou":
+        # What is not finite overlaps nothing, and has no part in the gradient either.
+        boxes1, boxes2 = (torch.where(boxes.isfinite().all(-1, keepdim=True), boxes, 0.0) for boxes in (boxes1, boxes2))
     return _overlap(_planes(boxes1[..., :, None, :], kind), _planes(boxes2[..., None, :, :], kind), kind, eps)
 
 
@@ -61,7 +64,8 @@ def _overlap(first: Sequence[Tensor], second: Sequence[Tensor], kind: str, eps: 
 
 
 def _ratio_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:
-    ratio = numerator / denominator
+    # By 1 where it is not positive: a gradient would be NaN even if the ratio is not taken.
+    ratio = numerator / torch.where(denominator > 0, denominator, 1.0)
     return torch.where(ratio > 0, ratio, 0.0)
 
 
@@ -126,6 +130,7 @@ def _public(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float = 1e-7) -> Ten
         raise ValueError(f"boxes1 and boxes2 must have the same leading dimensions, got {shapes}")
     if not 0 <= _checks.number("eps", eps) < math.inf:
         raise ValueError(f"eps must be finite and not negative, got {eps}")
+    eps = float(eps)
     if _is_plain(boxes1, boxes2):
         return pairwise(boxes1, boxes2, kind, eps)
     batch, num_boxes1, num_boxes2 = boxes1.shape[:-2], boxes1.shape[-2], boxes2.shape[-2]
@@ -158,7 +163,10 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
 
 def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """IoU less the share of the common hull that neither box covers, in [-1, 1]; else as `box_iou`."""
+    """IoU less the share of the common hull that neither box covers; else as `box_iou`.
+
+    In [-1, 1] for boxes that have an area.
+    """
     return _public(boxes1, boxes2, "generalized")
 
 

@@ -36,6 +36,9 @@ def decode_cpu(
     stride_w: int,
     clamp: float,
 ) -> tuple[Tensor, Tensor]:
+    boxes, scores = decode_fake(deltas, logits, cell_anchors, sizes, min_side, stride_h, stride_w, clamp)
+    if not scores.numel():
+        return boxes, scores
     # Coordinate by coordinate in the layout of the input; anchors broadcast: x by (a, w), y by (a, h).
     batch, _, height, width = deltas.shape
     num_anchors = cell_anchors.shape[0]
@@ -56,7 +59,6 @@ def decode_cpu(
     least = min_side[:, None, None, None]
     kept = finite & _finite(score) & (x2 - x1 >= least) & (y2 - y1 >= least)
 
-    boxes, scores = decode_fake(deltas, logits, cell_anchors, sizes, min_side, stride_h, stride_w, clamp)
     grid = (batch, height, width, num_anchors)
     for corner, column in zip((x1, y1, x2, y2), boxes.view(*grid, 4).unbind(-1), strict=True):
         column.copy_(corner.permute(0, 2, 3, 1))

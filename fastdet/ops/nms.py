@@ -142,7 +142,7 @@ def batched_nms(
     boxes, scores = _check(boxes, scores)
     _checks.threshold("iou_threshold", iou_threshold)
     idxs = _checks.shape("idxs", idxs, (boxes.shape[0],))
-    if idxs.is_floating_point() or idxs.is_complex():
+    if idxs.is_floating_point() or idxs.is_complex() or idxs.dtype == torch.bool:
         raise TypeError(f"idxs must hold integers, got {idxs.dtype}")
     _checks.same_device(boxes=boxes, idxs=idxs)
     most = _most(max_keep, boxes)

@@ -43,12 +43,19 @@ def sample_cpu(label: Tensor, seed: Tensor, num_samples: int, max_positive: int)
 
 def keys(number: Tensor, seed: int) -> Tensor:
     """int32 keys of KEY_BITS bits of the candidates `number` [N]: what the kernel computes, in wrapping int32."""
-    mixed = number.int().bitwise_xor_(_signed(seed)).mul_(_signed(0x9E3779B1)).bitwise_xor_(_signed(seed >> 32))
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        mixed ^= (mixed >> shift).bitwise_and_(0xFFFFFFFF >> shift)
-        mixed *= _signed(factor)
-    mixed ^= (mixed >> 16).bitwise_and_(0xFFFF)
+    first = int(_avalanche(number.new_tensor([_signed(seed)], dtype=torch.int32)))
+    second = int(_avalanche(number.new_tensor([_signed(seed >> 32) ^ first], dtype=torch.int32)))
+    mixed = _avalanche(number.int().bitwise_xor_(first).mul_(_signed(0x9E3779B1)).bitwise_xor_(second))
     return (mixed >> (32 - KEY_BITS)).bitwise_and_((1 << KEY_BITS) - 1)
+
+
+def _avalanche(words: Tensor) -> Tensor:
+    """Change int32 `words` in place so that each bit hangs on every bit; see the kernel for the source."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        words ^= (words >> shift).bitwise_and_(0xFFFFFFFF >> shift)
+        words *= _signed(factor)
+    words ^= (words >> 16).bitwise_and_(0xFFFF)
+    return words
 
 
 def _signed(word: int) -> int:
