@@ -13,6 +13,8 @@ from . import _checks
 from ._library import define
 
 KEY_BITS = 29
+# Shifts and factors of the kernel's `_avalanche`.
+_STEPS = ((16, 0x7FEB352D), (15, 0x846CA68B))
 
 
 class Sampled(NamedTuple):
@@ -43,19 +45,26 @@ def sample_cpu(label: Tensor, seed: Tensor, num_samples: int, max_positive: int)
 
 def keys(number: Tensor, seed: int) -> Tensor:
     """int32 keys of KEY_BITS bits of the candidates `number` [N]: what the kernel computes, in wrapping int32."""
-    first = int(_avalanche(number.new_tensor([_signed(seed)], dtype=torch.int32)))
-    second = int(_avalanche(number.new_tensor([_signed(seed >> 32) ^ first], dtype=torch.int32)))
-    mixed = _avalanche(number.int().bitwise_xor_(first).mul_(_signed(0x9E3779B1)).bitwise_xor_(second))
+    first, second = _seed_words(seed)
+    mixed = number.int().bitwise_xor_(first).mul_(_signed(0x9E3779B1)).bitwise_xor_(second)
+    for shift, factor in _STEPS:
+        mixed ^= (mixed >> shift).bitwise_and_(0xFFFFFFFF >> shift)
+        mixed *= _signed(factor)
+    mixed ^= (mixed >> 16).bitwise_and_(0xFFFF)
     return (mixed >> (32 - KEY_BITS)).bitwise_and_((1 << KEY_BITS) - 1)
 
 
-def _avalanche(words: Tensor) -> Tensor:
-    """Change int32 `words` in place so that each bit hangs on every bit; see the kernel for the source."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        words ^= (words >> shift).bitwise_and_(0xFFFFFFFF >> shift)
-        words *= _signed(factor)
-    words ^= (words >> 16).bitwise_and_(0xFFFF)
-    return words
+def _seed_words(seed: int) -> tuple[int, int]:
+    """Two int32 of the seed, mixed."""
+    first = _mixed(seed & 0xFFFFFFFF)
+    return _signed(first), _signed(_mixed((seed >> 32 & 0xFFFFFFFF) ^ first))
+
+
+def _mixed(word: int) -> int:
+    """As the numbers are mixed above, in Python's integers."""
+    for shift, factor in _STEPS:
+        word = (word ^ word >> shift) * factor & 0xFFFFFFFF
+    return word ^ word >> 16
 
 
 def _signed(word: int) -> int:
