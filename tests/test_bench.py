@@ -1,5 +1,6 @@
 """The arithmetic of the benchmarks: floors, percentiles, the table, the picture. What they measure is not tested."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -88,6 +89,17 @@ def test_plot_writes_a_picture(tmp_path, floor_ms):
     with Image.open(tmp_path / "results.png") as picture:
         assert picture.format == "PNG"
         assert picture.width == (1820 if floor_ms else 1430)
+
+
+def test_the_readme_says_what_was_measured():
+    root = Path(__file__).parents[1]
+    measured = {(row.op, row.size, f"{row.ratio:.2f}") for row in plot.read(root / "bench/results/epyc-2-cores.csv")}
+    text = (root / "README.md").read_text()
+    rows = re.findall(r"^\| (.+) \| (.+) \| (\d+\.\d\d) \|$", text, re.MULTILINE)
+    assert len(rows) > 20
+    assert [row for row in rows if row not in measured] == []
+    (match,) = (ratio for op, size, ratio in measured if op == "match" and "50 boxes" in size)
+    assert f"in the run of the table {match} times" in text
 
 
 def test_boxes_by_class_differ_and_stay_near_the_rois():
