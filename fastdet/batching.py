@@ -120,7 +120,8 @@ def batch_images(images: Sequence[Tensor], settings: Settings, mean: Tensor, std
     resized = [resized_size(_size(image), min_sizes[choice], settings.max_size) for image in images]
     sizes = [size for size, _ in resized]
     canvas = padded_size(sizes, settings.size_divisible, settings.size_buckets)
-    batch = torch.zeros(len(images), len(mean), *canvas, device=mean.device)
+    shape = len(images), len(mean), *canvas
+    batch = torch.empty(shape, device=mean.device, memory_format=torch.channels_last).zero_()
     for original in sorted({_size(image) for image in images}):
         members = [i for i, image in enumerate(images) if _size(image) == original]
         pixels = torch.stack([_unit_range(images[i].to(mean.device, non_blocking=True)) for i in members])
