@@ -1,4 +1,4 @@
-"""The command line: `fastdet train`, `eval`, `detect` and `demo`."""
+"""The command line: `fastdet train`, `eval`, `detect`, `doctor` and `demo`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
-from fastdet import checkpoint, demo, weights
+from fastdet import checkpoint, demo, doctor, weights
 from fastdet.backbones import NAMED
 from fastdet.checkpoint import CheckpointError, one_line
 from fastdet.data import VOC, DataError
 from fastdet.draw import draw_detections
+from fastdet.faster_rcnn import FasterRCNN
 from fastdet.options import UserError, parser
 from fastdet.predict import detect, evaluate, write_report
 from fastdet.recipes import RECIPES, TrainSettings
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; what the user can mend is one line on stderr.
 
     Returns:
-        0; 1 if training went astray or memory ran out; 2 for an error in options or files; 130 after Ctrl-C.
+        0; 1 if training went astray, memory ran out or `doctor` found a fault; 2 for an error in options or files; 130
+        after Ctrl-C.
     """
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
@@ -47,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _complain(_last_line(error), _USER_ERROR)
         except FloatingPointError as error:
             return _complain(f"{error}; a lower --lr or a longer --warmup-steps may help", _FAILED)
+        except _Ailing as error:
+            return _complain(str(error), _FAILED)
         except torch.OutOfMemoryError:
             return _complain("the device's memory is too small; try a lower --batch-size or --max-size", _FAILED)
     return 0
@@ -159,6 +163,23 @@ def _detect(options: argparse.Namespace) -> None:
         print(f"{found.path}: {said} -> {picture}")
 
 
+def _doctor(options: argparse.Namespace) -> None:
+    device = _device(options)
+    print("\n".join(doctor.environment(device)))
+    complaint = doctor.probe(device)
+    print(f"a step of a small detector: {complaint or 'as it should be'}")
+    model = FasterRCNN(options.backbone, 21).to(device)
+    memory = doctor.training_memory(model, options.batch_size, options.height, options.width)
+    size = f"{options.batch_size} x {options.height} x {options.width}"
+    print(f"training {options.backbone}, {size}: {doctor.told(memory)}")
+    if complaint:
+        raise _Ailing(f"the detector does not run as it should on {device}: {complaint}")
+
+
+class _Ailing(Exception):
+    """What `doctor` found wrong."""
+
+
 def _demo(options: argparse.Namespace) -> None:
     demo.run(options.out)
 
@@ -210,4 +231,4 @@ def _architecture(options: argparse.Namespace, num_classes: int) -> dict[str, An
     }
 
 
-_COMMANDS = {"train": _train, "eval": _eval, "detect": _detect, "demo": _demo}
+_COMMANDS = {"train": _train, "eval": _eval, "detect": _detect, "doctor": _doctor, "demo": _demo}

@@ -54,6 +54,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--score", type=_share, default=0.5, help="least score of a box (0.5)")
     one.add_argument("--device", help="cuda if there is one, else cpu")
 
+    one = command("doctor", "Say what this machine has, try the detector on it, measure the memory of a step.")
+    one.add_argument("--backbone", choices=tuple(NAMED), default="mobilenet_v2", help="whose step (mobilenet_v2)")
+    one.add_argument("--batch-size", type=_at_least_one, default=1, help="images of the step (1)")
+    one.add_argument("--height", type=_at_least_one, default=608, help="of the padded images in pixels (608)")
+    one.add_argument("--width", type=_at_least_one, default=912, help="likewise (912)")
+    one.add_argument("--device", help="cuda if there is one, else cpu")
+
     one = command("demo", "Train a small detector of drawn shapes on the CPU, in about two minutes.")
     one.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results (runs/demo)")
     return whole
@@ -95,6 +102,7 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
         "--stop-after", type=_not_negative, metavar="N", help="end after N epochs, on the schedule of --epochs"
     )
     group.add_argument("--batch-size", type=int)
+    group.add_argument("--optimizer", dest="optimizer_name", choices=("sgd", "adamw"))
     group.add_argument("--lr", type=float, help="learning rate")
     group.add_argument("--schedule", choices=("cosine", "step"))
     group.add_argument("--milestones", type=_whole_numbers, metavar="8,11", help="epochs after which 'step' lowers it")

@@ -8,17 +8,19 @@ from typing import Any, Literal
 
 import numpy as np
 from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
 
 Batch = list[tuple[int, bool]]
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """SGD with warm-up and a schedule. The defaults suit a light pretrained backbone and some hundred images.
+    """An optimizer with warm-up and a schedule. The defaults suit a light pretrained backbone and some hundred images.
 
     Attributes:
         epochs: passes over the data set.
         batch_size: images a step; the last batch of an epoch may be smaller.
+        optimizer_name: "sgd" or "adamw".
         lr: learning rate after the warm-up.
         momentum: of SGD.
         weight_decay: of all parameters except biases.
@@ -37,6 +39,7 @@ class TrainSettings:
 
     epochs: int = 12
     batch_size: int = 4
+    optimizer_name: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -55,6 +58,8 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "step"):
             raise ValueError(f"schedule must be 'cosine' or 'step', not {self.schedule!r}")
+        if self.optimizer_name not in ("sgd", "adamw"):
+            raise ValueError(f"optimizer_name must be 'sgd' or 'adamw', not {self.optimizer_name!r}")
         for name in ("epochs", "warmup_steps", "seed", "workers", "clip_norm", "momentum", "weight_decay"):
             _check_range(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         for name in ("batch_size", "log_every"):
@@ -112,6 +117,18 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str
     for name, parameter in trainable:
         groups[name.rpartition(".")[2] == "bias"]["params"].append(parameter)
     return [group for group in groups if group["params"]]
+
+
+def optimizer_of(model: nn.Module, settings: TrainSettings) -> Optimizer:
+    """torch's optimizer over the trainable parameters of a model, which lie where they will be trained.
+
+    On a GPU it is the fused one, a launch for all parameters.
+    """
+    groups = parameter_groups(model, settings)
+    fused = True if next(model.parameters()).device.type == "cuda" else None
+    if settings.optimizer_name == "adamw":
+        return AdamW(groups, lr=settings.lr, fused=fused)
+    return SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
 
 
 def plan_epoch(length: int, settings: TrainSettings, epoch: int) -> list[Batch]:

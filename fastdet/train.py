@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -21,7 +21,7 @@ from fastdet.checkpoint import CheckpointError, one_line
 from fastdet.data import DataError, Item, collate, flip_horizontal
 from fastdet.draw import plot_losses
 from fastdet.losses import NAMES as LOSSES
-from fastdet.recipes import RECIPES, Batch, TrainSettings, learning_rate, parameter_groups, plan_epoch
+from fastdet.recipes import RECIPES, Batch, TrainSettings, learning_rate, optimizer_of, parameter_groups, plan_epoch
 
 __all__ = ["COLUMNS", "LOSSES", "RECIPES", "TrainSettings", "learning_rate", "parameter_groups", "plan_epoch", "train"]
 
@@ -86,7 +86,7 @@ def train(
     if last.exists() and not (resume or overwrite):
         raise CheckpointError(f"{last}: the folder has a run already: resume it, overwrite it, or take another folder")
     device = next(model.parameters()).device
-    optimizer = SGD(parameter_groups(model, settings), lr=settings.lr, momentum=settings.momentum)
+    optimizer = optimizer_of(model, settings)
     facts = {**(description or {}), **asdict(settings), "images": length}
 
     def save(epoch: int) -> None:

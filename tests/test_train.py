@@ -11,6 +11,7 @@ from fastdet import checkpoint
 from fastdet.checkpoint import CheckpointError
 from fastdet.data import DataError, Shapes
 from fastdet.draw import plot_losses
+from fastdet.recipes import optimizer_of
 from fastdet.train import (
     COLUMNS,
     LOSSES,
@@ -347,3 +348,21 @@ def test_no_images_is_an_error(tmp_path):
 def test_no_epochs_write_no_picture(tmp_path, shapes):
     assert run(stand(), shapes, tmp_path, replace(SETTINGS, epochs=0)) == []
     assert not (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_optimizers_are_torchs(name, kind):
+    layer = torch.nn.Linear(3, 2)
+    settings = TrainSettings(optimizer_name=name, lr=0.5, weight_decay=0.25, bias_weight_decay=0.0)
+    optimizer = optimizer_of(layer, settings)
+    assert type(optimizer) is kind
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.5, 0.25), (0.5, 0.0)]
+    assert not optimizer.defaults["fused"], "which is for GPUs"
+    with pytest.raises(ValueError, match="'adam'"):
+        TrainSettings(optimizer_name="adam")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_optimizers_are_fused_on_a_gpu(name):
+    assert optimizer_of(torch.nn.Linear(3, 2).cuda(), TrainSettings(optimizer_name=name)).defaults["fused"]
