@@ -1,6 +1,6 @@
 """fastdet: the two-stage object detector as batched, fixed-shape tensor operations with Triton kernels."""
 
-from . import data, ops, weights
+from . import data, graphs, ops, weights
 from .accelerate import accelerate
 from .anchors import AnchorGenerator
 from .config import DETECTRON2, TORCHVISION, VGG16, Settings
@@ -34,6 +34,7 @@ __all__ = [
     "fasterrcnn_resnet50_fpn_detectron2",
     "fasterrcnn_resnet50_fpn_v2",
     "fasterrcnn_vgg16",
+    "graphs",
     "ops",
     "weights",
 ]

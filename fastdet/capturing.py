@@ -1,0 +1,204 @@
+"""How a function of static tensors becomes a CUDA graph, what such a graph has baked in, and how many are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# Kernels are compiled, and libraries choose their algorithms, before a capture.
+_WARM_UP = 3
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Program(NamedTuple):
+    """A function bound to its static `inputs`: fill them, `run`, and read what it returns before the next run.
+
+    nbytes: memory that is given back by `drop`, after which it must not be run.
+    """
+
+    inputs: Sequence[Tensor]
+    run: Callable[[], Any]
+    nbytes: int
+    drop: Callable[[], None]
+
+
+class Recent(Generic[Key]):
+    """Programs by key, made when they are asked for; over a limit those go that were not used for longest.
+
+    limit: bytes of all together; None: no limit. The one asked for is kept even if it is larger alone.
+    """
+
+    def __init__(self, make: Callable[[Key], Program], limit: int | None = None) -> None:
+        self._make, self._limit = make, limit
+        # A dict keeps the order of insertion: the first is the one not used for longest.
+        self._programs: dict[Key, Program] = {}
+
+    def __getitem__(self, key: Key) -> Program:
+        program = self._programs.pop(key, None) or self._make(key)
+        self._programs[key] = program
+        while self._limit is not None and len(self._programs) > 1 and self.nbytes > self._limit:
+            self._programs.pop(next(iter(self._programs))).drop()
+        return program
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._programs)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(program.nbytes for program in self._programs.values())
+
+    def clear(self) -> None:
+        while self._programs:
+            self._programs.popitem()[1].drop()
+
+
+def eager(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Program:
+    """The program that calls the function each time."""
+    return Program(inputs, lambda: function(*inputs), _nbytes(inputs), lambda: None)
+
+
+def captured(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    changed: Sequence[Tensor],
+    stream: torch.cuda.Stream,
+    pool: Any = None,
+) -> Program:
+    """The program that replays a CUDA graph of the function; waits for the device.
+
+    Args:
+        function: takes `inputs`, of which shapes and device stay, and makes the host wait nowhere.
+        changed: tensors that it changes in place; they are put back after the warm-up, as is torch's generator.
+        stream: where to warm up and capture, the same for all that share a pool.
+        pool: memory that graphs share which never run at once; None: memory of its own, given back when dropped.
+    """
+    device = inputs[0].device
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with generators_put_back(device):
+        with torch.cuda.stream(stream), put_back(changed):
+            for _ in range(_WARM_UP):
+                function(*inputs)
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on, such as one that pins the next batch: only this one's work is captured.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            output = function(*inputs)
+    nbytes = torch.cuda.memory_reserved(device) - before + _nbytes(inputs)
+
+    def run() -> Any:
+        graph.replay()
+        return output
+
+    def drop() -> None:
+        # It may be running.
+        torch.cuda.synchronize(device)
+        graph.reset()
+        torch.cuda.empty_cache()
+
+    return Program(inputs, run, nbytes, drop)
+
+
+@contextmanager
+def put_back(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """The tensors hold afterwards what they hold now, where they are now."""
+    copies = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, copy in zip(tensors, copies, strict=True):
+                tensor.copy_(copy)
+
+
+@contextmanager
+def generators_put_back(device: torch.device) -> Iterator[None]:
+    """Torch's generators of the host and of `device` go on afterwards from where they are now."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+class _Layer(NamedTuple):
+    name: str
+    layer: nn.Module
+    training: bool
+    children: dict[str, Any]
+
+
+class _Kept(NamedTuple):
+    name: str
+    store: dict[Any, Any]
+    key: Any
+    tensor: Tensor
+    requires_grad: bool
+    address: int
+
+
+class Baked:
+    """What a captured step will go on using, whatever becomes of the model: tensors by address, layers, settings."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+        self._model, self._settings = model, getattr(model, "settings", None)
+        self._layers = [
+            _Layer(name, layer, layer.training, dict(layer._modules)) for name, layer in model.named_modules()
+        ]
+        self._kept = [
+            _Kept(f"{name}.{key}" if name else key, store, key, tensor, tensor.requires_grad, tensor.data_ptr())
+            for name, layer in model.named_modules()
+            for store in (layer._parameters, layer._buffers)
+            for key, tensor in store.items()
+            if tensor is not None
+        ]
+        self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        if optimizer is not None:
+            self._groups = [(group, _numbers(group)) for group in optimizer.param_groups]
+            self._kept += [
+                _Kept(f"{key} of the optimizer", store, key, tensor, tensor.requires_grad, tensor.data_ptr())
+                for store in (*optimizer.param_groups, *optimizer.state.values())
+                for key, tensor in store.items()
+                if isinstance(tensor, Tensor)
+            ]
+        self._optimizer = optimizer
+
+    def difference(self) -> str | None:
+        """The first thing that is not any more as it was, in words; None if all is. Does not wait for the device."""
+        for name, layer, training, children in self._layers:
+            if layer._modules != children:
+                return f"a layer of {name or 'the model'} was replaced"
+            if layer.training != training:
+                return f"{name or 'the model'} was put into {'evaluation' if training else 'training'} mode"
+        if self._optimizer is not None:
+            groups = self._optimizer.param_groups
+            if len(groups) != len(self._groups) or any(
+                now is not then for now, (then, _) in zip(groups, self._groups, strict=True)
+            ):
+                return "the groups of the optimizer were replaced (by load_state_dict?)"
+            for index, (group, numbers) in enumerate(self._groups):
+                changed = [key for key, value in _numbers(group).items() if numbers.get(key) != value]
+                if changed:
+                    return f"{changed[0]} of group {index} of the optimizer was changed"
+        for name, store, key, tensor, requires_grad, address in self._kept:
+            if store.get(key) is not tensor or tensor.data_ptr() != address:
+                return f"{name} was replaced"
+            if tensor.requires_grad != requires_grad:
+                return f"{name} was {'frozen' if requires_grad else 'unfrozen'}"
+        if getattr(self._model, "settings", None) is not self._settings:
+            return "the settings of the model were changed"
+        return None
+
+
+def _numbers(group: dict[str, Any]) -> dict[str, Any]:
+    """The plain values of a group of an optimizer. Those that only schedules read do not matter to a step."""
+    others = ("params", "initial_lr", "lr_factor")
+    return {key: value for key, value in group.items() if key not in others and not isinstance(value, Tensor)}
+
+
+def _nbytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
