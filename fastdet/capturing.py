@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .buckets import Shape, sorted_buckets
+from .faster_rcnn import FasterRCNN
+
 # Kernels are compiled, and libraries choose their algorithms, before a capture.
 _WARM_UP = 3
+
+_AMP = (None, torch.bfloat16, torch.float16)
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -192,6 +197,77 @@ class Baked:
         if getattr(self._model, "settings", None) is not self._settings:
             return "the settings of the model were changed"
         return None
+
+
+class Graphed:
+    """What trainer and detector have in common: programs by bucket, and the check that nothing was changed since."""
+
+    def __init__(
+        self,
+        model: FasterRCNN,
+        batch_shape: Sequence[int] | Sequence[Sequence[int]],
+        amp: torch.dtype | None,
+        memory_limit: int | None,
+        training: bool,
+    ) -> None:
+        if amp not in _AMP:
+            raise ValueError(f"amp must be None, torch.bfloat16 or torch.float16, got {amp!r}")
+        if memory_limit is not None and memory_limit < 1:
+            raise ValueError(f"memory_limit must be a number of bytes above 0, or None, got {memory_limit}")
+        self.model, self.amp, self._training = model, amp, training
+        self._check_mode()
+        self.device = next(model.parameters()).device
+        self.buckets = sorted_buckets(batch_shape, len(model.settings.image_mean), model.settings.size_divisible)
+        self._programs: Recent[Shape] = Recent(self._make, memory_limit)
+        self._baked: Baked | None = None
+        # Graphs that share memory take as much as the largest; but then none of them can give any back.
+        self._shares_memory = memory_limit is None
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)
+
+    @property
+    def captured(self) -> tuple[Shape, ...]:
+        """The buckets that are ready, the one not used for longest first."""
+        return tuple(self._programs)
+
+    def recapture(self) -> None:
+        """Forget what was captured: the next call captures the model as it is then."""
+        self._programs.clear()
+        self._baked = None
+
+    def _check_mode(self) -> None:
+        if self.model.training != self._training:
+            mode, call = ("training", "train()") if self._training else ("evaluation", "eval()")
+            raise ValueError(f"the model must be in {mode} mode: call model.{call} first")
+
+    def _program(self, bucket: Shape) -> Program:
+        self._check_mode()
+        if torch.is_autocast_enabled(self.device.type):
+            raise RuntimeError("inside torch.autocast the step would keep casts of weights: give amp=... instead")
+        difference = None if self._baked is None else self._baked.difference()
+        if difference is not None:
+            name = type(self).__name__
+            raise RuntimeError(f"since {name} captured its step, {difference}: undo that, or call its recapture()")
+        program = self._programs[bucket]
+        self._baked = self._baked or self._bake()
+        return program
+
+    def _build(self, step: Callable[..., Any], inputs: Sequence[Tensor], changed: Sequence[Tensor]) -> Program:
+        if self._stream is None:
+            return eager(step, inputs)
+        with torch.cuda.device(self.device):
+            if self._shares_memory and not self.captured:
+                # Memory whose last graph is gone takes no new ones.
+                self._pool = torch.cuda.graph_pool_handle()
+            return captured(step, inputs, changed, self._stream, self._pool)
+
+    def _make(self, bucket: Shape) -> Program:
+        raise NotImplementedError
+
+    def _bake(self) -> Baked:
+        raise NotImplementedError
 
 
 def _numbers(group: dict[str, Any]) -> dict[str, Any]:

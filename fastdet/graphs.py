@@ -13,9 +13,8 @@ without CUDA the same step runs eagerly, through the same checks, so that a scri
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,90 +23,14 @@ from torch.optim import Optimizer
 from . import batching, buckets
 from .batching import Batch
 from .buckets import Shape
-from .capturing import Baked, Program, Recent, captured, eager
+from .capturing import Baked, Graphed, Program
 from .faster_rcnn import FasterRCNN
 from .losses import NAMES
 from .stepping import COLUMNS, LossScale, prepare, training_step
 from .structures import Detections, Targets
 
-_AMP = (None, torch.bfloat16, torch.float16)
 
-
-class _Graphed:
-    """What both have in common: buckets, their programs, and the check that nothing was changed meanwhile."""
-
-    def __init__(
-        self,
-        model: FasterRCNN,
-        batch_shape: Sequence[int] | Sequence[Sequence[int]],
-        amp: torch.dtype | None,
-        memory_limit: int | None,
-        training: bool,
-    ) -> None:
-        if amp not in _AMP:
-            raise ValueError(f"amp must be None, torch.bfloat16 or torch.float16, got {amp!r}")
-        if memory_limit is not None and memory_limit < 1:
-            raise ValueError(f"memory_limit must be a number of bytes above 0, or None, got {memory_limit}")
-        self.model, self.amp, self._training = model, amp, training
-        self._check_mode()
-        self.device = next(model.parameters()).device
-        self.buckets = buckets.sorted_buckets(
-            batch_shape, len(model.settings.image_mean), model.settings.size_divisible
-        )
-        self._programs: Recent[Shape] = Recent(self._make, memory_limit)
-        self._baked: Baked | None = None
-        # Graphs that share memory take as much as the largest; but then none of them can give any back.
-        self._shares_memory = memory_limit is None
-        self._stream: torch.cuda.Stream | None = None
-        self._pool: Any = None
-        if self.device.type == "cuda":
-            self._stream = torch.cuda.Stream(self.device)
-
-    @property
-    def captured(self) -> tuple[Shape, ...]:
-        """The buckets that are ready, the one not used for longest first."""
-        return tuple(self._programs)
-
-    def recapture(self) -> None:
-        """Forget what was captured: the next call captures the model as it is then."""
-        self._programs.clear()
-        self._baked = None
-        # What its last graph was dropped from takes no new ones.
-        self._pool = None
-
-    def _check_mode(self) -> None:
-        if self.model.training != self._training:
-            mode, call = ("training", "train()") if self._training else ("evaluation", "eval()")
-            raise ValueError(f"the model must be in {mode} mode: call model.{call} first")
-
-    def _program(self, bucket: Shape) -> Program:
-        self._check_mode()
-        if torch.is_autocast_enabled(self.device.type):
-            raise RuntimeError("inside torch.autocast the step would keep casts of weights: give amp=... instead")
-        difference = None if self._baked is None else self._baked.difference()
-        if difference is not None:
-            name = type(self).__name__
-            raise RuntimeError(f"since {name} captured its step, {difference}: undo that, or call its recapture()")
-        program = self._programs[bucket]
-        self._baked = self._baked or self._bake()
-        return program
-
-    def _build(self, step: Callable[..., Any], inputs: Sequence[Tensor], changed: Sequence[Tensor]) -> Program:
-        if self._stream is None:
-            return eager(step, inputs)
-        with torch.cuda.device(self.device):
-            if self._shares_memory and self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            return captured(step, inputs, changed, self._stream, self._pool)
-
-    def _make(self, bucket: Shape) -> Program:
-        raise NotImplementedError
-
-    def _bake(self) -> Baked:
-        raise NotImplementedError
-
-
-class GraphedTrainer(_Graphed):
+class GraphedTrainer(Graphed):
     """Forward, losses, backward, clipping of gradients and the optimizer's step as one CUDA graph a bucket.
 
     A step takes what `model(images, targets)` takes and gives the same losses and weights as a loop of
@@ -119,7 +42,8 @@ class GraphedTrainer(_Graphed):
         optimizer.step()
 
     over images padded to the bucket and ground truth padded to `max_boxes` rows. The first step of a bucket captures
-    it, which waits for the device; the others do not. Two calls must not run at once, nor on two streams.
+    it, which waits for the device; the others do not. Two calls must not run at once, nor on two streams. A loss of an
+    eager step that is still alive holds the parameters to that step's stream: let go of it before a capture.
 
     Gradients are not kept: `.grad` is None after a step, and gradients accumulated before are lost. What is drawn at
     random follows torch's generator of the device, so `torch.manual_seed` before any step fixes the run.
@@ -283,7 +207,7 @@ class GraphedTrainer(_Graphed):
         return Baked(self.model, self.optimizer)
 
 
-class GraphedDetector(_Graphed):
+class GraphedDetector(Graphed):
     """Detection as one CUDA graph a bucket; called as the model is, it finds what the model finds.
 
     A batch is padded to the smallest bucket that holds it; missing images are blank, and left out of the result.
