@@ -125,9 +125,7 @@ def batch_images(images: Sequence[Tensor], settings: Settings, mean: Tensor, std
     for original in sorted({_size(image) for image in images}):
         members = [i for i, image in enumerate(images) if _size(image) == original]
         pixels = torch.stack([_unit_range(images[i].to(mean.device, non_blocking=True)) for i in members])
-        if settings.image_format == "bgr255":
-            pixels = pixels.flip(1) * 255
-        pixels = (pixels - mean[:, None, None]) / std[:, None, None]
+        pixels = normalised(pixels, settings, mean, std)
         height, width = sizes[members[0]]
         if (height, width) != original:
             pixels = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False)
@@ -135,6 +133,13 @@ def batch_images(images: Sequence[Tensor], settings: Settings, mean: Tensor, std
             batch[i, :, :height, :width] = pixels[row]
     scales = torch.tensor([scale for _, scale in resized])
     return Batch(batch, _moved(torch.tensor(sizes), mean.device), _moved(scales, mean.device))
+
+
+def normalised(pixels: Tensor, settings: Settings, mean: Tensor, std: Tensor) -> Tensor:
+    """What the backbone sees of `pixels` [B, C, H, W] in 0..1; `mean` and `std` [C] are those of the settings."""
+    if settings.image_format == "bgr255":
+        pixels = pixels.flip(1) * 255
+    return (pixels - mean[:, None, None]) / std[:, None, None]
 
 
 def _unit_range(image: Tensor) -> Tensor:

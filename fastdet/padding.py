@@ -65,7 +65,7 @@ def to_far_corner(features: Tensor, extent: Tensor) -> Tensor:
     for axis, dimension in ((0, 2), (1, 3)):
         cells = features.shape[dimension]
         place = torch.arange(cells, device=extent.device) - (cells - extent[:, axis, None])
-        shape = [len(features), 1, 1, 1]
+        shape = [features.shape[0], 1, 1, 1]
         shape[dimension] = cells
         index = place.clamp(min=0).reshape(shape).expand(features.shape)
         features = features.gather(dimension, index)

@@ -39,11 +39,31 @@ def decode_cpu(
     boxes, scores = decode_fake(deltas, logits, cell_anchors, sizes, min_side, stride_h, stride_w, clamp)
     if not scores.numel():
         return boxes, scores
+    corners, score = decoded_planes(deltas, logits, cell_anchors, sizes, min_side, stride_h, stride_w, clamp)
+    batch, num_anchors, height, width = score.shape
+    grid = (batch, height, width, num_anchors)
+    for corner, column in zip(corners, boxes.view(*grid, 4).unbind(-1), strict=True):
+        column.copy_(corner.permute(0, 2, 3, 1))
+    scores.view(grid).copy_(score.permute(0, 2, 3, 1))
+    return boxes, scores
+
+
+def decoded_planes(
+    deltas: Tensor,
+    logits: Tensor,
+    cell_anchors: Tensor,
+    sizes: Tensor,
+    min_side: Tensor,
+    stride_h: int,
+    stride_w: int,
+    clamp: float,
+) -> tuple[list[Tensor], Tensor]:
+    """The four corners and the score of every candidate, fp32 [B, A, H, W] each, in plain torch."""
     # Coordinate by coordinate in the layout of the input; anchors broadcast: x by (a, w), y by (a, h).
     batch, _, height, width = deltas.shape
     num_anchors = cell_anchors.shape[0]
-    x = torch.arange(width, dtype=torch.float32) * stride_w
-    y = torch.arange(height, dtype=torch.float32)[:, None] * stride_h
+    x = torch.arange(width, dtype=torch.float32, device=deltas.device) * stride_w
+    y = torch.arange(height, dtype=torch.float32, device=deltas.device)[:, None] * stride_h
     x1, y1, x2, y2 = cell_anchors[:, :, None, None].unbind(1)
     planes = deltas.float().reshape(batch, num_anchors, 4, height, width).unbind(2)
     corners = algebra.decode_planes(planes, (x1 + x, y1 + y, x2 + x, y2 + y), clamp=clamp)
@@ -52,18 +72,13 @@ def decode_cpu(
     score = logit[:, :, 1] - logit[:, :, 0] if logit.shape[2] == 2 else logit[:, :, 0]
     finite = _finite(*corners)
     limit_y, limit_x = sizes.float()[:, :, None, None, None].unbind(1)
-    x1, y1, x2, y2 = (
+    x1, y1, x2, y2 = held = [
         torch.where(finite, torch.minimum(corner.clamp(min=0), limit), 0.0)
         for corner, limit in zip(corners, (limit_x, limit_y, limit_x, limit_y), strict=True)
-    )
+    ]
     least = min_side[:, None, None, None]
     kept = finite & _finite(score) & (x2 - x1 >= least) & (y2 - y1 >= least)
-
-    grid = (batch, height, width, num_anchors)
-    for corner, column in zip((x1, y1, x2, y2), boxes.view(*grid, 4).unbind(-1), strict=True):
-        column.copy_(corner.permute(0, 2, 3, 1))
-    scores.view(grid).copy_(torch.where(kept, score, float("-inf")).permute(0, 2, 3, 1))
-    return boxes, scores
+    return held, torch.where(kept, score, float("-inf"))
 
 
 def _finite(*values: Tensor) -> Tensor:
