@@ -1,6 +1,6 @@
 """fastdet: the two-stage object detector as batched, fixed-shape tensor operations with Triton kernels."""
 
-from . import data, graphs, ops, weights
+from . import data, export, graphs, ops, weights
 from .accelerate import accelerate
 from .anchors import AnchorGenerator
 from .config import DETECTRON2, TORCHVISION, VGG16, Settings
@@ -28,6 +28,7 @@ __all__ = [
     "Targets",
     "accelerate",
     "data",
+    "export",
     "fasterrcnn_mobilenet_v3_large_320_fpn",
     "fasterrcnn_mobilenet_v3_large_fpn",
     "fasterrcnn_resnet50_fpn",

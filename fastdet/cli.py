@@ -1,4 +1,4 @@
-"""The command line: `fastdet train`, `eval`, `detect`, `doctor` and `demo`."""
+"""The command line: `fastdet train`, `eval`, `detect`, `export`, `doctor` and `demo`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
-from fastdet import checkpoint, demo, doctor, weights
+from fastdet import checkpoint, demo, doctor, export, weights
 from fastdet.backbones import NAMED
 from fastdet.checkpoint import CheckpointError, one_line
 from fastdet.data import VOC, DataError
@@ -180,6 +180,23 @@ class _Ailing(Exception):
     """What `doctor` found wrong."""
 
 
+def _export(options: argparse.Namespace) -> None:
+    model, class_names = checkpoint.load_model(options.weights)
+    device = _device(options)
+    with _naming("--height, --width"):
+        height, width = export.input_size(model.settings, options.height, options.width)
+    with _naming("--to"):
+        if options.to.suffix == ".pt2":
+            export.export_pt2(model.to(device), options.to, height=height, width=width)
+            how = f"runs on {device.type}, loads after 'import fastdet'"
+        else:
+            export.export_onnx(model, options.to, height=height, width=width)
+            how = f"opset {export.OPSET}"
+    channels = len(model.settings.image_mean)
+    print(f"{options.to}: images [B, {channels}, {height}, {width}] in 0..1, sizes [B, 2], scales [B]; {how}")
+    print(f"labels from 1: {', '.join(class_names)}")
+
+
 def _demo(options: argparse.Namespace) -> None:
     demo.run(options.out)
 
@@ -231,4 +248,11 @@ def _architecture(options: argparse.Namespace, num_classes: int) -> dict[str, An
     }
 
 
-_COMMANDS = {"train": _train, "eval": _eval, "detect": _detect, "doctor": _doctor, "demo": _demo}
+_COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "detect": _detect,
+    "export": _export,
+    "doctor": _doctor,
+    "demo": _demo,
+}

@@ -61,6 +61,19 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--width", type=_at_least_one, default=912, help="likewise (912)")
     one.add_argument("--device", help="cuda if there is one, else cpu")
 
+    one = command("export", "Write a trained detector for torch.export or ONNX: pixels in, suppressed boxes out.")
+    one.add_argument("--weights", type=Path, required=True, help="last.pth of a run")
+    one.add_argument(
+        "--to",
+        type=_model_file,
+        required=True,
+        metavar="FILE",
+        help=".pt2, loaded by torch.export.load after 'import fastdet'; or .onnx, in standard operators",
+    )
+    one.add_argument("--height", type=_at_least_one, help="of the images it takes, in pixels (padded --min-size)")
+    one.add_argument("--width", type=_at_least_one, help="likewise (padded --max-size)")
+    one.add_argument("--device", help="that a .pt2 runs on: cuda if there is one, else cpu")
+
     one = command("demo", "Train a small detector of drawn shapes on the CPU, in about two minutes.")
     one.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results (runs/demo)")
     return whole
@@ -118,6 +131,12 @@ def _voc(text: str) -> Path:
     if kind != "voc" or not path:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form voc:PATH")
     return Path(path)
+
+
+def _model_file(text: str) -> Path:
+    if Path(text).suffix not in (".pt2", ".onnx"):
+        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .pt2 nor in .onnx")
+    return Path(text)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torchvision
+from export_support import FORMATS, assert_same, laid_out, loaded, write
 from parity import EVERYTHING, assert_same_detections, assert_same_losses, take_all_candidates
 from torchvision.models.detection import FasterRCNN as TheirFasterRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -113,3 +114,16 @@ def test_a_crowd_of_images_changes_nothing_with_the_mask(checkpoint_path, photog
     with torch.no_grad():
         alone = [model([image])[0] for image in photographs[0]]
         assert_same_detections(alone, model(photographs[0]), pixels=1e-3, scores=1e-3, at_least=30)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_exported_it_finds_the_same_in_ten_photographs(checkpoint_path, held_out, tmp_path, suffix):
+    model = load_ours(checkpoint_path, size_buckets=((320, 480),)).eval()
+    images = [held_out[i][0] for i in range(10)]
+    with torch.no_grad():
+        eager = model(images)
+    write(model, tmp_path / f"model{suffix}")
+    inputs = laid_out(images, model)
+    counts = assert_same(loaded(tmp_path / f"model{suffix}")(*inputs), eager, images, inputs[1])
+    assert min(counts) > 0
+    assert len(set(counts)) > 1
