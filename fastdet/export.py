@@ -24,6 +24,7 @@ A .pt2 file calls fastdet's operators, which are those of the CPU or the GPU ali
 
 import copy
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,10 @@ def export_pt2(model: FasterRCNN, path: str | Path, *, height: int | None = None
         TensorFileError: the file cannot be written.
     """
     program = _program(model, input_size(model.settings, height, width))
-    tensor_files.write(path, lambda file: torch.export.save(program, file), kind="exported model")
+    with warnings.catch_warnings():
+        # Said of every channels-last weight, which torch takes for a part of something larger; it is saved whole.
+        warnings.filterwarnings("ignore", "No complete tensor found in the group")
+        tensor_files.write(path, lambda file: torch.export.save(program, file), kind="exported model")
 
 
 def export_onnx(model: FasterRCNN, path: str | Path, *, height: int | None = None, width: int | None = None) -> None:

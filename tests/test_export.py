@@ -74,7 +74,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def make_detector(backbone: Any, numbers: dict[str, Any]) -> fastdet.FasterRCNN:
-    torch.manual_seed(1)
+    torch.manual_seed(2)
     common = {
         "min_size": 64,
         "max_size": 96,
