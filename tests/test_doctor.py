@@ -38,13 +38,13 @@ def test_probe_sees_what_is_not_finite(monkeypatch):
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_frozen_layers():
-    model = FasterRCNN("small", 5, box_representation_size=16)
-    one, two = (doctor.training_memory(model, batch, 64, 96) for batch in (1, 2))
+    model = FasterRCNN("small", 5, box_representation_size=16, box_batch_size_per_image=4)
+    one, two = (doctor.training_memory(model, batch, 128, 192) for batch in (1, 2))
     assert one.parameters == one.gradients == sum(p.numel() for p in model.parameters()) * 4
     assert 1.5 < two.activations / one.activations < 2.5
     for layer in list(model.backbone)[:4]:
         layer.requires_grad_(False)
-    frozen = doctor.training_memory(model, 1, 64, 96)
+    frozen = doctor.training_memory(model, 1, 128, 192)
     assert frozen.gradients < one.gradients
     # Layers before the first that trains keep nothing for a backward pass.
     assert frozen.activations < 0.8 * one.activations
