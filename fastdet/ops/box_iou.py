@@ -64,8 +64,8 @@ def _overlap(first: Sequence[Tensor], second: Sequence[Tensor], kind: str, eps: 
 
 
 def _ratio_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:
-    # By 1 where it is not positive: a gradient would be NaN even if the ratio is not taken.
-    ratio = numerator / torch.where(denominator > 0, denominator, 1.0)
+    # Never by 0: a gradient would be NaN even where the ratio is not taken.
+    ratio = numerator / denominator.clamp(min=torch.finfo(denominator.dtype).tiny)
     return torch.where(ratio > 0, ratio, 0.0)
 
 
