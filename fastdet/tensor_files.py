@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -47,7 +46,9 @@ def read(path: str | os.PathLike[str], *, kind: str = "file of tensors") -> Any:
             if start.startswith(_ZIP) or _OLD_TORCH in start:
                 return array_pickles.finished(_load_torch(path))
             if _is_safetensors(start) or Path(path).suffix == ".safetensors":
-                return safetensors.torch.load(file.read())
+                from safetensors.torch import load
+
+                return load(file.read())
             # Written by Python 2, the bytes of an array are a string.
             return array_pickles.finished(array_pickles.ArrayUnpickler(file, encoding="latin1").load())
     except FileNotFoundError:
@@ -126,7 +127,9 @@ def write_state_dict(path: str | os.PathLike[str], state: Mapping[str, Tensor]) 
         return
     try:
         # Others' loaders look for the word "pt".
-        data = safetensors.torch.save(_unshared(tensors), metadata={"format": "pt"})
+        from safetensors.torch import save
+
+        data = save(_unshared(tensors), metadata={"format": "pt"})
     except Exception as error:
         raise TensorFileError(f"{path}: the state dict cannot be written: {one_line(error)}") from error
     write(path, lambda file: file.write(data), kind="state dict")

@@ -1,6 +1,5 @@
 """`fastdet doctor`: what it says, what it finds wrong, and whether the memory that it measures is the step's."""
 
-import pytest
 import torch
 from scenes_of_detection import small_detector
 
@@ -57,8 +56,3 @@ def test_frozen_first_layers_record_no_gradient():
     model.backbone[0].register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
     model.core(torch.rand(1, 3, 64, 64), torch.tensor([[64, 64]]), want_losses=False, want_detections=True)
     assert seen == [False]
-
-
-@pytest.mark.cuda
-def test_probe_on_a_gpu():
-    assert doctor.probe(torch.device("cuda")) is None

@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -133,3 +134,21 @@ def test_every_step_names_files_that_exist(tmp_path: Path) -> None:
     assert all((gpu_check.ROOT / path).is_file() for path in named)
     assert len({step.name for step in steps}) == len(steps)
     assert gpu_check.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+# Those of the project's packages that neither torch and torchvision bring nor the operations need.
+OTHER_PACKAGES = ("tqdm", "matplotlib", "defusedxml", "safetensors", "pycocotools", "onnx", "onnxscript", "onnxruntime")
+
+
+def test_operations_are_tested_without_the_other_packages(tmp_path: Path) -> None:
+    (step,) = (step for step in gpu_check.steps(tmp_path) if step.name == "operations")
+    files = [part for part in step.command if part.startswith("tests/")]
+    assert "tests/test_nms.py" in files
+    source = f"""
+import sys, pytest
+sys.modules.update(dict.fromkeys({OTHER_PACKAGES}))
+settings = ["-p", "no:benchmark", "-o", "addopts=--strict-markers"]
+sys.exit(pytest.main(["--collect-only", "-q", "-m", "kernel or cuda", *settings, *{files}]))
+"""
+    process = subprocess.run([sys.executable, "-c", source], cwd=gpu_check.ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout[-2000:]

@@ -360,9 +360,3 @@ def test_optimizers_are_torchs(name, kind):
     assert not optimizer.defaults["fused"], "which is for GPUs"
     with pytest.raises(ValueError, match="'adam'"):
         TrainSettings(optimizer_name="adam")
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_optimizers_are_fused_on_a_gpu(name):
-    assert optimizer_of(torch.nn.Linear(3, 2).cuda(), TrainSettings(optimizer_name=name)).defaults["fused"]

@@ -44,7 +44,9 @@ def match_cpu(
     index, iou, label, deltas = match_fake(
         candidates, gt_boxes, gt_valid, valid, gt_ignore, high, low, allow_low_quality, ignore_iof, weights
     )
-    index.zero_(), iou.zero_(), label.fill_(-1), deltas.zero_()
+    # What a candidate that takes no part has.
+    for tensor, value in ((index, 0), (iou, 0), (label, -1), (deltas, 0)):
+        tensor.fill_(value)
     for image in range(gt_boxes.shape[0]):
         every = candidates if candidates.ndim == 2 else candidates[image]
         rows = slice(None) if valid is None else valid[image].nonzero()[:, 0]

@@ -1,0 +1,18 @@
+"""What a GPU alone can show of rooms whose other tests need more than the operations do."""
+
+import pytest
+import torch
+
+from fastdet import doctor
+from fastdet.recipes import TrainSettings, optimizer_of
+
+pytestmark = pytest.mark.cuda
+
+
+def test_doctor_finds_nothing():
+    assert doctor.probe(torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_optimizers_are_fused(name):
+    assert optimizer_of(torch.nn.Linear(3, 2).cuda(), TrainSettings(optimizer_name=name)).defaults["fused"]
