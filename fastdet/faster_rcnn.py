@@ -165,15 +165,28 @@ class FasterRCNN(nn.Module):
                 "return_features and return_class_scores are of detections: in training, return_losses too"
             )
         batch, padded, originals = self._open(images, targets, want_losses)
-        losses, found = self._step(batch, padded, want_losses, want_detections)
-        if found is None:
-            return losses
         wanted = {}
-        if return_features:
-            wanted["features"] = found["box_features"]
-        if return_class_scores:
-            wanted["class_scores"] = found["cls_scores"].float().softmax(-1)
-        results = batching.unbatch(found["detections"], originals, batch.sizes, wanted)
+        if return_features or return_class_scores:
+            losses, found = self._step(batch, padded, want_losses, want_detections)
+            assert found is not None
+            detections = found["detections"]
+            if return_features:
+                wanted["features"] = found["box_features"]
+            if return_class_scores:
+                wanted["class_scores"] = found["cls_scores"].float().softmax(-1)
+        else:
+            # By its name, so that a compiled one takes its place.
+            losses, detections = self.core(
+                batch.images,
+                batch.sizes,
+                padded,
+                batch.scales,
+                want_losses=want_losses,
+                want_detections=want_detections,
+            )
+        if detections is None:
+            return losses
+        results = batching.unbatch(detections, originals, batch.sizes, wanted)
         return (losses, results) if return_losses else results
 
     def core(
@@ -187,6 +200,9 @@ class FasterRCNN(nn.Module):
         want_detections: bool | None = None,
     ) -> tuple[dict[str, Tensor] | None, Detections | None]:
         """The whole detector on padded tensors: fixed shapes, no wait of the host.
+
+        `model.core = torch.compile(model.core, fullgraph=True)` compiles it for `model(...)` too, but with
+        `return_features` or `return_class_scores`.
 
         Args:
             images: fp32 [B, C, H, W], normalised and padded.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scenes_of_detection import NUM_CLASSES, small_detector
+from scenes_of_detection import NUM_CLASSES, small_detector, small_scene
 from support import random_boxes
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -46,3 +46,18 @@ def test_two_graphs_serve_batches_of_one_to_eight(build, training):
         else:
             torch.testing.assert_close(tuple(detections), tuple(expected))
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_a_compiled_core_serves_the_models_call(training):
+    model = small_detector().train(training)
+    images, targets = small_scene()
+    torch.manual_seed(2)
+    expected = model(images, targets if training else None)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model.core = torch.compile(model.core, fullgraph=True, backend=counter)
+    torch.manual_seed(2)
+    torch.testing.assert_close(model(images, targets if training else None), expected)
+    assert counter.frame_count == 1
+    assert "features" in model.eval()(images, return_features=True)[0]
