@@ -1,98 +1,123 @@
-"""The whole step, beside torchvision's detector of the same backbone, anchors and numbers of proposals and samples."""
+"""The whole step in every way there is to run it, beside torchvision's detector of the same networks and numbers."""
 
-from collections.abc import Callable
-from typing import Any
+import functools
+import shutil
+import time
+from collections.abc import Callable, Iterator
 
+import costs
+import floors
 import pytest
 import torch
-import torchvision
-from torch import Tensor, nn
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.ops import MultiScaleRoIAlign
+import whole_step
+from between import Between
+from whole_step import Case
 
-import fastdet
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+# On a GPU the reference model at its own size; on a CPU the small backbone, which finishes.
+NAME, HEIGHT, WIDTH, BATCHES = ("vgg16", 600, 901, (1, 4, 16)) if CUDA else ("mobilenet_v2", 320, 480, (1, 4))
+DTYPES = (torch.bfloat16, torch.float32)
+CASES = [
+    Case(NAME, HEIGHT, WIDTH, batch, training, dtype, DEVICE)
+    for batch in BATCHES
+    for dtype in DTYPES
+    for training in (True, False)
+]
+# Last what has to be compiled; that takes a minute for a case on two cores, so there one batch size has to do.
+WAYS = [(case, way) for case in CASES for way in ("graphed", "eager")]
+WAYS += [(case, "compiled") for case in CASES if CUDA or case.batch == BATCHES[-1]]
 
-CLASSES = 21
+
+def called(case: Case, way: str = "eager") -> str:
+    mode = "train" if case.training else "infer"
+    return f"model, {mode}" + ("" if way == "eager" else f", {way}")
 
 
-class RoIMaxPool(MultiScaleRoIAlign):
-    """torchvision's place for RoI pooling, filled with its RoI max-pool over one level."""
-
-    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        return torchvision.ops.roi_pool(x["0"], boxes, self.output_size, 1 / 16)
+def size(case: Case) -> str:
+    return f"{case.name} {case.height} x {case.width}, batch {case.batch}"
 
 
-def theirs(name: str, min_size: int, max_size: int) -> nn.Module:
-    """torchvision's FasterRCNN with the numbers of the VGG16 detector, as far as it has them."""
-    backbone, head = fastdet.backbones.build(name)
-    if head is None:
-        head = TwoMLPHead(backbone.out_channels * 49, 1024)
-    return torchvision.models.detection.FasterRCNN(
-        backbone,
-        min_size=min_size,
-        max_size=max_size,
-        rpn_anchor_generator=torchvision.models.detection.rpn.AnchorGenerator(((128, 256, 512),), ((0.5, 1.0, 2.0),)),
-        box_roi_pool=RoIMaxPool(["0"], 7, 2),
-        box_head=head,
-        box_predictor=FastRCNNPredictor(head.fc7.out_features, CLASSES),
-        rpn_pre_nms_top_n_train=12000,
-        rpn_pre_nms_top_n_test=6000,
-        rpn_post_nms_top_n_train=2000,
-        rpn_post_nms_top_n_test=300,
-        box_batch_size_per_image=128,
-        box_nms_thresh=0.3,
-        box_detections_per_img=6000,
+def named(value: object) -> str:
+    if isinstance(value, Case):
+        mode, dtype = "train" if value.training else "infer", str(value.dtype).removeprefix("torch.")
+        return f"{mode}-{value.batch}-{dtype}"
+    return str(value)
+
+
+@pytest.fixture(autouse=True)
+def _as_fast_as_torch_can() -> Iterator[None]:
+    """TF32 in fp32, and the fastest convolutions for shapes that do not change; for both contenders."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.cudnn
+    names = "allow_tf32", "allow_tf32", "benchmark"
+    before = [getattr(backend, name) for backend, name in zip(backends, names, strict=True)]
+    for backend, name in zip(backends, names, strict=True):
+        setattr(backend, name, True)
+    yield
+    for backend, name, value in zip(backends, names, before, strict=True):
+        setattr(backend, name, value)
+
+
+def steady(call: Callable[[], object]) -> float:
+    """Milliseconds of a step among others: on a GPU of as many in a row as take 100 ms, the host's time included."""
+    if not CUDA:
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+    count, taken = 1, 0.0
+    while taken < 100 and count <= 64:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        torch.cuda.synchronize()
+        taken = (time.perf_counter() - start) * 1e3
+        count *= 4
+    return taken * 4 / count
+
+
+@functools.lru_cache(maxsize=1)
+def torchvisions(case: Case) -> tuple[costs.Step, costs.Cost]:
+    torch.manual_seed(0)
+    return costs.measured(lambda: whole_step.torchvisions(case), DEVICE)
+
+
+@pytest.mark.parametrize(("case", "way"), WAYS, ids=named)
+def test_step(versus: Callable[..., None], case: Case, way: str) -> None:
+    if way == "compiled" and not CUDA and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    theirs, their_cost = torchvisions(case)
+    torch.manual_seed(0)
+    ours, our_cost = costs.measured(lambda: whole_step.WAYS[way](case), DEVICE)
+    floor = floors.vgg16_training if case.training else floors.vgg16_inference
+    versus(
+        ours.run,
+        theirs.run,
+        op=called(case, way),
+        size=size(case),
+        dtype=str(case.dtype).removeprefix("torch."),
+        rounds=10 if CUDA else 5,
+        floor=floor(case.batch) if case.name == "vgg16" and case.dtype == torch.bfloat16 else (),
+        clock=steady,
+        images=case.batch,
+        costs=(our_cost, their_cost),
     )
 
 
-def scene(batch: int, height: int, width: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.rand(3, height, width, generator=generator) for _ in range(batch)]
-    corner = torch.rand(batch, 8, 2, generator=generator) * torch.tensor([width * 0.6, height * 0.6])
-    side = 30 + torch.rand(batch, 8, 2, generator=generator) * torch.tensor([width * 0.3, height * 0.3])
-    boxes = torch.cat([corner, corner + side], dim=2)
-    return images, [{"boxes": box, "labels": torch.arange(1, 9)} for box in boxes]
-
-
-# On a CPU the small backbone, which finishes; on a GPU the reference model at its own size.
-CASES = [("mobilenet_v2", 320, 480, 1), ("mobilenet_v2", 320, 480, 4)]
-if torch.cuda.is_available():
-    CASES += [("vgg16", 600, 901, 1), ("vgg16", 600, 901, 4), ("vgg16", 600, 901, 16)]
-
-
-@pytest.mark.parametrize(("name", "height", "width", "batch"), CASES)
-@pytest.mark.parametrize("mode", ["train", "infer"])
-def test_step(
-    versus: Callable[..., None], device: torch.device, name: str, height: int, width: int, batch: int, mode: str
-) -> None:
-    images, targets = scene(batch, height, width)
-    images = [image.to(device) for image in images]
-    there = [{key: value.to(device) for key, value in target.items()} for target in targets]
-    numbers: dict[str, Any] = {"min_size": height, "max_size": max(height, width)}
-    # As many hidden channels as torchvision's head has, which is as many as the features have.
-    hidden = {"rpn_hidden_channels": None}
-
-    def step(model: nn.Module, targets: list[dict[str, Tensor]]) -> Callable[[], object]:
-        model.to(device).train(mode == "train")
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-
-        def train() -> None:
-            optimizer.zero_grad()
-            sum(model(images, targets).values()).backward()
-            optimizer.step()
-
-        def infer() -> object:
-            with torch.inference_mode():
-                return model(images)
-
-        return train if mode == "train" else infer
-
-    torch.manual_seed(0)
-    ours = step(fastdet.FasterRCNN(name, CLASSES, **hidden, **numbers), targets)
+@pytest.mark.skipif(CUDA, reason="a GPU's work is not done when its layer's call returns")
+def test_between_the_networks(versus: Callable[..., None]) -> None:
+    """All of a training step but the backbone and the box head."""
+    case = Case(NAME, HEIGHT, WIDTH, 4, True, torch.float32, DEVICE)
+    contenders = []
+    for build in (whole_step.eager, whole_step.torchvisions):
+        torch.manual_seed(0)
+        contenders.append(Between(build(case)))
+    ours, theirs = contenders
     versus(
         ours,
-        step(theirs(name, **numbers), there),
-        op=f"model, {mode}",
-        size=f"{name} {height} x {width}, batch {batch}",
-        rounds=10 if torch.cuda.is_available() else 3,
+        theirs,
+        op=f"{called(case)}, between networks",
+        size=size(case),
+        rounds=9,
+        clock=lambda call: call(),
     )

@@ -10,6 +10,7 @@ import floors
 import pytest
 import table
 import torch
+from costs import Cost
 
 Call = Callable[[], object]
 Clock = Callable[[Call], float]  # milliseconds of one call
@@ -110,7 +111,8 @@ def versus(benchmark: Any, clock: Clock, rates: floors.Device | None) -> Callabl
     """`versus(ours, theirs, op=, size=, ...)` times both in turn: theirs runs before each round of ours.
 
     `floor` are the phases of the work (see floors.py), left out where none is known. With `graph` a GPU times ours in a
-    CUDA graph as well: for what never waits for the GPU. `rounds` is 50 on a GPU and 10 elsewhere if left out.
+    CUDA graph as well: for what never waits for the GPU. `rounds` is 50 on a GPU and 10 elsewhere if left out. `clock`
+    takes the place of the usual one. `images` of a whole step, and the `costs` of ours and theirs, go into the table.
     """
     cuda = torch.cuda.is_available()
 
@@ -124,6 +126,9 @@ def versus(benchmark: Any, clock: Clock, rates: floors.Device | None) -> Callabl
         rounds: int | None = None,
         floor: Sequence[floors.Work] = (),
         graph: bool = False,
+        clock: Clock = clock,
+        images: int | None = None,
+        costs: tuple[Cost, Cost] | None = None,
     ) -> None:
         rounds = rounds or (50 if cuda else 10)
         times: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -149,6 +154,8 @@ def versus(benchmark: Any, clock: Clock, rates: floors.Device | None) -> Callabl
             table.spread(times["theirs"]),
             graphed_ms,
             None if floor_us is None else floor_us / 1e3,
+            images,
+            costs,
         )
         benchmark.extra_info.update(vars(row))
         _ROWS.append(row)
@@ -162,6 +169,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section(f"beside torchvision, on {device_name()}")
     for line in table.lines(_ROWS):
         terminalreporter.write_line(line)
+    steps = [row for row in _ROWS if row.images_per_s is not None]
+    if steps:
+        terminalreporter.section("whole steps, ours / torchvision's")
+        for line in table.step_lines(steps):
+            terminalreporter.write_line(line)
     path = config.getoption("--bench-csv")
     if path:
         table.write(path, _ROWS)

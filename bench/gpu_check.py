@@ -175,9 +175,9 @@ def steps(out: Path) -> list[Step]:
     drawing = None if importlib.util.find_spec("matplotlib") else "matplotlib is not installed"
     last = ["bench/bench_model.py", "bench/bench_accelerate.py"]
 
-    def benchmark(name: str, paths: list[str], limit: float) -> Step:
+    def benchmark(name: str, chosen: list[str], limit: float) -> Step:
         part = out / "part.csv"
-        command = [*pytest, *(["--benchmark-only"] if has_benchmark else []), f"--bench-csv={part}", *paths]
+        command = [*pytest, *(["--benchmark-only"] if has_benchmark else []), f"--bench-csv={part}", *chosen]
         return Step(name, command, limit, adds=(part, out / "bench.csv"))
 
     install = ["-m", "pip", "install", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-build-isolation"]
@@ -188,7 +188,7 @@ def steps(out: Path) -> list[Step]:
         Step("same bits 50 times", [*pytest, alone[0]], 90),
         Step("no wait, one graph", [*pytest, alone[1]], 80),
         benchmark("benchmarks: operations", [path for path in benches if path not in last], 100),
-        benchmark("benchmarks: model", last[:1], 90),
+        benchmark("benchmarks: model", [*last[:1], "-k", "not compiled"], 150),
         Step(
             "picture",
             [*python, "bench/plot.py", str(out / "bench.csv"), str(out / "benchmarks.png")],
@@ -200,6 +200,7 @@ def steps(out: Path) -> list[Step]:
         sanitizer("memcheck", 45),
         sanitizer("racecheck", 45),
         Step("sweep", [*python, "-m", "bench.sweep", "--csv", str(out / "sweep.csv"), "--seconds", "{seconds}"], 200),
+        benchmark("benchmarks: compiled", [*last[:1], "-k", "compiled"], 150),
         benchmark("benchmarks: accelerated", last[1:], 120),
     ]
 

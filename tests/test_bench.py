@@ -2,19 +2,24 @@
 
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 # The benchmarks import one another as scripts do, from their own folder.
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
+import between
+import costs
 import floors
 import plot
 import scenes
 import table
+import whole_step
 
 H100 = floors.DEVICES["NVIDIA H100 80GB HBM3"]
 ANCHORS = 18648
@@ -67,6 +72,140 @@ def test_row_derives_ratio_and_times_the_floor():
     assert row().times_floor == 2.0
     assert row(graphed_ms=None).times_floor == 8.0
     assert row(floor_ms=None).times_floor is None
+
+
+COSTS = costs.Cost(100.0, 7, 0), costs.Cost(200.0, 90, 13)
+
+
+def step_row() -> table.Row:
+    times = table.Spread(40.0, 50.0, 60.0), table.Spread(80.0, 100.0, 120.0)
+    return table.compared("model, train", "batch 4", "bfloat16", "cpu", *times, images=4, costs=COSTS)
+
+
+def test_row_of_a_whole_step():
+    row = step_row()
+    assert (row.images_per_s, row.torchvision_images_per_s) == (80.0, 40.0)
+    assert (row.peak_mib, row.torchvision_peak_mib) == (100.0, 200.0)
+    assert (row.launches, row.torchvision_launches, row.waits, row.torchvision_waits) == (7, 90, 0, 13)
+    head, line = (re.split(r"\s{2,}", line.strip()) for line in table.step_lines([row]))
+    assert dict(zip(head, line, strict=True)) == {
+        "op": "model, train",
+        "size": "batch 4",
+        "dtype": "bfloat16",
+        "images/s": "80.0 / 40.0",
+        "peak, MiB": "100 / 200",
+        "launches": "7 / 90",
+        "waits": "0 / 13",
+    }
+
+
+def test_calls_of_cuda_are_told_apart():
+    launches = ["cudaLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync"]
+    waits = ["cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize"]
+    neither = ["aten::add", "cudaEventRecord", "cudaStreamWaitEvent", "Memcpy HtoD", "volta_sgemm", "cudaEventQuery"]
+    assert costs.counted_calls([*launches, *waits, *neither]) == (5, 4)
+    assert costs.counted_calls(["cudaMemcpy", "cudaMemcpy2D", "cudaMemcpy2DAsync"]) == (3, 2)
+
+
+def test_operators_are_counted(monkeypatch):
+    # Poison would be an operator of its own.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    weight = torch.ones(3, 3, requires_grad=True)
+
+    def call() -> None:
+        (weight.view(9)[2:] * 2).sum().backward()
+
+    computing, waiting = costs.operators(call)
+    # Times and sum; ones for the gradient of the loss, times, and zeros and a copy for that of the slice.
+    assert (computing, waiting) == (6, 0)
+    mask = torch.ones(3) > 0
+    assert costs.operators(lambda: mask.any().item())[1] == 1
+    assert costs.operators(lambda: torch.ones(3)[mask])[1] == 1
+    boxes = torch.rand(700, 4)
+    assert costs.operators(lambda: torch.ops.fastdet.nms(boxes[None], boxes[None, :, 0] > 0, 0.5, 9))[1] == 0
+
+
+def test_memory_of_a_call():
+    def call() -> Tensor:
+        first = torch.zeros(1 << 20)
+        second = first + 1
+        del first
+        return torch.zeros(1 << 18) + second[: 1 << 18]
+
+    # Two of the large at a time; later one large and two small.
+    assert costs.highest(call) == pytest.approx(8 << 20, rel=0.01)
+
+
+def test_what_a_step_holds_counts_each_tensor_once():
+    model = nn.Linear(100, 50)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(100)).sum().backward()
+    optimizer.step()
+    model.register_buffer("again", model.weight.detach())
+    # Weights, gradients and momentum.
+    assert costs.held(costs.Step(lambda: 0, lambda: 0, model, optimizer)) == 3 * 4 * 5050
+
+
+class Slow(torch.autograd.Function):
+    """Takes 30 ms forward and 50 ms backward."""
+
+    @staticmethod
+    def forward(ctx, values):
+        time.sleep(0.03)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(0.05)
+        return gradient
+
+
+class SlowLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return Slow.apply(values * self.weight)
+
+
+def test_time_between_the_networks():
+    """30 ms of the 190 are neither the backbone's nor the head's."""
+    model = nn.Module()
+    model.backbone, model.roi_heads = SlowLayer(), nn.Module()
+    model.roi_heads.box_head = SlowLayer()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def run() -> None:
+        pooled = model.backbone(torch.ones(3)) * 2
+        time.sleep(0.02)
+        model.roi_heads.box_head(pooled).sum().backward()
+        optimizer.step()
+        time.sleep(0.01)
+
+    timed = between.Between(costs.Step(run, run, model, optimizer))
+    assert 28 < min(timed() for _ in range(3)) < 60
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_all_ways_take_the_same_step(training):
+    """Losses go down by the same update; detections are the same, whichever way."""
+    case = whole_step.Case("mobilenet_v2", 64, 96, 2, training, torch.float32, torch.device("cpu"))
+    weights = []
+    for way in (whole_step.eager, whole_step.graphed):
+        torch.manual_seed(0)
+        step = way(case)
+        before = [parameter.clone() for parameter in step.model.parameters()]
+        torch.manual_seed(1)
+        step.run()
+        weights.append([after.clone() for after in step.model.parameters()])
+        assert training == any(not torch.equal(*pair) for pair in zip(before, weights[-1], strict=True))
+    torch.testing.assert_close(weights[0], weights[1])
+    theirs = whole_step.torchvisions(case)
+    theirs.run()
+    sizes = [sum(parameter.numel() for parameter in each.model.parameters()) for each in (step, theirs)]
+    # Our RPN has two logits an anchor.
+    assert sizes[0] - sizes[1] == 9 * (96 + 1)
 
 
 def test_csv_round_trip(tmp_path):

@@ -14,21 +14,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdet
+from bench.costs import DATA_DEPENDENT
 from fastdet import FasterRCNN, Targets
-
-REFUSED = {
-    "_local_scalar_dense",
-    "_unique2",
-    "bincount",
-    "equal",
-    "is_nonzero",
-    "masked_select",
-    "nonzero",
-    "nonzero_static",
-    "repeat_interleave",
-    "unique_consecutive",
-    "unique_dim",
-}
 
 
 class Refuse(TorchDispatchMode):
@@ -36,7 +23,7 @@ class Refuse(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        if name in REFUSED:
+        if name in DATA_DEPENDENT:
             raise AssertionError(f"{func} makes the host wait")
         if name in ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"):
             for index in args[1]:
