@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,6 +176,25 @@ class GraphedTrainer(Graphed):
         """The learning rate from the next step on, times the "lr_factor" of a group that has one; does not wait."""
         for group in self.optimizer.param_groups:
             group["lr"].fill_(lr * group.get("lr_factor", 1.0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the model's and the optimizer's states: the steps taken, the loss scale."""
+        return {"steps": self._steps, **{name: tensor.clone() for name, tensor in self.loss_scale._asdict().items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`; captured steps stay.
+
+        Load the model's and the optimizer's states before the trainer is made: the optimizer's replaces what it holds.
+
+        Raises:
+            ValueError: other entries than `state_dict` gives.
+        """
+        names = {"steps", *LossScale._fields}
+        if set(state) != names:
+            raise ValueError(f"state must have the entries {sorted(names)}, got {sorted(state)}")
+        self._steps = int(state["steps"])
+        for name, tensor in self.loss_scale._asdict().items():
+            tensor.copy_(state[name])
 
     def recapture(self) -> None:
         """Forget what was captured: the next step captures the model and the optimizer as they are then.

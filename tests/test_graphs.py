@@ -224,6 +224,35 @@ def test_fp16_grows_its_scale_after_good_steps():
     assert int(graphed.loss_scale.streak) == 0
 
 
+@pytest.mark.parametrize("make", [sgd, adamw])
+def test_a_resumed_run_goes_on_as_the_first_would(make, tmp_path):
+    first = trainer(make=make, amp=torch.float16)
+    for _ in range(2):
+        first.step(*small_scene())
+    first.loss_scale.scale.fill_(2.0**9)
+    states = [each.state_dict() for each in (first.model, first.optimizer, first)]
+    torch.save([*states, torch.get_rng_state()], tmp_path / "state.pt")
+    first.losses()
+    for _ in range(2):
+        first.step(*small_scene())
+
+    *states, generator = torch.load(tmp_path / "state.pt", weights_only=True)
+    model = detector(seed=7)
+    model.load_state_dict(states[0])
+    optimizer = make(model)
+    optimizer.load_state_dict(states[1])
+    second = GraphedTrainer(model, optimizer, SHAPE, MAX_BOXES, amp=torch.float16)
+    second.load_state_dict(states[2])
+    torch.set_rng_state(generator)
+    for _ in range(2):
+        second.step(*small_scene())
+    assert second.losses() == first.losses()
+    assert_same(state_of(second), state_of(first))
+    assert_same(list(second.loss_scale), list(first.loss_scale))
+    with pytest.raises(ValueError, match=r"must have the entries .*'scale', 'steps', 'streak'.*, got \['scale'\]"):
+        second.load_state_dict({"scale": 1.0})
+
+
 def test_fp16_names_a_loss_that_is_not_finite():
     graphed = trainer(amp=torch.float16)
     images, targets = small_scene()
