@@ -122,6 +122,7 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--warmup-steps", type=int)
     group.add_argument("--weight-decay", type=float)
     group.add_argument("--clip-norm", type=float, help="largest norm of the gradients; 0 does not clip")
+    group.add_argument("--amp", choices=("bfloat16",), help="networks in mixed precision")
     group.add_argument("--no-flip", dest="flip", action="store_const", const=False, help="no mirrored images")
     group.add_argument("--seed", type=int)
 

@@ -31,6 +31,7 @@ class TrainSettings:
         milestones: numbers of epochs after which "step" lowers the rate.
         gamma: factor of "step".
         clip_norm: largest norm of all gradients together; 0 does not clip.
+        amp: "bfloat16" for the networks in mixed precision; None for fp32.
         flip: mirror half the images left to right.
         seed: of the order, the flips and the model's draws.
         workers: processes that load data; 0 loads in this one. Their number changes nothing in what is drawn.
@@ -50,6 +51,7 @@ class TrainSettings:
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
     clip_norm: float = 10.0
+    amp: Literal["bfloat16"] | None = None
     flip: bool = True
     seed: int = 0
     workers: int = 0
@@ -60,6 +62,9 @@ class TrainSettings:
             raise ValueError(f"schedule must be 'cosine' or 'step', not {self.schedule!r}")
         if self.optimizer_name not in ("sgd", "adamw"):
             raise ValueError(f"optimizer_name must be 'sgd' or 'adamw', not {self.optimizer_name!r}")
+        if self.amp not in (None, "bfloat16"):
+            # fp16 needs a loss scale, which `fastdet.graphs.GraphedTrainer` has.
+            raise ValueError(f"amp must be None or 'bfloat16', not {self.amp!r}")
         for name in ("epochs", "warmup_steps", "seed", "workers", "clip_norm", "momentum", "weight_decay"):
             _check_range(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         for name in ("batch_size", "log_every"):

@@ -162,7 +162,7 @@ def _train_epoch(
             group["lr"] = rate * group["lr_factor"]
         images = [image.to(device, non_blocking=True) for image in images]
         try:
-            losses = _take_step(model, optimizer, images, targets, settings.clip_norm)
+            losses = _take_step(model, optimizer, images, targets, settings, device)
         except ValueError as error:
             # The model counts images within the batch, which says nothing to who owns the files.
             raise DataError(f"images {_image_names(dataset, batch)}: {error}") from error
@@ -178,14 +178,20 @@ def _train_epoch(
 
 
 def _take_step(
-    model: nn.Module, optimizer: Optimizer, images: list[Tensor], targets: list[Any], clip_norm: float
+    model: nn.Module,
+    optimizer: Optimizer,
+    images: list[Tensor],
+    targets: list[Any],
+    settings: TrainSettings,
+    device: torch.device,
 ) -> Tensor:
     """One step of the optimizer; the four losses and the gradients' norm, on the device."""
-    losses: dict[str, Tensor] = model(images, targets)
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp is not None):
+        losses: dict[str, Tensor] = model(images, targets)
     optimizer.zero_grad(set_to_none=True)
     torch.stack([losses[name] for name in LOSSES]).sum().backward()
     # Where nothing is clipped the norm still says whether the gradients are finite.
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm or math.inf)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or math.inf)
     optimizer.step()
     return torch.stack([*(losses[name].detach() for name in LOSSES), norm])
 

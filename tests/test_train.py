@@ -360,3 +360,22 @@ def test_optimizers_are_torchs(name, kind):
     assert not optimizer.defaults["fused"], "which is for GPUs"
     with pytest.raises(ValueError, match="'adam'"):
         TrainSettings(optimizer_name="adam")
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+def test_networks_run_in_the_precision_that_is_asked_for(tmp_path, shapes, amp, dtype):
+    model, seen, gradients = stand(), set(), set()
+    model.layers[3].register_forward_hook(lambda layer, args, output: seen.add(output.dtype))
+    weight = model.layers[3].weight
+    weight.register_hook(lambda gradient: gradients.add(gradient.dtype))
+    rows = run(model, shapes, tmp_path, replace(SETTINGS, epochs=1, amp=amp))
+    assert (seen, gradients, weight.dtype) == ({dtype}, {torch.float32}, torch.float32)
+    assert math.isfinite(rows[-1]["loss"])
+    other = replace(SETTINGS, epochs=2, amp=None if amp else "bfloat16")
+    with pytest.raises(CheckpointError, match="amp is"):
+        train(stand(), shapes, tmp_path, other, resume=True, progress=False)
+
+
+def test_a_precision_that_needs_a_loss_scale_is_refused():
+    with pytest.raises(ValueError, match="amp must be None or 'bfloat16', not 'float16'"):
+        TrainSettings(amp="float16")
