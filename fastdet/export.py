@@ -91,20 +91,23 @@ def export_onnx(model: FasterRCNN, path: str | Path, *, height: int | None = Non
 
     # The file belongs to no device.
     model = model if model._image_mean.device.type == "cpu" else copy.deepcopy(model).cpu()
-    program = _program(model, input_size(model.settings, height, width))
-    program = program.run_decompositions({torch.ops.fastdet.decode.default: _plain_decode})
-    exported = torch.onnx.export(
-        program,
-        dynamo=True,
-        custom_translation_table=onnx_operators.TABLE,
-        opset_version=OPSET,
-        input_names=INPUTS,
-        output_names=OUTPUTS,
-        # Names the dimension; that it is the same in all of them, the program knows.
-        dynamic_shapes={name: {0: "batch"} if name == "images" else None for name in INPUTS},
-        external_data=False,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        # Of torch 2.11's exporter to itself.
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+        program = _program(model, input_size(model.settings, height, width))
+        program = program.run_decompositions({torch.ops.fastdet.decode.default: _plain_decode})
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            custom_translation_table=onnx_operators.TABLE,
+            opset_version=OPSET,
+            input_names=INPUTS,
+            output_names=OUTPUTS,
+            # Names the dimension; that it is the same in all of them, the program knows.
+            dynamic_shapes={name: {0: "batch"} if name == "images" else None for name in INPUTS},
+            external_data=False,
+            verbose=False,
+        )
     assert exported is not None
     content = exported.model_proto.SerializeToString()
     tensor_files.write(path, lambda file: file.write(content), kind="exported model")
