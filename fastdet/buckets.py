@@ -17,9 +17,15 @@ Shape = tuple[int, int, int, int]
 
 def sorted_buckets(batch_shape: Any, channels: int, divisible: int) -> tuple[Shape, ...]:
     """The shapes, smallest first. Raises ValueError for one that is none."""
-    shapes = [batch_shape] if batch_shape and isinstance(batch_shape[0], int) else list(batch_shape)
+    if not isinstance(batch_shape, Sequence):
+        raise ValueError(f"batch_shape must be (batch, channels, height, width), or several, got {batch_shape!r}")
+    shapes = [batch_shape] if batch_shape and not isinstance(batch_shape[0], Sequence) else list(batch_shape)
     for shape in shapes:
-        if len(shape) != 4 or not all(isinstance(side, int) and side > 0 for side in shape):
+        if (
+            not isinstance(shape, Sequence)
+            or len(shape) != 4
+            or not all(isinstance(side, int) and side > 0 for side in shape)
+        ):
             raise ValueError(f"batch_shape must be (batch, channels, height, width), or several, got {batch_shape}")
         if shape[1] != channels:
             raise ValueError(
@@ -72,7 +78,8 @@ def blank(bucket: Shape, device: torch.device) -> list[Tensor]:
 
 
 def check_padded(images: Tensor, sizes: Tensor, scales: Tensor | None, targets: Targets | None = None) -> None:
-    """Raises ValueError unless the shapes are those that `FasterRCNN.core` takes, of as many images."""
+    """Raises ValueError unless the shapes are those that `FasterRCNN.core` takes, of as many images; scales may be
+    None."""
     batch = len(images)
     wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
         ("sizes", sizes, (batch, 2)),
@@ -83,10 +90,14 @@ def check_padded(images: Tensor, sizes: Tensor, scales: Tensor | None, targets: 
         wanted += [("targets.boxes", targets.boxes, (*rows, 4)), ("targets.labels", targets.labels, rows)]
         wanted += [("targets.ignore", targets.ignore, rows)]
     for name, tensor, shape in wanted:
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {list(shape)} for {batch} images, got {list(tensor.shape)}")
+        if tensor is None and name == "scales":
+            continue
+        if tensor is None or tuple(tensor.shape) != shape:
+            found = None if tensor is None else list(tensor.shape)
+            raise ValueError(f"{name} must be {list(shape)} for {batch} images, got {found}")
 
 
+@torch.no_grad()
 def fill(static: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
     """Copy images, sizes, scales and targets into the static tensors, which are no smaller.
 

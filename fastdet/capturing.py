@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 
 from .buckets import Shape, sorted_buckets
 from .faster_rcnn import FasterRCNN
+from .restoring import generators_put_back, put_back
 
 # Kernels are compiled, and libraries choose their algorithms, before a capture.
 _WARM_UP = 3
@@ -84,8 +84,10 @@ def captured(
         pool: memory that graphs share which never run at once; None: memory of its own, given back when dropped.
     """
     device = inputs[0].device
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with generators_put_back(device):
+    current = torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    # A capture that fails leaves its own stream the current one.
+    with generators_put_back(device), torch.cuda.stream(current):
         with torch.cuda.stream(stream), put_back(changed):
             for _ in range(_WARM_UP):
                 function(*inputs)
@@ -98,36 +100,22 @@ def captured(
             output = function(*inputs)
     nbytes = torch.cuda.memory_reserved(device) - before + _nbytes(inputs)
 
+    results = [output]
+    del output
+
     def run() -> Any:
         graph.replay()
-        return output
+        return results[0]
 
     def drop() -> None:
         # It may be running.
         torch.cuda.synchronize(device)
         graph.reset()
+        # What it wrote lies in its memory too.
+        results.clear()
         torch.cuda.empty_cache()
 
     return Program(inputs, run, nbytes, drop)
-
-
-@contextmanager
-def put_back(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """The tensors hold afterwards what they hold now, where they are now."""
-    copies = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, copy in zip(tensors, copies, strict=True):
-                tensor.copy_(copy)
-
-
-@contextmanager
-def generators_put_back(device: torch.device) -> Iterator[None]:
-    """Torch's generators of the host and of `device` go on afterwards from where they are now."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 class _Layer(NamedTuple):
@@ -163,7 +151,7 @@ class Baked:
         ]
         self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
         if optimizer is not None:
-            self._groups = [(group, _numbers(group)) for group in optimizer.param_groups]
+            self._groups = [(group, _numbers(optimizer, group)) for group in optimizer.param_groups]
             self._kept += [
                 _Kept(f"{key} of the optimizer", store, key, tensor, tensor.requires_grad, tensor.data_ptr())
                 for store in (*optimizer.param_groups, *optimizer.state.values())
@@ -186,7 +174,8 @@ class Baked:
             ):
                 return "the groups of the optimizer were replaced (by load_state_dict?)"
             for index, (group, numbers) in enumerate(self._groups):
-                changed = [key for key, value in _numbers(group).items() if numbers.get(key) != value]
+                now = _numbers(self._optimizer, group)
+                changed = [key for key, value in now.items() if numbers.get(key) != value]
                 if changed:
                     return f"{changed[0]} of group {index} of the optimizer was changed"
         for name, store, key, tensor, requires_grad, address in self._kept:
@@ -250,7 +239,11 @@ class Graphed:
         if difference is not None:
             name = type(self).__name__
             raise RuntimeError(f"since {name} captured its step, {difference}: undo that, or call its recapture()")
-        program = self._programs[bucket]
+        if self._baked is None:
+            self._prepare()
+        # Static tensors of inference mode could not be filled outside it.
+        with torch.inference_mode(False):
+            program = self._programs[bucket]
         self._baked = self._baked or self._bake()
         return program
 
@@ -263,6 +256,9 @@ class Graphed:
                 self._pool = torch.cuda.graph_pool_handle()
             return captured(step, inputs, changed, self._stream, self._pool)
 
+    def _prepare(self) -> None:
+        """Get ready for the first capture of the model as it is now."""
+
     def _make(self, bucket: Shape) -> Program:
         raise NotImplementedError
 
@@ -270,10 +266,9 @@ class Graphed:
         raise NotImplementedError
 
 
-def _numbers(group: dict[str, Any]) -> dict[str, Any]:
-    """The plain values of a group of an optimizer. Those that only schedules read do not matter to a step."""
-    others = ("params", "initial_lr", "lr_factor")
-    return {key: value for key, value in group.items() if key not in others and not isinstance(value, Tensor)}
+def _numbers(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    """The plain values of a group that the optimizer reads; what schedules keep there does not matter to a step."""
+    return {key: value for key, value in group.items() if key in optimizer.defaults and not isinstance(value, Tensor)}
 
 
 def _nbytes(tensors: Sequence[Tensor]) -> int:

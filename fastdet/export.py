@@ -3,8 +3,8 @@
 The file holds the whole detector in evaluation mode, from pixels to suppressed boxes, for any number of images of one
 fixed size. Inputs, in this order:
 
-    images  fp32 [B, C, H, W], in 0..1 as `fastdet.FasterRCNN` takes them: resized already, each in the upper left
-            corner. It is normalised inside; what lies beyond its size is disregarded.
+    images  fp32 [B, C, H, W], in 0..1 (no uint8, which nothing divides by 255): resized already, each in the upper
+            left corner. It is normalised inside; what lies beyond its size is disregarded.
     sizes   int64 [B, 2], (height, width) of each image inside H x W.
     scales  fp32 [B], by how much each was resized, 1 if it was not. It matters where the setting
             `rpn_min_size_in_original_pixels` is on.
@@ -25,8 +25,6 @@ A .pt2 file calls fastdet's operators, which are those of the CPU or the GPU ali
 import copy
 import importlib.util
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ from .anchors import Size
 from .config import Settings
 from .faster_rcnn import FasterRCNN
 from .ops.decode import decoded_planes
+from .restoring import in_mode
 
 INPUTS = ("images", "sizes", "scales")
 OUTPUTS = ("boxes", "scores", "labels", "count")
@@ -131,7 +130,7 @@ def input_size(settings: Settings, height: int | None = None, width: int | None 
         usual = height, width
     size = usual[0] if height is None else height, usual[1] if width is None else width
     for name, side in zip(("height", "width"), size, strict=True):
-        if side < 1 or side % settings.size_divisible:
+        if not isinstance(side, int) or side < 1 or side % settings.size_divisible:
             raise ExportError(f"{name} must be a positive multiple of {settings.size_divisible}, got {side}")
     return size
 
@@ -164,22 +163,11 @@ def _program(model: FasterRCNN, size: Size) -> Any:
     scales = torch.ones(2, device=device)
     batch = torch.export.Dim("batch", min=1)
     shapes = {name: {0: batch} for name in INPUTS}
-    with _evaluating(model), torch.no_grad():
+    # Casts of a caller's autocast would become part of it.
+    with in_mode(model, training=False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         return torch.export.export(
             _Exported(model).eval(), (images, sizes, scales), dynamic_shapes=shapes, strict=False
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _plain_decode(*args: Any) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from .buckets import Shape
 from .capturing import Baked, Graphed, Program
 from .faster_rcnn import FasterRCNN
 from .losses import NAMES
-from .stepping import COLUMNS, LossScale, prepare, training_step
+from .stepping import COLUMNS, LossScale, autocast, check_owner, prepare, training_step
 from .structures import Detections, Targets
 
 
@@ -37,7 +37,7 @@ class GraphedTrainer(Graphed):
     A step takes what `model(images, targets)` takes and gives the same losses and weights as a loop of
 
         losses = model(images, targets)
-        optimizer.zero_grad()
+        model.zero_grad()
         sum(losses.values()).backward()
         clip_grad_norm_(model.parameters(), clip_norm)
         optimizer.step()
@@ -49,11 +49,14 @@ class GraphedTrainer(Graphed):
     Gradients are not kept: `.grad` is None after a step, and gradients accumulated before are lost. What is drawn at
     random follows torch's generator of the device, so `torch.manual_seed` before any step fixes the run.
 
+    What a step was captured with stays: a change of parameters, of what is frozen, of layers, modes, settings or the
+    optimizer's numbers is refused, but that of a number inside a layer (a dropout's p) is not seen before `recapture`.
+
     Args:
         model: in training mode, where it is to train.
         optimizer: torch.optim.SGD(..., fused=True) without dampening, or AdamW(..., fused=True, capturable=True), with
             `lr=torch.tensor(...)`. It gets its state at once, and for each group a learning rate on the device, to be
-            changed by `set_lr` or in place; torch's schedulers do so.
+            changed by `set_lr` or in place; torch's schedulers do so, those that change the momentum too are refused.
         batch_shape: (batch, channels, height, width) of the padded images, or several of them: a batch takes the
             smallest that holds its images and has just as many. Heights and widths are multiples of
             `settings.size_divisible`.
@@ -64,7 +67,7 @@ class GraphedTrainer(Graphed):
             are needed. None: no limit, and graphs share their memory.
 
     Raises:
-        ValueError: an argument out of range, or an optimizer that cannot be captured.
+        ValueError: an argument out of range, an optimizer that cannot be captured or is not of this model.
     """
 
     def __init__(
@@ -79,8 +82,8 @@ class GraphedTrainer(Graphed):
         memory_limit: int | None = None,
     ) -> None:
         super().__init__(model, batch_shape, amp, memory_limit, training=True)
-        if max_boxes < 1:
-            raise ValueError(f"max_boxes must be at least 1, got {max_boxes}")
+        if isinstance(max_boxes, bool) or not isinstance(max_boxes, int) or max_boxes < 1:
+            raise ValueError(f"max_boxes must be a whole number from 1 on, got {max_boxes!r}")
         if not (clip_norm >= 0 and math.isfinite(clip_norm)):
             raise ValueError(f"clip_norm must be at least 0 and finite, got {clip_norm}")
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -89,7 +92,7 @@ class GraphedTrainer(Graphed):
         self.loss_scale = LossScale.start(amp, self.device)
         self._steps = 0
         self._unread: list[tuple[int, str, Tensor]] = []
-        prepare(optimizer, self.device)
+        self._prepare()
 
     def step(
         self,
@@ -105,7 +108,8 @@ class GraphedTrainer(Graphed):
 
         Raises:
             ValueError: bad images or targets, a batch that fits no bucket, or more boxes than `max_boxes`.
-            RuntimeError: something was changed that the captured step has baked in; `recapture` takes it over.
+            RuntimeError: something was changed that the captured step has baked in; `recapture` takes it over. Inside
+                torch.autocast or torch.inference_mode.
         """
         batch, padded, _ = self.model._open(images, targets, True)
         assert padded is not None
@@ -130,6 +134,8 @@ class GraphedTrainer(Graphed):
             targets: at most `max_boxes` rows an image.
             scales: fp32 [B], by how much each image was resized; 1 if left out.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("inside torch.inference_mode nothing can be learnt")
         bucket = buckets.choose(self.buckets, images, exact=True)
         self._check_boxes(targets.boxes.shape[1])
         buckets.check_padded(images, sizes, scales, targets)
@@ -144,6 +150,8 @@ class GraphedTrainer(Graphed):
 
     def losses(self) -> list[dict[str, float]]:
         """Of each step since the last call a row, read from the device in one piece: this waits.
+
+        Rows are kept until they are read, so read them now and then.
 
         A row has the "step" (from 1), the "loss" and the four of `fastdet.losses.NAMES` that it is the sum of, the
         "gradient_norm" before clipping, "skipped" (1 where the update was), and the "loss_scale".
@@ -178,8 +186,12 @@ class GraphedTrainer(Graphed):
             group["lr"].fill_(lr * group.get("lr_factor", 1.0))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the model's and the optimizer's states: the steps taken, the loss scale."""
-        return {"steps": self._steps, **{name: tensor.clone() for name, tensor in self.loss_scale._asdict().items()}}
+        """What a resumed run needs beside the model's and the optimizer's states: the steps taken, the loss scale.
+
+        Losses that were not read are not in it.
+        """
+        scale = {name: tensor.clone() for name, tensor in self.loss_scale._asdict().items()}
+        return {"steps": self._steps, "amp": self.amp, **scale}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`; captured steps stay.
@@ -187,11 +199,13 @@ class GraphedTrainer(Graphed):
         Load the model's and the optimizer's states before the trainer is made: the optimizer's replaces what it holds.
 
         Raises:
-            ValueError: other entries than `state_dict` gives.
+            ValueError: other entries than `state_dict` gives; a loss scale where none is used, or none where one is.
         """
-        names = {"steps", *LossScale._fields}
+        names = {"steps", "amp", *LossScale._fields}
         if set(state) != names:
             raise ValueError(f"state must have the entries {sorted(names)}, got {sorted(state)}")
+        if torch.float16 in (self.amp, state["amp"]) and self.amp != state["amp"]:
+            raise ValueError(f"the state is of steps with amp={state['amp']}, and these have amp={self.amp}")
         self._steps = int(state["steps"])
         for name, tensor in self.loss_scale._asdict().items():
             tensor.copy_(state[name])
@@ -203,6 +217,10 @@ class GraphedTrainer(Graphed):
             ValueError: the optimizer cannot be captured any more.
         """
         super().recapture()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        check_owner(self.optimizer, self.model)
         prepare(self.optimizer, self.device)
 
     def _check_boxes(self, count: int) -> None:
@@ -278,7 +296,7 @@ class GraphedDetector(Graphed):
 
     @torch.no_grad()
     def _detect(self, images: Tensor, sizes: Tensor, scales: Tensor) -> Detections:
-        with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+        with autocast(self.device, self.amp):
             _, found = self.model.core(images, sizes, None, scales, want_losses=False, want_detections=True)
         assert found is not None
         return found

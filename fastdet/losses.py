@@ -44,8 +44,9 @@ def classifier(scores: Tensor, samples: Samples, class_weights: Tensor | None = 
     if class_weights is None:
         return (each * weight).sum() / weight.sum().clamp(min=1)
     weight = weight * class_weights[samples.labels.flatten()]
-    # The smallest normal number stands for no weight at all: the weights of a batch may well be below 1.
-    return (each * weight).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+    total = weight.sum()
+    # The weights of a batch may well be below 1.
+    return (each * weight).sum() / torch.where(total > 0, total, 1.0)
 
 
 def box(locs: Tensor, samples: Samples, beta: float) -> Tensor:

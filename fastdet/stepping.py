@@ -6,6 +6,8 @@ rate and the loss scale are tensors, and a step that must not count is undone by
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -68,7 +70,7 @@ def training_step(
     for parameter in trained:
         parameter.grad = None
     with torch.enable_grad():
-        with torch.autocast(batch.images.device.type, amp or torch.bfloat16, enabled=amp is not None):
+        with autocast(batch.images.device, amp):
             images, sizes, scales = batch
             losses, _ = model.core(images, sizes, targets, scales, want_losses=True, want_detections=False)
         assert losses is not None
@@ -99,6 +101,20 @@ def training_step(
         return torch.cat([each.detach(), torch.stack([norm, skipped, scale])])
 
 
+@contextmanager
+def autocast(device: torch.device, amp: torch.dtype | None) -> Iterator[None]:
+    """torch's autocast to `amp`, or none, with casts of weights that are made in it and kept no longer.
+
+    Inside another autocast, even one that is switched off, torch would keep them past the weights' next update.
+    """
+    torch.clear_autocast_cache()
+    try:
+        with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+            yield
+    finally:
+        torch.clear_autocast_cache()
+
+
 def running_statistics(model: nn.Module) -> list[Tensor]:
     """The buffers that layers of normalisation change in training."""
     layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
@@ -120,6 +136,20 @@ def prepare(optimizer: Optimizer, device: torch.device) -> None:
         for parameter in group["params"]:
             if parameter.requires_grad:
                 _seed(optimizer, group, parameter)
+
+
+def check_owner(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raises ValueError unless the optimizer has trainable parameters of the model, and no others."""
+    of_model = {id(parameter) for parameter in model.parameters()}
+    given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    foreign = sum(id(parameter) not in of_model for parameter in given)
+    if foreign:
+        raise ValueError(
+            f"{foreign} of the {len(given)} parameters of the optimizer are not the model's: make it anew, of the "
+            "parameters that the model has now"
+        )
+    if not any(parameter.requires_grad for parameter in given):
+        raise ValueError("the optimizer has none of the model's trainable parameters")
 
 
 def check_capturable(optimizer: Optimizer) -> None:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from fastdet import FasterRCNN
 from fastdet.batching import Batch
-from fastdet.capturing import Program, Recent, captured, generators_put_back, put_back
+from fastdet.capturing import Program, Recent, captured, eager
 from fastdet.graphs import GraphedDetector, GraphedTrainer
+from fastdet.restoring import generators_put_back, put_back
 from fastdet.stepping import FIRST_SCALE, LossScale, prepare, training_step
 
 # What the scene is padded to, and the rows that its ground truth is padded to: then all draws are the model's own.
@@ -251,6 +252,9 @@ def test_a_resumed_run_goes_on_as_the_first_would(make, tmp_path):
     assert_same(list(second.loss_scale), list(first.loss_scale))
     with pytest.raises(ValueError, match=r"must have the entries .*'scale', 'steps', 'streak'.*, got \['scale'\]"):
         second.load_state_dict({"scale": 1.0})
+    for one, other in ((None, torch.float16), (torch.float16, torch.bfloat16)):
+        with pytest.raises(ValueError, match=f"with amp={other}, and these have amp={one}"):
+            trainer(amp=one).load_state_dict(trainer(amp=other).state_dict())
 
 
 def test_fp16_names_a_loss_that_is_not_finite():
@@ -348,6 +352,9 @@ def test_a_batch_that_fits_no_bucket_is_refused():
         trainer(max_boxes=2).step(images, targets)
     with pytest.raises(ValueError, match="3 images, but 2 ids"):
         graphed.step(images, targets, ids=[1, 2])
+    padded = padded_for(trainer().model, images, targets)
+    with pytest.raises(ValueError, match=r"sizes must be \[3, 2\] for 3 images, got None"):
+        graphed.step_padded(padded[0], None, padded[2])
     with pytest.raises(ValueError, match=r"\[B, 3, H, W\], got torch.uint8"):
         graphed.step_padded(*(torch.zeros(SHAPE, dtype=torch.uint8), None, None))
     assert graphed.captured == ()
@@ -359,6 +366,9 @@ def test_a_batch_that_fits_no_bucket_is_refused():
     [
         ((3, 96, 88), "batch_shape must be"),
         ((3, 3, 96, 0), "batch_shape must be"),
+        ((3.0, 3, 96, 88), "batch_shape must be"),
+        ([SHAPE, 5], "batch_shape must be"),
+        (None, "batch_shape must be"),
         ((3, 1, 96, 88), "1 channels, but image_mean has 3"),
         ([], "empty"),
     ],
@@ -456,6 +466,10 @@ def test_a_change_after_the_capture_is_refused_until_it_is_captured_again(change
     with pytest.raises(RuntimeError, match=rf"since GraphedTrainer captured its step, .*{message}.*recapture\(\)"):
         graphed.step(*small_scene())
     assert_same(state_of(graphed)[: len(before)], before)
+    if change in (replace_parameter, replace_layer):
+        with pytest.raises(ValueError, match="not the model's: make it anew"):
+            graphed.recapture()
+        graphed.optimizer = sgd(model)
     graphed.recapture()
     assert graphed.captured == ()
     graphed.step(*small_scene())
@@ -674,6 +688,145 @@ def test_a_capture_warms_up_and_puts_back(monkeypatch):
     assert (len(calls), graphs[0].replays, graphs[0].resets) == (4, 2, 0)
     program.drop()
     assert (graphs[0].resets, pools) == (1, ["shared"])
+
+
+EMPTY = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}] * 3
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_casts_of_weights_do_not_outlive_a_step(device):
+    """Inside any other autocast, even one that is switched off, torch keeps them."""
+    options = {"make": lambda model: sgd(model, lr=torch.tensor(0.5)), "amp": torch.bfloat16}
+    rows = []
+    for outer in (nullcontext(), torch.autocast(device, enabled=False)):
+        graphed = trainer(**options)
+        torch.manual_seed(1)
+        with outer:
+            for _ in range(4):
+                graphed.step(*small_scene())
+        rows.append(graphed.losses())
+    assert rows[0] == rows[1]
+
+
+def warming_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a capture does before its graph: three steps, after which all that it knows of is put back."""
+
+    def build(self: GraphedTrainer, step: Any, inputs: Any, changed: Any) -> Program:
+        with generators_put_back(CPU), put_back(changed):
+            for _ in range(3):
+                step(*inputs)
+        return eager(step, inputs)
+
+    monkeypatch.setattr(GraphedTrainer, "_build", build)
+
+
+def unfreeze(graphed: GraphedTrainer) -> None:
+    graphed.model.backbone[0].weight.requires_grad_(True)
+
+
+def load_fresh_state(graphed: GraphedTrainer) -> None:
+    graphed.optimizer.load_state_dict(type(graphed.optimizer)(**_options_of(graphed)).state_dict())
+
+
+def _options_of(graphed: GraphedTrainer) -> dict[str, Any]:
+    names = ("fused", "capturable") if isinstance(graphed.optimizer, torch.optim.AdamW) else ("fused", "momentum")
+    group = graphed.optimizer.param_groups[0]
+    return {"params": group["params"], "lr": torch.tensor(0.02), **{name: group[name] for name in names}}
+
+
+@pytest.mark.parametrize("change", [unfreeze, load_fresh_state])
+@pytest.mark.parametrize("make", [sgd, adamw])
+def test_a_change_before_the_first_step_is_taken_over(make, change, monkeypatch):
+    states = []
+    for warm in (False, True):
+        model = detector()
+        model.backbone[0].weight.requires_grad_(change is not unfreeze)
+        graphed = trainer(model, make)
+        change(graphed)
+        if warm:
+            warming_up(monkeypatch)
+        torch.manual_seed(1)
+        for _ in range(3):
+            graphed.step(*small_scene())
+        states.append(state_of(graphed))
+    assert_same(states[1], states[0])
+
+
+def test_an_optimizer_that_cannot_be_captured_again_is_refused_again():
+    graphed = trainer()
+    graphed.step(*small_scene())
+    graphed.optimizer.param_groups[0]["lr"] = 0.1
+    for again in (graphed.recapture, lambda: graphed.step(*small_scene())):
+        with pytest.raises(ValueError, match=r"has the number 0.1 as its learning rate"):
+            again()
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model = detector()
+    with pytest.raises(ValueError, match=r"(\d+) of the \1 parameters of the optimizer are not the model's"):
+        GraphedTrainer(model, sgd(detector()), SHAPE, MAX_BOXES)
+    foreign = torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(1))], torch.tensor(0.1), fused=True)
+    with pytest.raises(ValueError, match=r"1 of the .* are not the model's"):
+        GraphedTrainer(model, foreign, SHAPE, MAX_BOXES)
+    frozen = model.backbone[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="none of the model's trainable"):
+        GraphedTrainer(model, sgd(frozen), SHAPE, MAX_BOXES)
+
+
+def test_inference_mode_leaves_nothing_behind():
+    images, targets = small_scene()
+    model = detector().eval()
+    graphed = GraphedDetector(model, SHAPE)
+    with torch.inference_mode():
+        first = graphed(images)
+    again = graphed(images)
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one["boxes"], other["boxes"])
+    training = trainer()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inside torch\.inference_mode"):
+        training.step(images, targets)
+    training.step(images, targets)
+    assert len(training.losses()) == 1
+
+
+def test_images_that_take_a_gradient_leave_none_behind():
+    images, targets = small_scene()
+    graphed = trainer()
+    for _ in range(2):
+        graphed.step([image.clone().requires_grad_() for image in images], targets)
+    graphed.step(images, targets)
+    assert not graphed._programs[SHAPE].inputs[0].requires_grad
+    assert len(graphed.losses()) == 3
+
+
+def test_a_batch_without_any_weight_teaches_nothing_and_is_not_skipped():
+    weighted = detector(class_weights=(0.0, 1.0, 1.0, 1.0), loss_weights=(8.0, 1.0, 1.0, 1.0))
+    graphed = trainer(weighted, amp=torch.float16)
+    for _ in range(2):
+        graphed.step(small_scene()[0], EMPTY)
+    rows = graphed.losses()
+    assert [row["skipped"] for row in rows] == [0, 0]
+    assert [row["loss_classifier"] for row in rows] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9, cycle_momentum=False),
+        lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
+    ],
+)
+def test_schedulers_change_the_rate_of_a_captured_step(schedule):
+    graphed = trainer()
+    graphed.step(*small_scene())
+    scheduler = schedule(graphed.optimizer)
+    rates = []
+    for _ in range(3):
+        graphed.step(*small_scene())
+        scheduler.step()
+        rates.append(float(graphed.optimizer.param_groups[0]["lr"]))
+    assert len(set(rates)) == 3
+    assert graphed.captured == (SHAPE,)
 
 
 # What only a capture can show.
