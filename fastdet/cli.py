@@ -169,7 +169,8 @@ def _doctor(options: argparse.Namespace) -> None:
     complaint = doctor.probe(device)
     print(f"a step of a small detector: {complaint or 'as it should be'}")
     model = FasterRCNN(options.backbone, 21).to(device)
-    memory = doctor.training_memory(model, options.batch_size, options.height, options.width)
+    with _naming("--height, --width"):
+        memory = doctor.training_memory(model, options.batch_size, options.height, options.width)
     size = f"{options.batch_size} x {options.height} x {options.width}"
     print(f"training {options.backbone}, {size}: {doctor.told(memory)}")
     if complaint:

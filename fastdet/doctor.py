@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdet.anchors import AnchorGenerator
 from fastdet.faster_rcnn import FasterRCNN
+from fastdet.restoring import generators_put_back, in_mode, put_back
 from fastdet.structures import Detections, Targets
 
 _PACKAGES = ("fastdet", "torch", "torchvision", "triton", "numpy")
@@ -58,20 +59,27 @@ def _version(package: str) -> str:
 def probe(device: torch.device) -> str | None:
     """Train and use a small detector for a step; None if all is well, else what is not.
 
-    On a GPU its detections have to be those of the same detector on the CPU, to a tenth of a pixel.
+    On a GPU its detections have to be those of the same detector on the CPU, to a tenth of a pixel; a few of them may
+    differ, since scores that are nearly equal may change places by the last bit.
     """
-    torch.manual_seed(0)
+    with generators_put_back(device):
+        torch.manual_seed(0)
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            return _probe(device)
+
+
+def _probe(device: torch.device) -> str | None:
     model = FasterRCNN("small", 5, **_PROBE)
     images, targets = torch.rand(2, 3, 128, 128), _targets(2, 128, 128)
     sizes = torch.tensor([[128, 128], [112, 96]])
     expected = _detections(model.eval(), images, sizes)
-    model.to(device).train()
+    model.to(device)
     images, sizes, targets = images.to(device), sizes.to(device), Targets(*(part.to(device) for part in targets))
-    found = Detections(*(part.cpu() for part in _detections(model.eval(), images, sizes)))
-    if not torch.equal(found.count, expected.count):
-        return f"{found.count.tolist()} detections, {expected.count.tolist()} on the CPU"
-    if not torch.allclose(found.boxes, expected.boxes, rtol=0, atol=0.1):
-        return f"boxes differ from the CPU's by {(found.boxes - expected.boxes).abs().max():.3f} pixels"
+    found = Detections(*(part.cpu() for part in _detections(model, images, sizes)))
+    alone = alone_in(found, expected), alone_in(expected, found)
+    total = int(found.count.sum() + expected.count.sum())
+    if sum(alone) > 0.05 * total:
+        return f"{alone[0]} detections that the CPU has not, {alone[1]} that it has alone, of {total}"
     losses = model.train().core(images, sizes, targets)[0]
     assert losses is not None
     torch.stack(list(losses.values())).sum().backward()
@@ -84,6 +92,14 @@ def probe(device: torch.device) -> str | None:
     return f"not finite: {', '.join(wrong)}" if wrong else None
 
 
+def alone_in(detections: Detections, others: Detections, pixels: float = 0.1) -> int:
+    """How many detections have none beside them among the `others`, of the same image and label and so near."""
+    distance = (detections.boxes[:, :, None] - others.boxes[:, None]).abs().amax(-1)
+    near = (distance <= pixels) & (detections.labels[:, :, None] == others.labels[:, None])
+    there = detections.labels > 0
+    return int((there & ~near.any(2)).sum())
+
+
 @torch.no_grad()
 def _detections(model: FasterRCNN, images: Tensor, sizes: Tensor) -> Detections:
     found = model.core(images, sizes)[1]
@@ -92,14 +108,14 @@ def _detections(model: FasterRCNN, images: Tensor, sizes: Tensor) -> Detections:
 
 
 def _targets(batch: int, height: int, width: int) -> Targets:
-    """Two boxes for each image, in its middle."""
+    """Two boxes of class 1 for each image, in its middle."""
     middle = torch.tensor([[0.2, 0.2, 0.6, 0.7], [0.4, 0.3, 0.9, 0.8]]) * torch.tensor([width, height, width, height])
-    labels = torch.tensor([1, 2]).expand(batch, 2)
-    return Targets(middle.expand(batch, 2, 4), labels, torch.zeros(batch, 2, dtype=torch.bool))
+    labels = torch.ones(batch, 2, dtype=torch.int64)
+    return Targets(middle.expand(batch, 2, 4), labels, torch.zeros_like(labels, dtype=torch.bool))
 
 
 def training_memory(model: FasterRCNN, batch: int, height: int, width: int) -> Memory:
-    """Measured in a forward pass of `model`, where it lies, over `batch` images of that padded size.
+    """Measured in a forward pass of `model`, where it lies, over `batch` images of that padded size; it stays as it is.
 
     Activations are the storages that autograd keeps, each counted once and none of the parameters'.
     """
@@ -117,22 +133,22 @@ def training_memory(model: FasterRCNN, batch: int, height: int, width: int) -> M
         return tensor
 
     channels = len(model.settings.image_mean)
-    images = torch.rand(batch, channels, height, width, device=device)
+    images = torch.zeros(batch, channels, height, width, device=device)
     sizes = torch.tensor([[height, width]] * batch, device=device)
     targets = Targets(*(part.to(device) for part in _targets(batch, height, width)))
-    training = model.training
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.train().core(images, sizes, targets)
-    model.train(training)
+    with (
+        generators_put_back(device),
+        put_back(list(model.buffers())),
+        in_mode(model, training=True),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        model.core(images, sizes, targets)
     return Memory(
-        sum(map(_bytes, parameters)),
-        sum(_bytes(parameter) for parameter in parameters if parameter.requires_grad),
+        sum(parameter.nbytes for parameter in parameters),
+        sum(parameter.nbytes for parameter in parameters if parameter.requires_grad),
         sum(kept.values()),
     )
-
-
-def _bytes(tensor: Any) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def told(memory: Memory) -> str:

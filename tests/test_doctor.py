@@ -1,9 +1,10 @@
 """`fastdet doctor`: what it says, what it finds wrong, and whether the memory that it measures is the step's."""
 
+import pytest
 import torch
 from scenes_of_detection import small_detector
 
-from fastdet import FasterRCNN, doctor
+from fastdet import Detections, FasterRCNN, doctor
 from fastdet.cli import main
 
 
@@ -56,3 +57,61 @@ def test_frozen_first_layers_record_no_gradient():
     model.backbone[0].register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
     model.core(torch.rand(1, 3, 64, 64), torch.tensor([[64, 64]]), want_losses=False, want_detections=True)
     assert seen == [False]
+
+
+def test_what_is_measured_stays_as_it_is():
+    model = FasterRCNN("mobilenet_v2", 2, box_representation_size=16, box_batch_size_per_image=4).train()
+    model.backbone.eval()
+    before = [tensor.clone() for tensor in (*model.parameters(), *model.buffers())]
+    modes, generator = [module.training for module in model.modules()], torch.get_rng_state()
+    assert doctor.training_memory(model, 1, 64, 96).activations > 0
+    doctor.probe(torch.device("cpu"))
+    for one, other in zip((*model.parameters(), *model.buffers()), before, strict=True):
+        assert torch.equal(one, other)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_detections_are_compared_as_sets():
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [20, 20, 40, 40], [0, 0, 0, 0]]])
+    found = Detections(boxes, torch.ones(1, 3), torch.tensor([[1, 2, 0]]), torch.tensor([2]), torch.zeros(1, 3).long())
+    swapped = Detections(*(part.flip(1) if part.ndim > 1 else part for part in found))
+    assert doctor.alone_in(found, swapped) == 0
+    assert doctor.alone_in(found, found._replace(boxes=boxes + 0.05)) == 0
+    assert doctor.alone_in(found, found._replace(boxes=boxes + 0.2)) == 2
+    assert doctor.alone_in(found, found._replace(labels=torch.tensor([[1, 1, 0]]))) == 1
+
+
+@pytest.mark.parametrize(("noise", "well"), [(1e-6, True), (0.3, False)])
+def test_probe_bears_the_last_bits_and_no_more(monkeypatch, noise, well):
+    """As between two devices: scores that are nearly equal change places."""
+    original, calls = doctor._detections, []
+
+    def noisy(model, images, sizes):
+        calls.append(model)
+        hooks = []
+        if len(calls) == 2:
+            hooks = [
+                layer.register_forward_hook(lambda _, args, output: output * (1 + noise * torch.randn_like(output)))
+                for layer in model.modules()
+                if isinstance(layer, torch.nn.Conv2d)
+            ]
+        found = original(model, images, sizes)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    monkeypatch.setattr(doctor, "_detections", noisy)
+    complaint = doctor.probe(torch.device("cpu"))
+    assert (complaint is None) == well, complaint
+
+
+def test_activations_are_kept_whatever_mode_the_caller_is_in():
+    model = FasterRCNN("small", 2, box_representation_size=16, box_batch_size_per_image=4)
+    with torch.no_grad():
+        assert doctor.training_memory(model, 1, 64, 96).activations > 0
+
+
+def test_a_size_that_cannot_be_trained_is_told(capsys):
+    assert main(["doctor", "--device", "cpu", "--backbone", "small", "--height", "1", "--width", "1"]) == 2
+    assert capsys.readouterr().err.startswith("fastdet: --height, --width: ")
