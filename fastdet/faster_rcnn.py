@@ -108,6 +108,10 @@ class FasterRCNN(nn.Module):
         self.register_buffer("_image_mean", torch.tensor(self.settings.image_mean), persistent=False)
         self.register_buffer("_image_std", torch.tensor(self.settings.image_std), persistent=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles have: all but a compiled core, which would go on with the weights of this model."""
+        return {name: value for name, value in self.__dict__.items() if name != "core"}
+
     @property
     def settings(self) -> Settings:
         """Every number. `model.settings = model.settings.override(box_score_thresh=0.3)` changes some afterwards.
@@ -201,8 +205,8 @@ class FasterRCNN(nn.Module):
     ) -> tuple[dict[str, Tensor] | None, Detections | None]:
         """The whole detector on padded tensors: fixed shapes, no wait of the host.
 
-        `model.core = torch.compile(model.core, fullgraph=True)` compiles it for `model(...)` too, but with
-        `return_features` or `return_class_scores`.
+        `model.core = torch.compile(model.core, fullgraph=True)` compiles it for `model(...)` too, except with
+        `return_features` or `return_class_scores`; a copy of the model is not compiled.
 
         Args:
             images: fp32 [B, C, H, W], normalised and padded.

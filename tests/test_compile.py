@@ -1,5 +1,8 @@
 """torch.compile takes the whole step as one graph, and few graphs serve every batch size."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from scenes_of_detection import NUM_CLASSES, small_detector, small_scene
@@ -61,3 +64,18 @@ def test_a_compiled_core_serves_the_models_call(training):
     torch.testing.assert_close(model(images, targets if training else None), expected)
     assert counter.frame_count == 1
     assert "features" in model.eval()(images, return_features=True)[0]
+
+
+def test_a_copy_of_a_compiled_model_runs_its_own_weights():
+    model = small_detector().eval()
+    images, _ = small_scene()
+    expected = model(images)
+    model.core = torch.compile(model.core, backend="eager", fullgraph=True)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for one, other in zip(copied(images), expected, strict=True):
+            assert torch.equal(one["scores"], other["scores"])
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.zero_()
+        assert {score for each in copied(images) for score in each["scores"].tolist()} == {0.25}
+    assert "core" in model.__dict__, "which stays compiled"
