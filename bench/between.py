@@ -1,4 +1,4 @@
-"""The part of a training step that lies between the networks: all of it but the backbone and the box head."""
+"""The part of a training step that lies between the networks: all but the backbone, the box head and their update."""
 
 import time
 from typing import Any
@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 
 class Stopwatch:
-    """Seconds that a layer takes forward and backward, on a CPU, which works as it is told; the last layer's backward
-    pass ends when `step_begins` is called."""
+    """Seconds that a layer takes forward and backward, on a CPU, which works as it is told.
+
+    The backward pass of a layer whose input takes no gradient ends when `end` is called.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         self.seconds = 0.0
@@ -39,17 +41,22 @@ class Stopwatch:
 
 
 class Between:
-    """Called, it takes a training step on the CPU and gives the milliseconds that were not the two networks'."""
+    """Called, it takes a training step on the CPU and gives the milliseconds that were not the networks'."""
 
     def __init__(self, step: Step) -> None:
         self._step = step
         self._watches = [Stopwatch(layer) for layer in (step.model.backbone, step.model.roi_heads.box_head)]
-        # Images take no gradient: the backbone's backward pass ends with the loss's.
-        step.optimizer.register_step_pre_hook(lambda *_: self._watches[0].end())
+        self._end = 0.0
+        step.optimizer.register_step_pre_hook(self._before_update)
 
     def __call__(self) -> float:
         for watch in self._watches:
             watch.seconds = 0.0
         start = time.perf_counter()
         self._step.run()
-        return (time.perf_counter() - start - sum(watch.seconds for watch in self._watches)) * 1e3
+        return (self._end - start - sum(watch.seconds for watch in self._watches)) * 1e3
+
+    def _before_update(self, *_: Any) -> None:
+        # Images take no gradient: the backbone's backward pass ends with the loss's.
+        self._watches[0].end()
+        self._end = time.perf_counter()

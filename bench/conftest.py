@@ -67,7 +67,7 @@ def gpu_clock() -> Clock:
     return milliseconds
 
 
-def captured(call: Call) -> Call | None:
+def replayed(call: Call) -> Call | None:
     """The replay of `call` as one CUDA graph, None (and a warning) where it cannot be captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -142,7 +142,7 @@ def versus(benchmark: Any, clock: Clock, rates: floors.Device | None) -> Callabl
             rounds=rounds,
             iterations=1,
         )
-        replay = captured(ours) if graph and cuda else None
+        replay = replayed(ours) if graph and cuda else None
         graphed_ms = None if replay is None else table.spread([clock(replay) for _ in range(rounds)]).p50
         floor_us = floors.floor_us(rates, floor) if rates and floor else None
         row = table.compared(

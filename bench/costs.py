@@ -21,7 +21,6 @@ DATA_DEPENDENT = frozenset(
         "is_nonzero",
         "masked_select",
         "nonzero",
-        "nonzero_static",
         "repeat_interleave",
         "unique_consecutive",
         "unique_dim",
@@ -37,54 +36,65 @@ _STEP = "the step that is counted"
 
 
 class Cost(NamedTuple):
-    """Of one step.
+    """Of one step, once all is warm.
 
     peak_mib: the most memory that tensors took at a time, weights, gradients and the optimizer's state among them.
-    launches: on a GPU calls of CUDA that give it work (kernels, copies, graphs); on a CPU operators that compute, one
-        of ours or of torchvision's being one.
+    launches: on a GPU calls of CUDA that give it work (kernels, copies, graphs); on a CPU operators that compute, an
+        operation of ours or of torchvision's being one. None where a step is not made of operators.
     waits: on a GPU calls of CUDA that return when the GPU is done; on a CPU operators for which the host would wait.
+        There `.tolist()` and copies to the host are not seen.
     """
 
     peak_mib: float
-    launches: int
+    launches: int | None
     waits: int
 
 
 class Step(NamedTuple):
     """A step to be measured.
 
-    run: one step as a script takes it.
-    padded: the same behind the model's door, where targets are checked on the host; what a CPU's operators are counted
-        of, as there nothing tells the host's work from the device's.
+    run: one step as a script takes it; it begins by letting go of the gradients of the last.
+    padded: the same behind the model's door, where targets are checked on the host, images resized and padded; what a
+        CPU's operators are counted of, as there nothing tells the host's work from the device's.
     model, optimizer: what stays from step to step; no optimizer where nothing is trained.
+    in_operators: whether a CPU runs it operator by operator.
     """
 
     run: Call
     padded: Call
     model: Any
     optimizer: Any
+    in_operators: bool = True
 
 
 def measured(build: Callable[[], Step], device: torch.device, warm_up: int = 3) -> tuple[Step, Cost]:
     """A step, warmed up, and what it costs."""
-    if device.type == "cuda":
-        # Whatever the last step of another left would count as this one's.
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if device.type != "cuda":
         step = build()
-        # A graph takes its memory when it is captured, which is now.
         for _ in range(warm_up):
             step.run()
-        launches, waits = cuda_calls(step.run)
-        return step, Cost((torch.cuda.max_memory_allocated() - before) / 2**20, launches, waits)
+        step.padded()
+        launches, waits = operators(step.padded)
+        return step, Cost((held(step) + highest(step.run)) / 2**20, launches if step.in_operators else None, waits)
+    # Whatever the last step of another left would count as this one's.
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated() + kept_by_graphs()
     step = build()
+    # Meanwhile libraries try algorithms, and a graph is captured: both take more memory than a step.
     for _ in range(warm_up):
         step.run()
-    step.padded()
-    launches, waits = operators(step.padded)
-    return step, Cost((held(step) + highest(step.run)) / 2**20, launches, waits)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    launches, waits = cuda_calls(step.run)
+    peak = torch.cuda.max_memory_allocated() + kept_by_graphs() - before
+    return step, Cost(peak / 2**20, launches, waits)
+
+
+def kept_by_graphs() -> int:
+    """Bytes of the GPU that graphs keep for what they work with, which torch counts as free between two replays."""
+    segments = (segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0))
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
 
 
 def cuda_calls(call: Call) -> tuple[int, int]:
@@ -134,17 +144,15 @@ def _counted(events: Sequence[Any]) -> tuple[int, int]:
 
 
 def held(step: Step) -> int:
-    """Bytes of the tensors that stay from step to step."""
-    parameters = list(step.model.parameters())
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    """Bytes of the tensors that stay from step to step; a step makes its gradients itself."""
     states = [value for state in (step.optimizer.state.values() if step.optimizer else ()) for value in state.values()]
-    tensors = [*parameters, *gradients, *step.model.buffers(), *filter(torch.is_tensor, states)]
+    tensors = [*step.model.parameters(), *step.model.buffers(), *filter(torch.is_tensor, states)]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def highest(call: Call) -> int:
-    """Bytes that `call` takes on the CPU at most, beyond what was taken before it."""
+    """Bytes that `call` takes on the CPU at most, beyond what was taken before; that it gives this back is not seen."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         call()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -84,7 +84,7 @@ def write(path: str | Path, rows: Iterable[Row]) -> None:
 
 def lines(rows: Sequence[Row]) -> list[str]:
     """The rows under a head, columns aligned; "-" where there is no value."""
-    head = ("op", "size", "dtype", "ours, ms", "torchvision", "ratio", "graphed", "floor", "times the floor")
+    head = ("op", "size", "dtype", "ours, ms", "torchvision", "ratio", "in a graph", "floor", "times the floor")
     cells = [
         (
             row.op,

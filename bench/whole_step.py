@@ -1,5 +1,6 @@
-"""The whole step of the detector in every way there is to run it, and of torchvision's with the same networks."""
+"""The whole step of the detector in every way there is to run it, and of torchvision's with the same weights."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,10 +17,15 @@ from fastdet.graphs import GraphedDetector, GraphedTrainer
 
 CLASSES = 21
 BOXES = 8
+# A class score of the random weights is about N(0, 1); so much more for the background leaves some hundred detections.
+BACKGROUND = 4.0
 
 
 class Case(NamedTuple):
-    """What is run: a backbone over `batch` images of height x width pixels, in training or not, in a dtype."""
+    """What is run: a backbone over `batch` images of height x width pixels, in training or not, in a dtype.
+
+    A rate of 0 leaves the weights, and with them the work, as they are.
+    """
 
     name: str
     height: int
@@ -28,6 +34,7 @@ class Case(NamedTuple):
     training: bool
     dtype: torch.dtype
     device: torch.device
+    lr: float = 0.0
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -41,11 +48,10 @@ class Case(NamedTuple):
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def optimizer(self, model: nn.Module, lr: float | Tensor = 1e-3) -> torch.optim.Optimizer:
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer | None:
+        """The one that a graph takes, for all; None where nothing trains."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # A learning rate that is a tensor is for a graph, which takes nothing but fused ones on any device.
-        fused = self.device.type == "cuda" or isinstance(lr, Tensor)
-        return torch.optim.SGD(trained, lr=lr, momentum=0.9, fused=fused)
+        return torch.optim.SGD(trained, torch.tensor(self.lr), momentum=0.9, fused=True) if self.training else None
 
 
 class RoIMaxPool(MultiScaleRoIAlign):
@@ -57,7 +63,8 @@ class RoIMaxPool(MultiScaleRoIAlign):
 
 
 def our_model(case: Case) -> fastdet.FasterRCNN:
-    """As many hidden channels in the RPN as torchvision's has, which is as many as the features have."""
+    """With random weights that find something. The RPN has as many hidden channels as torchvision's."""
+    torch.manual_seed(0)
     with case.device:
         model = fastdet.FasterRCNN(
             case.name,
@@ -67,15 +74,21 @@ def our_model(case: Case) -> fastdet.FasterRCNN:
             size_divisible=1,
             **case.numbers,
         )
+    with torch.no_grad():
+        seen = model.eval().inspect(scene(case._replace(batch=1))[0])
+        predictor = model.roi_heads.box_predictor.cls_score
+        predictor.weight /= seen["cls_scores"].std()
+        predictor.bias[0] = BACKGROUND
     return model.train(case.training)
 
 
-def their_model(case: Case) -> nn.Module:
-    """torchvision's FasterRCNN with the numbers of the VGG16 detector, as far as it has them."""
+def their_model(case: Case, ours: fastdet.FasterRCNN) -> nn.Module:
+    """torchvision's FasterRCNN as torchvision makes it, of the weights of `ours` and of its numbers."""
+    settings = ours.settings
     with case.device:
         backbone, head = fastdet.backbones.build(case.name, trainable_layers=case.trainable)
         if head is None:
-            head = TwoMLPHead(backbone.out_channels * 49, 1024)
+            head = TwoMLPHead(backbone.out_channels * 49, settings.box_representation_size)
         anchors = torchvision.models.detection.rpn.AnchorGenerator(((128, 256, 512),), ((0.5, 1.0, 2.0),))
         model = torchvision.models.detection.FasterRCNN(
             backbone,
@@ -84,15 +97,31 @@ def their_model(case: Case) -> nn.Module:
             box_roi_pool=RoIMaxPool(["0"], 7, 2),
             box_head=head,
             box_predictor=FastRCNNPredictor(head.fc7.out_features, CLASSES),
-            rpn_pre_nms_top_n_train=12000,
-            rpn_pre_nms_top_n_test=6000,
-            rpn_post_nms_top_n_train=2000,
-            rpn_post_nms_top_n_test=300,
-            box_batch_size_per_image=128,
-            box_nms_thresh=0.3,
-            box_detections_per_img=6000,
+            **{
+                name: getattr(settings, name)
+                for name in (
+                    "rpn_pre_nms_top_n_train",
+                    "rpn_pre_nms_top_n_test",
+                    "rpn_post_nms_top_n_train",
+                    "rpn_post_nms_top_n_test",
+                    "rpn_fg_iou_thresh",
+                    "rpn_bg_iou_thresh",
+                    "rpn_batch_size_per_image",
+                    "box_batch_size_per_image",
+                    "box_score_thresh",
+                    "box_nms_thresh",
+                )
+            },
+            # As many as there can be.
+            box_detections_per_img=settings.rpn_post_nms_top_n_test * (CLASSES - 1),
             **case.numbers,
         )
+    weights = ours.state_dict()
+    for kind in ("weight", "bias"):
+        # One logit an anchor, the object's, in the place of the background's and the object's.
+        both = weights[f"rpn.head.cls_logits.{kind}"].unflatten(0, (-1, 2))
+        weights[f"rpn.head.cls_logits.{kind}"] = both[:, 1] - both[:, 0]
+    model.load_state_dict(weights)
     return model.train(case.training)
 
 
@@ -118,8 +147,8 @@ def compiled(case: Case) -> Step:
     """The same through torch.compile."""
     model = our_model(case)
     torch._dynamo.reset()
-    model.core = torch.compile(model.core, fullgraph=True)  # type: ignore[method-assign]
-    return _called(case, model)
+    model.core = torch.compile(model.core, fullgraph=True)
+    return _called(case, model)._replace(in_operators=False)
 
 
 def graphed(case: Case) -> Step:
@@ -129,26 +158,35 @@ def graphed(case: Case) -> Step:
     batch, padded, _ = model._open(images, targets, True)
     shape = case.batch, 3, case.height, case.width
     amp = None if case.dtype == torch.float32 else case.dtype
-    if not case.training:
+    optimizer = case.optimizer(model)
+    if optimizer is None:
         detector = GraphedDetector(model, shape, amp=amp)
-        return Step(partial(detector, images), partial(detector.padded, *batch), model, None)
-    assert padded is not None
-    optimizer = case.optimizer(model, lr=torch.tensor(1e-3))
+        return Step(partial(detector, images), partial(detector.padded, *batch), model, None, in_operators=False)
     trainer = GraphedTrainer(model, optimizer, shape, BOXES, amp=amp)
     return Step(
         partial(trainer.step, images, targets),
         partial(trainer.step_padded, batch.images, batch.sizes, padded, batch.scales),
         model,
         optimizer,
+        in_operators=False,
     )
 
 
 def torchvisions(case: Case) -> Step:
-    model = their_model(case)
+    """Its targets lie on the device beforehand, and nothing checks or copies them."""
+    model = their_model(case, our_model(case))
     images, targets = scene(case)
     there = [{name: value.to(case.device) for name, value in target.items()} for target in targets]
-    call = partial(model, images, there if case.training else None)
-    return _looped(case, model, call, call)
+    given = there if case.training else None
+    batch, resized = model.transform(images, given)
+
+    def behind_the_transform() -> Any:
+        features = OrderedDict([("0", model.backbone(batch.tensors))])
+        proposals, rpn_losses = model.rpn(batch, features, resized)
+        found, box_losses = model.roi_heads(features, proposals, batch.image_sizes, resized)
+        return {**rpn_losses, **box_losses} if case.training else found
+
+    return _looped(case, model, partial(model, images, given), behind_the_transform)
 
 
 WAYS: dict[str, Callable[[Case], Step]] = {"eager": eager, "compiled": compiled, "graphed": graphed}
@@ -158,35 +196,35 @@ def _called(case: Case, model: fastdet.FasterRCNN) -> Step:
     images, targets = scene(case)
     batch, padded, _ = model._open(images, targets, True)
     given = (targets, padded) if case.training else (None, None)
-    return _looped(
-        case,
-        model,
-        lambda: model(images, given[0]),
+
+    def core() -> Any:
         # As the model calls it, so that nothing is compiled twice.
-        lambda: model.core(
+        losses, found = model.core(
             batch.images,
             batch.sizes,
             given[1],
             batch.scales,
             want_losses=case.training,
             want_detections=not case.training,
-        )[0],
-    )
+        )
+        return losses if case.training else found
+
+    return _looped(case, model, lambda: model(images, given[0]), core)
 
 
 def _looped(case: Case, model: nn.Module, call: Callable[[], Any], padded: Callable[[], Any]) -> Step:
-    """The loop around calls that give losses in training, and else detections."""
-    optimizer = case.optimizer(model) if case.training else None
+    """The loop around calls that give losses in training, and else detections, which it gives back."""
+    optimizer = case.optimizer(model)
 
-    def once(call: Callable[[], Any]) -> None:
+    def once(call: Callable[[], Any]) -> Any:
         if optimizer is None:
             with torch.inference_mode(), case.autocast():
-                call()
-            return
+                return call()
         optimizer.zero_grad()
         with case.autocast():
             loss = sum(call().values())
         loss.backward()
         optimizer.step()
+        return None
 
     return Step(partial(once, call), partial(once, padded), model, optimizer)

@@ -142,8 +142,27 @@ def test_what_a_step_holds_counts_each_tensor_once():
     model(torch.ones(100)).sum().backward()
     optimizer.step()
     model.register_buffer("again", model.weight.detach())
-    # Weights, gradients and momentum.
-    assert costs.held(costs.Step(lambda: 0, lambda: 0, model, optimizer)) == 3 * 4 * 5050
+    # Weights and momentum.
+    assert costs.held(costs.Step(lambda: 0, lambda: 0, model, optimizer)) == 2 * 4 * 5050
+
+
+@pytest.mark.parametrize("keeps_gradients", [True, False])
+def test_peak_of_a_step_counts_its_gradients_once(keeps_gradients):
+    model = nn.Linear(1000, 1000, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        model(torch.ones(1000)).sum().backward()
+        optimizer.step()
+        if not keeps_gradients:
+            optimizer.zero_grad()
+
+    _, cost = costs.measured(lambda: costs.Step(run, run, model, optimizer), torch.device("cpu"))
+    assert cost.peak_mib == pytest.approx(2 * 4e6 / 2**20, rel=0.02)
+    assert cost.waits == 0
+    step = costs.Step(run, run, model, optimizer, in_operators=False)
+    assert costs.measured(lambda: step, torch.device("cpu"))[1].launches is None
 
 
 class Slow(torch.autograd.Function):
@@ -170,7 +189,7 @@ class SlowLayer(nn.Module):
 
 
 def test_time_between_the_networks():
-    """30 ms of the 190 are neither the backbone's nor the head's."""
+    """20 ms of the 190 are neither the backbone's nor the head's, nor behind the optimizer's step."""
     model = nn.Module()
     model.backbone, model.roi_heads = SlowLayer(), nn.Module()
     model.roi_heads.box_head = SlowLayer()
@@ -184,28 +203,56 @@ def test_time_between_the_networks():
         time.sleep(0.01)
 
     timed = between.Between(costs.Step(run, run, model, optimizer))
-    assert 28 < min(timed() for _ in range(3)) < 60
+    assert 18 < min(timed() for _ in range(3)) < 50
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_all_ways_take_the_same_step(training):
-    """Losses go down by the same update; detections are the same, whichever way."""
-    case = whole_step.Case("mobilenet_v2", 64, 96, 2, training, torch.float32, torch.device("cpu"))
-    weights = []
-    for way in (whole_step.eager, whole_step.graphed):
-        torch.manual_seed(0)
-        step = way(case)
-        before = [parameter.clone() for parameter in step.model.parameters()]
-        torch.manual_seed(1)
-        step.run()
-        weights.append([after.clone() for after in step.model.parameters()])
-        assert training == any(not torch.equal(*pair) for pair in zip(before, weights[-1], strict=True))
-    torch.testing.assert_close(weights[0], weights[1])
-    theirs = whole_step.torchvisions(case)
-    theirs.run()
-    sizes = [sum(parameter.numel() for parameter in each.model.parameters()) for each in (step, theirs)]
-    # Our RPN has two logits an anchor.
-    assert sizes[0] - sizes[1] == 9 * (96 + 1)
+SMALL = whole_step.Case("mobilenet_v2", 64, 96, 2, True, torch.float32, torch.device("cpu"), lr=0.1)
+
+
+def weights_after(step: costs.Step, run: costs.Call) -> list[Tensor]:
+    torch.manual_seed(1)
+    run()
+    return [parameter.detach().clone() for parameter in step.model.parameters()]
+
+
+def test_all_ways_take_the_same_training_step():
+    before = list(whole_step.our_model(SMALL).parameters())
+    expected = whole_step.eager(SMALL)
+    after = weights_after(expected, expected.run)
+    assert not all(map(torch.equal, before, after))
+    for build in (whole_step.eager, whole_step.graphed):
+        for name in ("run", "padded"):
+            step = build(SMALL)
+            torch.testing.assert_close(weights_after(step, getattr(step, name)), after)
+    still = whole_step.eager(SMALL._replace(lr=0.0))
+    assert all(map(torch.equal, before, weights_after(still, still.run)))
+
+
+def test_all_ways_find_what_torchvision_finds():
+    """But for the anchors, which differ a little: ours are not rounded and lie elsewhere in the cell."""
+    case = SMALL._replace(training=False, height=160, width=224)
+    ours, theirs = whole_step.eager(case), whole_step.torchvisions(case)
+    found = ours.run()
+    assert sum(len(each["scores"]) for each in found) > 20
+    for one, other in zip(found, whole_step.graphed(case).run(), strict=True):
+        torch.testing.assert_close(one, other)
+    padded = ours.padded()
+    assert padded.count.tolist() == [len(each["scores"]) for each in found]
+    counts = [[len(each["scores"]) for each in step()] for step in (theirs.run, theirs.padded)]
+    assert counts[0] == counts[1]
+    assert sum(counts[0]) == pytest.approx(sum(padded.count.tolist()), rel=0.25)
+
+
+def test_torchvision_has_the_same_weights():
+    ours = whole_step.our_model(SMALL)
+    theirs = whole_step.their_model(SMALL, ours)
+    images = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        features = ours.eval().backbone(images)
+        torch.testing.assert_close(theirs.eval().backbone(images), features)
+        both = ours.rpn.head([features]).logits[0].unflatten(1, (-1, 2))
+        (logits,), _ = theirs.rpn.head([features])
+    torch.testing.assert_close(logits, both[:, :, 1] - both[:, :, 0])
 
 
 def test_csv_round_trip(tmp_path):
@@ -232,7 +279,8 @@ def test_plot_writes_a_picture(tmp_path, floor_ms):
 
 def test_the_readme_says_what_was_measured():
     root = Path(__file__).parents[1]
-    measured = {(row.op, row.size, f"{row.ratio:.2f}") for row in plot.read(root / "bench/results/epyc-2-cores.csv")}
+    results = [row for row in plot.read(root / "bench/results/epyc-2-cores.csv") if "16" not in row.dtype]
+    measured = {(row.op, row.size, f"{row.ratio:.2f}") for row in results}
     text = (root / "README.md").read_text()
     rows = re.findall(r"^\| (.+) \| (.+) \| (\d+\.\d\d) \|$", text, re.MULTILINE)
     assert len(rows) > 20
