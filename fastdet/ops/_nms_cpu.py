@@ -14,8 +14,10 @@ _ABREAST = 12
 _ABREAST_TILE = 1 << 17
 # How many of them are compared before those removed are dropped for the first time.
 _ROWS = 64
-# Block by block: boxes of a block.
-_BLOCK = 192
+# Block by block: boxes of the first block and of the largest. The next is twice as large where fewer than _SPARSE are
+# left to be settled among themselves, and half as large where there are more than _DENSE.
+_BLOCK, _LARGEST_BLOCK = 192, 1024
+_SPARSE, _DENSE = 64, 160
 
 
 def fp32_below(threshold: float) -> float:
@@ -135,12 +137,14 @@ def _packed(boxes: Tensor, place: Tensor, chosen: Tensor, nowhere: int) -> tuple
 
 def _suppress_many(planes: Tensor, rows: Tensor, iou_threshold: float, max_keep: int) -> Tensor:
     """What `rows` of `planes` [5, N] keep, ascending: a block at a time, first against all boxes kept so far, then
-    what is left among itself."""
+    what is left among itself, which takes as long as its square."""
     threshold = fp32_below(iou_threshold)
     kept, found, most = planes.new_empty(5, min(max_keep, len(rows))), [], 0
     memory = planes.new_empty(3, TILE)
-    for block in rows.split(_BLOCK):
-        left, first = block, 0
+    start, size = 0, _BLOCK
+    while start < len(rows) and most < max_keep:
+        left, first = rows[start : start + size], 0
+        start += size
         while first < most and len(left):
             last = min(first + TILE // len(left), most)
             spare = memory[:, : len(left) * (last - first)].view(3, len(left), last - first)
@@ -148,12 +152,14 @@ def _suppress_many(planes: Tensor, rows: Tensor, iou_threshold: float, max_keep:
             # A sum, because sums of numbers are what is fast on a CPU.
             left = left[hits.sum(1) == 0]
             first = last
+        if len(left) < _SPARSE:
+            size = min(size * 2, _LARGEST_BLOCK)
+        elif len(left) > _DENSE:
+            size = max(size // 2, _SPARSE)
         left = left[_settle(planes[:4, left], iou_threshold)[: max_keep - most]]
         found.append(left)
         kept[:, most : most + len(left)] = planes[:, left]
         most += len(left)
-        if most == max_keep:
-            break
     return torch.cat(found)
 
 
