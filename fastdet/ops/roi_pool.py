@@ -39,7 +39,7 @@ def _cells(rois: Tensor, spatial_scale: float, num_images: int) -> Tensor:
 def roi_pool_cpu(
     input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int
 ) -> tuple[Tensor, Tensor]:
-    pooled, argmax = _outputs(input, rois, pooled_height, pooled_width, torch.contiguous_format, torch.int32)
+    pooled, argmax = _outputs(input, rois, pooled_height, pooled_width, torch.contiguous_format)
     if pooled.numel():
         features = _rois.wide(input).contiguous()
         cells = _cells(rois.to(features.dtype), spatial_scale, input.shape[0])
@@ -78,7 +78,7 @@ def roi_pool_backward_cpu(
         grad_input[:, first:last] = torch.ops.torchvision._roi_pool_backward(
             wide[:, first:last],
             cells,
-            argmax[:, first:last].contiguous(),
+            argmax[:, first:last].to(torch.int32, memory_format=torch.contiguous_format),
             1.0,
             pooled_height,
             pooled_width,
@@ -97,7 +97,7 @@ def roi_pool_cuda(
 ) -> tuple[Tensor, Tensor]:
     from fastdet.kernels import roi_pool as kernel
 
-    pooled, argmax = _outputs(input, rois, pooled_height, pooled_width, torch.channels_last, _argmax_dtype(input))
+    pooled, argmax = _outputs(input, rois, pooled_height, pooled_width, torch.channels_last)
     if pooled.numel():
         features = input.contiguous(memory_format=torch.channels_last)
         kernel.launch(features, rois.contiguous(), pooled, argmax, spatial_scale=spatial_scale)
@@ -145,20 +145,13 @@ def _empty(
 
 
 def _outputs(
-    input: Tensor,
-    rois: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    layout: torch.memory_format,
-    argmax_dtype: torch.dtype,
+    input: Tensor, rois: Tensor, pooled_height: int, pooled_width: int, layout: torch.memory_format
 ) -> tuple[Tensor, Tensor]:
+    """Unwritten: pooled features, and of each the cell that it came from, in the smaller type where that holds every
+    cell of the map."""
     shape = (rois.shape[0], input.shape[1], pooled_height, pooled_width)
-    return _empty(input, shape, layout), _empty(input, shape, layout, argmax_dtype)
-
-
-def _argmax_dtype(input: Tensor) -> torch.dtype:
-    """On a GPU the smaller type where it holds every cell of the map: half the bytes of the gradient's indices."""
-    return torch.int16 if input.shape[2] * input.shape[3] <= torch.iinfo(torch.int16).max else torch.int32
+    small = input.shape[2] * input.shape[3] <= torch.iinfo(torch.int16).max
+    return _empty(input, shape, layout), _empty(input, shape, layout, torch.int16 if small else torch.int32)
 
 
 def _layout(tensor: Tensor) -> torch.memory_format:
@@ -168,9 +161,7 @@ def _layout(tensor: Tensor) -> torch.memory_format:
 def roi_pool_fake(
     input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int
 ) -> tuple[Tensor, Tensor]:
-    # torchvision's operator works with int32 on the CPU.
-    dtype = _argmax_dtype(input) if input.device.type == "cuda" else torch.int32
-    return _outputs(input, rois, pooled_height, pooled_width, _layout(input), dtype)
+    return _outputs(input, rois, pooled_height, pooled_width, _layout(input))
 
 
 def roi_pool_backward_fake(
