@@ -48,10 +48,12 @@ class Case(NamedTuple):
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer | None:
-        """The one that a graph takes, for all; None where nothing trains."""
+    def optimizer(self, model: nn.Module, graphed: bool = False) -> torch.optim.Optimizer | None:
+        """Fused for all, as a graph wants it, which wants the rate as a tensor too; None where nothing trains."""
+        if not self.training:
+            return None
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return torch.optim.SGD(trained, torch.tensor(self.lr), momentum=0.9, fused=True) if self.training else None
+        return torch.optim.SGD(trained, torch.tensor(self.lr) if graphed else self.lr, momentum=0.9, fused=True)
 
 
 class RoIMaxPool(MultiScaleRoIAlign):
@@ -158,7 +160,7 @@ def graphed(case: Case) -> Step:
     batch, padded, _ = model._open(images, targets, True)
     shape = case.batch, 3, case.height, case.width
     amp = None if case.dtype == torch.float32 else case.dtype
-    optimizer = case.optimizer(model)
+    optimizer = case.optimizer(model, graphed=True)
     if optimizer is None:
         detector = GraphedDetector(model, shape, amp=amp)
         return Step(partial(detector, images), partial(detector.padded, *batch), model, None, in_operators=False)
