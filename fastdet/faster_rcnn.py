@@ -110,7 +110,9 @@ class FasterRCNN(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles have: all but a compiled core, which would go on with the weights of this model."""
-        return {name: value for name, value in self.__dict__.items() if name != "core"}
+        state: dict[str, Any] = super().__getstate__()
+        state.pop("core", None)
+        return state
 
     @property
     def settings(self) -> Settings:

@@ -79,3 +79,16 @@ def test_a_copy_of_a_compiled_model_runs_its_own_weights():
                 parameter.zero_()
         assert {score for each in copied(images) for score in each["scores"].tolist()} == {0.25}
     assert "core" in model.__dict__, "which stays compiled"
+
+
+def test_a_copy_of_a_compiled_call_runs_its_own_weights():
+    """`nn.Module.compile` keeps its own in the module too."""
+    model = small_detector().eval()
+    model.compile(backend="eager")
+    copied = copy.deepcopy(model)
+    pickle.dumps(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    images, _ = small_scene()
+    assert {score for each in copied(images) for score in each["scores"].tolist()} == {0.25}
