@@ -75,11 +75,32 @@ def test_what_is_measured_stays_as_it_is():
 def test_detections_are_compared_as_sets():
     boxes = torch.tensor([[[0.0, 0, 10, 10], [20, 20, 40, 40], [0, 0, 0, 0]]])
     found = Detections(boxes, torch.ones(1, 3), torch.tensor([[1, 2, 0]]), torch.tensor([2]), torch.zeros(1, 3).long())
-    swapped = Detections(*(part.flip(1) if part.ndim > 1 else part for part in found))
+    swapped = Detections(*(part[:, [1, 0, 2]] if part.ndim > 1 else part for part in found))
     assert doctor.alone_in(found, swapped) == 0
     assert doctor.alone_in(found, found._replace(boxes=boxes + 0.05)) == 0
     assert doctor.alone_in(found, found._replace(boxes=boxes + 0.2)) == 2
     assert doctor.alone_in(found, found._replace(labels=torch.tensor([[1, 1, 0]]))) == 1
+    assert doctor.alone_in(found, found._replace(scores=found.scores - 8)) == 2
+    assert doctor.alone_in(found, found._replace(count=torch.tensor([1]))) == 1
+
+
+def test_probe_runs_with_the_libraries_that_a_model_runs_with(monkeypatch):
+    original, seen = doctor._detections, []
+
+    def looking(*args):
+        seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+        return original(*args)
+
+    monkeypatch.setattr(doctor, "_detections", looking)
+    assert doctor.probe(torch.device("cpu")) is None
+    assert seen == [(torch.backends.cudnn.enabled, False)] * 2
+
+
+def test_probe_wants_something_found(monkeypatch):
+    original = doctor._detections
+    nothing = lambda *args: original(*args)._replace(count=torch.zeros(2, dtype=torch.int64))  # noqa: E731
+    monkeypatch.setattr(doctor, "_detections", nothing)
+    assert doctor.probe(torch.device("cpu")) == "no detections, neither on the CPU"
 
 
 @pytest.mark.parametrize(("noise", "well"), [(1e-6, True), (0.3, False)])
