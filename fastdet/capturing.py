@@ -134,11 +134,18 @@ class _Kept(NamedTuple):
     address: int
 
 
+class _Group(NamedTuple):
+    group: dict[str, Any]
+    numbers: dict[str, Any]
+    parameters: list[Tensor]
+
+
 class Baked:
     """What a captured step will go on using, whatever becomes of the model: tensors by address, layers, settings."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
         self._model, self._settings = model, getattr(model, "settings", None)
+        self._core = model.__dict__.get("core")
         self._layers = [
             _Layer(name, layer, layer.training, dict(layer._modules)) for name, layer in model.named_modules()
         ]
@@ -149,9 +156,13 @@ class Baked:
             for key, tensor in store.items()
             if tensor is not None
         ]
-        self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._groups: list[_Group] = []
+        self._states: list[dict[str, Any]] = []
         if optimizer is not None:
-            self._groups = [(group, _numbers(optimizer, group)) for group in optimizer.param_groups]
+            self._groups = [
+                _Group(group, _numbers(optimizer, group), list(group["params"])) for group in optimizer.param_groups
+            ]
+            self._states = list(optimizer.state.values())
             self._kept += [
                 _Kept(f"{key} of the optimizer", store, key, tensor, tensor.requires_grad, tensor.data_ptr())
                 for store in (*optimizer.param_groups, *optimizer.state.values())
@@ -168,12 +179,13 @@ class Baked:
             if layer.training != training:
                 return f"{name or 'the model'} was put into {'evaluation' if training else 'training'} mode"
         if self._optimizer is not None:
-            groups = self._optimizer.param_groups
-            if len(groups) != len(self._groups) or any(
-                now is not then for now, (then, _) in zip(groups, self._groups, strict=True)
-            ):
+            if not _same(self._optimizer.param_groups, [group for group, _, _ in self._groups]):
                 return "the groups of the optimizer were replaced (by load_state_dict?)"
-            for index, (group, numbers) in enumerate(self._groups):
+            if not _same(list(self._optimizer.state.values()), self._states):
+                return "the state of the optimizer was replaced"
+            for index, (group, numbers, parameters) in enumerate(self._groups):
+                if not _same(group["params"], parameters):
+                    return f"the parameters of group {index} of the optimizer were changed"
                 now = _numbers(self._optimizer, group)
                 changed = [key for key, value in now.items() if numbers.get(key) != value]
                 if changed:
@@ -185,6 +197,8 @@ class Baked:
                 return f"{name} was {'frozen' if requires_grad else 'unfrozen'}"
         if getattr(self._model, "settings", None) is not self._settings:
             return "the settings of the model were changed"
+        if self._model.__dict__.get("core") is not self._core:
+            return "the core of the model was replaced"
         return None
 
 
@@ -239,10 +253,10 @@ class Graphed:
         if difference is not None:
             name = type(self).__name__
             raise RuntimeError(f"since {name} captured its step, {difference}: undo that, or call its recapture()")
-        if self._baked is None:
-            self._prepare()
         # Static tensors of inference mode could not be filled outside it.
         with torch.inference_mode(False):
+            if self._baked is None:
+                self._prepare()
             program = self._programs[bucket]
         self._baked = self._baked or self._bake()
         return program
@@ -264,6 +278,11 @@ class Graphed:
 
     def _bake(self) -> Baked:
         raise NotImplementedError
+
+
+def _same(now: Sequence[object], then: Sequence[object]) -> bool:
+    """Whether they hold the very same things."""
+    return len(now) == len(then) and all(one is other for one, other in zip(now, then, strict=True))
 
 
 def _numbers(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:

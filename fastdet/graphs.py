@@ -89,10 +89,13 @@ class GraphedTrainer(Graphed):
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("the model has no trainable parameters")
         self.optimizer, self.max_boxes, self.clip_norm = optimizer, max_boxes, clip_norm
-        self.loss_scale = LossScale.start(amp, self.device)
         self._steps = 0
         self._unread: list[tuple[int, str, Tensor]] = []
-        self._prepare()
+        self._rates: list[Tensor] = []
+        # Tensors of inference mode could not be changed outside it.
+        with torch.inference_mode(False):
+            self.loss_scale = LossScale.start(amp, self.device)
+            self._prepare()
 
     def step(
         self,
@@ -217,11 +220,12 @@ class GraphedTrainer(Graphed):
             ValueError: the optimizer cannot be captured any more.
         """
         super().recapture()
-        self._prepare()
+        with torch.inference_mode(False):
+            self._prepare()
 
     def _prepare(self) -> None:
         check_owner(self.optimizer, self.model)
-        prepare(self.optimizer, self.device)
+        self._rates = prepare(self.optimizer, self.device, self._rates)
 
     def _check_boxes(self, count: int) -> None:
         if count > self.max_boxes:

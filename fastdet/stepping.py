@@ -6,8 +6,9 @@ rate and the loss scale are tensors, and a step that must not count is undone by
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -121,21 +122,29 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     return [buffer for layer in layers if layer.training for buffer in layer.buffers(recurse=False)]
 
 
-def prepare(optimizer: Optimizer, device: torch.device) -> None:
+def prepare(optimizer: Optimizer, device: torch.device, rates: Sequence[Tensor] = ()) -> list[Tensor]:
     """Bring an optimizer to where its first step does what all others do, in place.
 
     Each group gets a learning rate of its own, fp32 on `device`. State that the first step would make is made, of
     zeros: fused SGD takes the gradient itself as its first momentum, and captured so would do it at every replay.
 
+    Args:
+        rates: what an earlier call returned; a group that still has the rate that it got then keeps it.
+
+    Returns:
+        The groups' learning rates.
+
     Raises:
         ValueError: an optimizer that cannot be captured; says how to make one that can.
     """
     check_capturable(optimizer)
-    for group in optimizer.param_groups:
-        group["lr"] = group["lr"].detach().to(device, torch.float32, copy=True)
+    for group, rate in zip_longest(optimizer.param_groups, rates[: len(optimizer.param_groups)]):
+        if group["lr"] is not rate:
+            group["lr"] = group["lr"].detach().to(device, torch.float32, copy=True)
         for parameter in group["params"]:
             if parameter.requires_grad:
                 _seed(optimizer, group, parameter)
+    return [group["lr"] for group in optimizer.param_groups]
 
 
 def check_owner(optimizer: Optimizer, model: nn.Module) -> None:
