@@ -83,7 +83,7 @@ def check_targets(targets: Any, images: Sequence[Tensor], num_classes: int) -> l
         if tuple(labels.shape) != (len(boxes),) or labels.is_floating_point() or labels.dtype == torch.bool:
             expected = f"integers [{len(boxes)}]"
             raise ValueError(f"target {i}: labels must be {expected}, got {labels.dtype} {list(labels.shape)}")
-        ignore = _tensor(i, "ignore", target.get("ignore", torch.zeros(len(boxes), dtype=torch.bool)))
+        ignore = _tensor(i, "ignore", target.get("ignore", torch.zeros(len(boxes), dtype=torch.bool, device="cpu")))
         if tuple(ignore.shape) != (len(boxes),) or ignore.dtype != torch.bool:
             expected = f"bool [{len(boxes)}]"
             raise ValueError(f"target {i}: ignore must be {expected}, got {ignore.dtype} {list(ignore.shape)}")
@@ -131,8 +131,8 @@ def batch_images(images: Sequence[Tensor], settings: Settings, mean: Tensor, std
             pixels = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False)
         for row, i in enumerate(members):
             batch[i, :, :height, :width] = pixels[row]
-    scales = torch.tensor([scale for _, scale in resized])
-    return Batch(batch, _moved(torch.tensor(sizes), mean.device), _moved(scales, mean.device))
+    scales = torch.tensor([scale for _, scale in resized], device="cpu")
+    return Batch(batch, _moved(torch.tensor(sizes, device="cpu"), mean.device), _moved(scales, mean.device))
 
 
 def normalised(pixels: Tensor, settings: Settings, mean: Tensor, std: Tensor) -> Tensor:
@@ -154,9 +154,10 @@ def batch_targets(targets: Sequence[dict[str, Tensor]], originals: Sequence[Size
     There are as many rows as the next power of two above the most boxes of an image, so that few shapes occur.
     """
     most = 1 << (max(1, *(len(target["boxes"]) for target in targets)) - 1).bit_length()
-    boxes = torch.zeros(len(targets), most, 4)
-    labels = torch.zeros(len(targets), most, dtype=torch.int64)
-    ignore = torch.zeros(len(targets), most, dtype=torch.bool)
+    # On the host, whatever the default device: pinned memory is.
+    boxes = torch.zeros(len(targets), most, 4, device="cpu")
+    labels = torch.zeros(len(targets), most, dtype=torch.int64, device="cpu")
+    ignore = torch.zeros(len(targets), most, dtype=torch.bool, device="cpu")
     for i, target in enumerate(targets):
         count, (height, width) = len(target["boxes"]), originals[i]
         corners = target["boxes"].clone()
@@ -170,7 +171,7 @@ def batch_targets(targets: Sequence[dict[str, Tensor]], originals: Sequence[Size
 
 def resize_factors(originals: Sequence[Size], sizes: Tensor) -> Tensor:
     """What box corners are multiplied by when images are resized: fp32 [B, 4], x and y apart."""
-    ratio = sizes / _moved(torch.tensor(originals), sizes.device)
+    ratio = sizes / _moved(torch.tensor(originals, device="cpu"), sizes.device)
     return ratio.flip(-1).repeat(1, 2).float()
 
 

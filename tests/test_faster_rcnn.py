@@ -626,3 +626,14 @@ def test_bad_input_names_the_image_and_the_box(monkeypatch, images, targets, wor
     monkeypatch.setattr(model.backbone, "forward", untouched)
     with pytest.raises(ValueError, match=words):
         model(images, targets)
+
+
+def test_a_default_device_does_not_take_the_hosts_part():
+    """Such as `torch.set_default_device("cuda")`: what is padded on the host goes there from pinned memory."""
+    images, targets = small_scene()
+    model = small_detector().train()
+    batch, padded, _ = model._open(images, targets, True)
+    with torch.device("meta"):
+        again, again_padded, _ = model._open(images, targets, True)
+    for one, other in zip((*batch, *padded), (*again, *again_padded), strict=True):
+        assert torch.equal(one, other)
