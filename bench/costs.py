@@ -41,8 +41,8 @@ class Cost(NamedTuple):
     peak_mib: the most memory that tensors took at a time, weights, gradients and the optimizer's state among them.
     launches: on a GPU calls of CUDA that give it work (kernels, copies, graphs); on a CPU operators that compute, an
         operation of ours or of torchvision's being one. None where a step is not made of operators.
-    waits: on a GPU calls of CUDA that return when the GPU is done; on a CPU operators for which the host would wait.
-        There `.tolist()` and copies to the host are not seen.
+    waits: on a GPU calls of CUDA that return when the GPU is done; on a CPU operators for which the host would wait,
+        torchvision's suppression among them. There `.tolist()` and copies to the host are not seen.
     """
 
     peak_mib: float
@@ -58,6 +58,7 @@ class Step(NamedTuple):
         CPU's operators are counted of, as there nothing tells the host's work from the device's.
     model, optimizer: what stays from step to step; no optimizer where nothing is trained.
     in_operators: whether a CPU runs it operator by operator.
+    others: bytes of what else stays, once it is warm.
     """
 
     run: Call
@@ -65,6 +66,7 @@ class Step(NamedTuple):
     model: Any
     optimizer: Any
     in_operators: bool = True
+    others: Callable[[], int] = lambda: 0
 
 
 def measured(build: Callable[[], Step], device: torch.device, warm_up: int = 3) -> tuple[Step, Cost]:
@@ -79,6 +81,8 @@ def measured(build: Callable[[], Step], device: torch.device, warm_up: int = 3) 
     # Whatever the last step of another left would count as this one's.
     gc.collect()
     torch.cuda.synchronize()
+    # What a graph leaves stays its own until then.
+    torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated() + kept_by_graphs()
     step = build()
     # Meanwhile libraries try algorithms, and a graph is captured: both take more memory than a step.
@@ -106,7 +110,10 @@ def cuda_calls(call: Call) -> tuple[int, int]:
         torch.cuda.synchronize()
     events = profiled.events()
     (span,) = (event.time_range for event in events if event.name == _STEP and event.device_type.name == "CPU")
-    return counted_calls(event.name for event in events if span.start <= event.time_range.start <= span.end)
+    launches, waits = counted_calls(event.name for event in events if span.start <= event.time_range.start <= span.end)
+    if not launches:
+        raise RuntimeError("the profiler recorded no call of CUDA")
+    return launches, waits
 
 
 def counted_calls(names: Iterable[str]) -> tuple[int, int]:
@@ -130,7 +137,7 @@ def _counted(events: Sequence[Any]) -> tuple[int, int]:
     computing = waiting = 0
     for event in events:
         namespace, _, name = event.name.rpartition("::")
-        if name in DATA_DEPENDENT and namespace == "aten":
+        if (name in DATA_DEPENDENT and namespace == "aten") or event.name == "torchvision::nms":
             computing, waiting = computing + 1, waiting + 1
         elif re.fullmatch(r"(?!aten::(?!_fused_)|autograd::|profiler::)\w+::\w+", event.name):
             # What an operation of a library, or a fused optimizer, is made of on a CPU says nothing of a GPU.
@@ -148,7 +155,7 @@ def held(step: Step) -> int:
     states = [value for state in (step.optimizer.state.values() if step.optimizer else ()) for value in state.values()]
     tensors = [*step.model.parameters(), *step.model.buffers(), *filter(torch.is_tensor, states)]
     storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return step.others() + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def highest(call: Call) -> int:

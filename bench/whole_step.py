@@ -163,7 +163,14 @@ def graphed(case: Case) -> Step:
     optimizer = case.optimizer(model, graphed=True)
     if optimizer is None:
         detector = GraphedDetector(model, shape, amp=amp)
-        return Step(partial(detector, images), partial(detector.padded, *batch), model, None, in_operators=False)
+        return Step(
+            partial(detector, images),
+            partial(detector.padded, *batch),
+            model,
+            None,
+            in_operators=False,
+            others=lambda: detector._programs.nbytes,
+        )
     trainer = GraphedTrainer(model, optimizer, shape, BOXES, amp=amp)
     return Step(
         partial(trainer.step, images, targets),
@@ -171,6 +178,7 @@ def graphed(case: Case) -> Step:
         model,
         optimizer,
         in_operators=False,
+        others=lambda: trainer._programs.nbytes,
     )
 
 

@@ -123,6 +123,7 @@ def test_operators_are_counted(monkeypatch):
     assert costs.operators(lambda: mask.any().item())[1] == 1
     assert costs.operators(lambda: torch.ones(3)[mask])[1] == 1
     boxes = torch.rand(700, 4)
+    assert costs.operators(lambda: torch.ops.torchvision.nms(boxes, boxes[:, 0], 0.5))[1] == 1
     assert costs.operators(lambda: torch.ops.fastdet.nms(boxes[None], boxes[None, :, 0] > 0, 0.5, 9))[1] == 0
 
 
@@ -145,6 +146,7 @@ def test_what_a_step_holds_counts_each_tensor_once():
     model.register_buffer("again", model.weight.detach())
     # Weights and momentum.
     assert costs.held(costs.Step(lambda: 0, lambda: 0, model, optimizer)) == 2 * 4 * 5050
+    assert costs.held(costs.Step(lambda: 0, lambda: 0, model, optimizer, others=lambda: 7)) == 2 * 4 * 5050 + 7
 
 
 @pytest.mark.parametrize("keeps_gradients", [True, False])
