@@ -205,6 +205,17 @@ def test_the_model_is_left_as_it_was(tmp_path):
     assert (tmp_path / "folder/model.pt2").stat().st_size > 0
 
 
+def test_a_callers_autocast_does_not_become_part_of_the_file(exported, tmp_path):
+    model, _ = exported("one level, max", ".pt2")
+    with torch.autocast("cpu", torch.bfloat16):
+        export.export_pt2(model, tmp_path / "model.pt2")
+    images = ten_images()[:2]
+    inputs = laid_out(images, model)
+    with torch.no_grad():
+        eager = model(images)
+    assert_same(loaded(tmp_path / "model.pt2")(*inputs), eager, images, inputs[1])
+
+
 def test_the_size_of_the_images():
     settings = fastdet.TORCHVISION
     assert export.input_size(settings) == (800, 1344)
@@ -216,6 +227,8 @@ def test_the_size_of_the_images():
         export.input_size(settings, 100)
     with pytest.raises(export.ExportError, match="width must be a positive"):
         export.input_size(settings, width=0)
+    with pytest.raises(export.ExportError, match=r"height must be a positive multiple of 32, got 96\.0"):
+        export.input_size(settings, height=96.0)
     small = settings.override(size_buckets=((640, 640),))
     with pytest.raises(export.ExportError, match=r"size_buckets.*give height and width"):
         export.input_size(small)

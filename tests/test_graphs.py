@@ -5,8 +5,8 @@ Without a GPU the same step runs eagerly through the same checks; what only a ca
 
 import copy
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -693,6 +693,38 @@ def test_a_capture_warms_up_and_puts_back(monkeypatch):
     assert (len(calls), graphs[0].replays, graphs[0].resets) == (4, 2, 0)
     program.drop()
     assert (graphs[0].resets, pools) == (1, ["shared"])
+
+
+def test_a_capture_that_fails_leaves_the_callers_stream(monkeypatch):
+    """torch's own context of a capture does not come to it then."""
+    current, own = (SimpleNamespace(name=name, wait_stream=lambda other: None) for name in ("caller's", "capture's"))
+    streams = [current]
+
+    @contextmanager
+    def switch(stream: Any) -> Iterator[None]:
+        before, streams[-1] = streams[-1], stream
+        try:
+            yield
+        finally:
+            streams[-1] = before
+
+    def graph(stub: StubGraph, stream: Any, **_: object) -> Any:
+        streams[-1] = stream
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    for name, stub in {
+        "current_stream": lambda device: streams[-1],
+        "stream": switch,
+        "synchronize": lambda device: None,
+        "empty_cache": lambda: None,
+        "memory_reserved": lambda device: 0,
+        "CUDAGraph": StubGraph,
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        captured(lambda x: x, [torch.ones(2)], (), own)
+    assert streams == [current]
 
 
 EMPTY = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}] * 3
