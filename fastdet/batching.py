@@ -131,8 +131,7 @@ def batch_images(images: Sequence[Tensor], settings: Settings, mean: Tensor, std
             pixels = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False)
         for row, i in enumerate(members):
             batch[i, :, :height, :width] = pixels[row]
-    scales = torch.tensor([scale for _, scale in resized], device="cpu")
-    return Batch(batch, _moved(torch.tensor(sizes, device="cpu"), mean.device), _moved(scales, mean.device))
+    return Batch(batch, _sent(sizes, mean.device), _sent([scale for _, scale in resized], mean.device))
 
 
 def normalised(pixels: Tensor, settings: Settings, mean: Tensor, std: Tensor) -> Tensor:
@@ -171,7 +170,7 @@ def batch_targets(targets: Sequence[dict[str, Tensor]], originals: Sequence[Size
 
 def resize_factors(originals: Sequence[Size], sizes: Tensor) -> Tensor:
     """What box corners are multiplied by when images are resized: fp32 [B, 4], x and y apart."""
-    ratio = sizes / _moved(torch.tensor(originals, device="cpu"), sizes.device)
+    ratio = sizes / _sent(originals, sizes.device)
     return ratio.flip(-1).repeat(1, 2).float()
 
 
@@ -188,6 +187,11 @@ def unbatch(
         columns[name] = values.gather(1, detections.index[..., None].expand(-1, -1, values.shape[-1]))
     counts = detections.count.tolist()
     return [{name: values[i, :count] for name, values in columns.items()} for i, count in enumerate(counts)]
+
+
+def _sent(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor on the device."""
+    return _moved(torch.tensor(numbers, device="cpu"), device)
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
