@@ -28,11 +28,11 @@ bench: $(VENV)/.installed
 
 # Registers, spills and loads of every kernel, compiled for devices that need not be here.
 kernel-sheet: $(VENV)/.installed
-	$(BIN)/python -m bench.kernel_sheet
+	$(BIN)/python -m tools.kernel_sheet
 
 # All that needs a GPU, in nine minutes at most, with an interpreter that has torch, triton and pytest: no network.
 gpu-check:
-	PYTHONPATH=. $(PYTHON) bench/gpu_check.py --out $(OUT)
+	$(PYTHON) -m tools.gpu_check --out $(OUT)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

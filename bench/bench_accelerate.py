@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.image_list import ImageList
 
-from fastdet.accelerate import accelerate
+from fastdet.interop.accelerate import accelerate
 
 CLASSES = 91
 HEIGHT, WIDTH = 800, 1216

@@ -1,9 +1,8 @@
-import floors
 import pytest
-import scenes
 import torch
 import torchvision
 
+from bench import roofline, scenes
 from fastdet import ops
 
 KINDS = {
@@ -25,6 +24,6 @@ def test_pairs(versus, device, kind):
         lambda: theirs(first, second),
         op=kind,
         size=f"{count} x {count}",
-        floor=floors.box_iou(count, count),
+        floor=roofline.box_iou(count, count),
         graph=True,
     )

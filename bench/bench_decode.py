@@ -1,6 +1,5 @@
 import math
 
-import floors
 import pytest
 import torch
 from torchvision.models.detection._utils import BoxCoder
@@ -8,6 +7,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import clip_boxes_to_image
 
+from bench import roofline
 from fastdet import ops
 
 HEIGHT, WIDTH = 600, 901
@@ -47,6 +47,6 @@ def test_proposals(versus, device, batch, dtype):
         size=f"{batch} x {num_anchors} anchors",
         dtype=dtype,
         rounds=20,
-        floor=floors.decode(batch * num_anchors, 1, deltas.element_size()),
+        floor=roofline.decode(batch * num_anchors, 1, deltas.element_size()),
         graph=True,
     )

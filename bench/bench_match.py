@@ -1,10 +1,9 @@
-import floors
 import pytest
-import scenes
 import torch
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import box_iou
 
+from bench import roofline, scenes
 from fastdet import ops
 
 
@@ -32,6 +31,6 @@ def test_anchor_targets(versus, device, num_gt):
         op="match",
         size=f"{len(anchors)} anchors, {num_gt} boxes, encoded",
         rounds=20,
-        floor=floors.match(len(anchors), num_gt),
+        floor=roofline.match(len(anchors), num_gt),
         graph=True,
     )

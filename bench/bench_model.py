@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import costs
-import floors
 import pytest
 import torch
-import whole_step
-from between import Between
-from whole_step import Case
+
+from bench import costs, roofline, whole_step
+from bench.between import Between
+from bench.whole_step import Case
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -91,7 +90,7 @@ def test_step(versus: Callable[..., None], case: Case, way: str) -> None:
         # Not just as many: torchvision's boxes are bf16 too under autocast, several pixels coarse.
         found, expected = (sum(len(each["scores"]) for each in step.run()) for step in (ours, theirs))
         assert min(found, expected) > 0.5 * max(found, expected, 1), f"{found} and {expected} detections"
-    floor = floors.vgg16_training if case.training else floors.vgg16_inference
+    floor = roofline.vgg16_training if case.training else roofline.vgg16_inference
     versus(
         ours.run,
         theirs.run,

@@ -1,9 +1,8 @@
-import floors
 import pytest
-import scenes
 import torch
 import torchvision
 
+from bench import roofline, scenes
 from fastdet import ops
 
 
@@ -19,7 +18,7 @@ def test_proposals(versus, device, scene, count, keep):
     assert torch.equal(kept.index[0, : int(kept.count[0])].cpu(), expected)
     size = f"{scene} {count} -> {keep}, IoU 0.7"
     # Of 6000 boxes the 300th to be kept comes early: most pairs are never needed, and how many is not known before.
-    floor = floors.nms(1, count) if keep == 2000 else ()
+    floor = roofline.nms(1, count) if keep == 2000 else ()
     versus(ours, theirs, op="nms", size=size, rounds=7, floor=floor, graph=True)
 
 
@@ -46,7 +45,7 @@ def test_every_class(versus, device, scene):
         op="batched nms",
         size=f"{scene} {images} x {classes} x {num_rois}, IoU 0.5",
         rounds=7,
-        floor=floors.nms(groups, num_rois),
+        floor=roofline.nms(groups, num_rois),
         graph=True,
     )
 

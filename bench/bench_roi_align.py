@@ -1,9 +1,9 @@
-import floors
 import pytest
 import torch
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
 
+from bench import roofline
 from fastdet import ops
 
 SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
@@ -60,9 +60,9 @@ def name(levels: list[Tensor], boxes: Tensor) -> str:
     return f"{boxes.shape[0] * boxes.shape[1]} RoIs of {'x'.join(map(str, levels[0].shape))} .. to 7x7"
 
 
-def floor(levels: list[Tensor], boxes: Tensor) -> tuple[floors.Work]:
+def floor(levels: list[Tensor], boxes: Tensor) -> tuple[roofline.Work]:
     num_outputs = boxes.shape[0] * boxes.shape[1] * levels[0].shape[1] * 49
-    return floors.roi_align(sum(level.numel() for level in levels), num_outputs, levels[0].element_size())
+    return roofline.roi_align(sum(level.numel() for level in levels), num_outputs, levels[0].element_size())
 
 
 @sizes

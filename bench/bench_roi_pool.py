@@ -1,10 +1,9 @@
-import floors
 import pytest
-import scenes
 import torch
 import torchvision
 from torch import Tensor
 
+from bench import roofline, scenes
 from fastdet import ops
 
 SCALE = 1 / 16
@@ -34,8 +33,8 @@ def name(features: Tensor, rois: Tensor) -> str:
     return f"{len(rois)} RoIs of {'x'.join(map(str, features.shape))} to 7x7"
 
 
-def floor(features: Tensor, rois: Tensor) -> tuple[floors.Work]:
-    return floors.roi_pool(features.numel(), len(rois) * features.shape[1] * 49, features.element_size())
+def floor(features: Tensor, rois: Tensor) -> tuple[roofline.Work]:
+    return roofline.roi_pool(features.numel(), len(rois) * features.shape[1] * 49, features.element_size())
 
 
 @sizes

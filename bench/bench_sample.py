@@ -1,8 +1,8 @@
-import floors
 import pytest
 import torch
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
+from bench import roofline
 from fastdet import ops
 
 # Candidates, share of positives, samples, positives at most.
@@ -27,5 +27,5 @@ def test_labels(versus, device, case, batch):
 
     assert int(ours().weight.sum()) == sum(len(index) for index in theirs())
     size = f"{batch} x {num_candidates} {case}, {num_samples} taken"
-    floor = floors.sample(label.numel(), batch * num_samples)
+    floor = roofline.sample(label.numel(), batch * num_samples)
     versus(ours, theirs, op="sample", size=size, dtype="int64", rounds=20, floor=floor, graph=True)

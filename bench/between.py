@@ -3,8 +3,9 @@
 import time
 from typing import Any
 
-from costs import Step
 from torch import Tensor, nn
+
+from bench.costs import Step
 
 
 class Stopwatch:

@@ -1,4 +1,4 @@
-"""How benchmarks measure: two contenders in turn in one process, percentiles, floors, and one table at the end."""
+"""How benchmarks measure: two contenders in turn in one process, percentiles, roofline, and one table at the end."""
 
 import importlib.util
 import time
@@ -6,16 +6,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import floors
 import pytest
-import table
 import torch
-from costs import Cost
+
+from bench import report, roofline
+from bench.costs import Cost
 
 Call = Callable[[], object]
 Clock = Callable[[Call], float]  # milliseconds of one call
 
-_ROWS: list[table.Row] = []
+_ROWS: list[report.Row] = []
 
 
 def device_name() -> str:
@@ -30,9 +30,9 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def rates(device: torch.device) -> floors.Device | None:
+def rates(device: torch.device) -> roofline.Device | None:
     """What floors are computed from, None on a GPU whose rates are not known."""
-    return floors.DEVICES.get(device_name()) if device.type == "cuda" else floors.this_cpu()
+    return roofline.DEVICES.get(device_name()) if device.type == "cuda" else roofline.this_cpu()
 
 
 @pytest.fixture(scope="session")
@@ -107,12 +107,13 @@ if importlib.util.find_spec("pytest_benchmark") is None:
 
 
 @pytest.fixture
-def versus(benchmark: Any, clock: Clock, rates: floors.Device | None) -> Callable[..., None]:
+def versus(benchmark: Any, clock: Clock, rates: roofline.Device | None) -> Callable[..., None]:
     """`versus(ours, theirs, op=, size=, ...)` times both in turn: theirs runs before each round of ours.
 
-    `floor` are the phases of the work (see floors.py), left out where none is known. With `graph` a GPU times ours in a
-    CUDA graph as well: for what never waits for the GPU. `rounds` is 50 on a GPU and 10 elsewhere if left out. `clock`
-    takes the place of the usual one. `images` of a whole step, and the `costs` of ours and theirs, go into the table.
+    `floor` are the phases of the work (see roofline.py), left out where none is known. With `graph` a GPU times ours in
+    a CUDA graph as well: for what never waits for the GPU. `rounds` is 50 on a GPU and 10 elsewhere if left out.
+    `clock` takes the place of the usual one. `images` of a whole step, and the `costs` of ours and theirs, go into the
+    table.
     """
     cuda = torch.cuda.is_available()
 
@@ -124,7 +125,7 @@ def versus(benchmark: Any, clock: Clock, rates: floors.Device | None) -> Callabl
         size: str,
         dtype: str = "float32",
         rounds: int | None = None,
-        floor: Sequence[floors.Work] = (),
+        floor: Sequence[roofline.Work] = (),
         graph: bool = False,
         clock: Clock = clock,
         images: int | None = None,
@@ -143,15 +144,15 @@ def versus(benchmark: Any, clock: Clock, rates: floors.Device | None) -> Callabl
             iterations=1,
         )
         replay = replayed(ours) if graph and cuda else None
-        graphed_ms = None if replay is None else table.spread([clock(replay) for _ in range(rounds)]).p50
-        floor_us = floors.floor_us(rates, floor) if rates and floor else None
-        row = table.compared(
+        graphed_ms = None if replay is None else report.spread([clock(replay) for _ in range(rounds)]).p50
+        floor_us = roofline.floor_us(rates, floor) if rates and floor else None
+        row = report.compared(
             op,
             size,
             dtype,
             device_name(),
-            table.spread(times["ours"]),
-            table.spread(times["theirs"]),
+            report.spread(times["ours"]),
+            report.spread(times["theirs"]),
             graphed_ms,
             None if floor_us is None else floor_us / 1e3,
             images,
@@ -167,13 +168,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not _ROWS:
         return
     terminalreporter.section(f"beside torchvision, on {device_name()}")
-    for line in table.lines(_ROWS):
+    for line in report.lines(_ROWS):
         terminalreporter.write_line(line)
     steps = [row for row in _ROWS if row.images_per_s is not None]
     if steps:
         terminalreporter.section("whole steps, ours / torchvision's")
-        for line in table.step_lines(steps):
+        for line in report.step_lines(steps):
             terminalreporter.write_line(line)
     path = config.getoption("--bench-csv")
     if path:
-        table.write(path, _ROWS)
+        report.write(path, _ROWS)

@@ -1,6 +1,6 @@
 """Epochs of fine-tuning on photographs, fastdet's detector and torchvision's in turn: same layers, numbers and loop.
 
-    python bench/fine_tuning.py BCCD --weights-backbone mobilenet_v2_features.pth
+    python -m bench.fine_tuning BCCD --weights-backbone mobilenet_v2_features.pth
 
 MobileNetV2 with a feature pyramid, its first layers frozen, 320 x 480 pixels, batches of four. Prints the seconds of
 each epoch, and at the end the medians and their ratio.
@@ -26,7 +26,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 import fastdet
 from fastdet.data import VOC
-from fastdet.train import TrainSettings, train
+from fastdet.engine.trainer import TrainSettings, train
 
 SIZES = ((24,), (48,), (96,), (192,))
 NUMBERS: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """What `mask_padding` costs: inference of a padded batch with it and without, in turn.
 
-python bench/mask_padding.py
+python -m bench.mask_padding
 """
 
 import statistics

@@ -1,6 +1,6 @@
 """Draw a table of results: how much faster than torchvision each row is, and how far above its floor.
 
-python bench/plot.py bench/results/NAME.csv docs/benchmarks.png
+python -m bench.plot bench/results/NAME.csv docs/benchmarks.png
 """
 
 import argparse

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastdet.anchors import AnchorGenerator, grid_anchors
+from fastdet.models.anchors import AnchorGenerator, grid_anchors
 
 _WIDTH, _HEIGHT = 1000.0, 600.0
 

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torchvision
-from costs import Step
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import MultiScaleRoIAlign
 
 import fastdet
-from fastdet.graphs import GraphedDetector, GraphedTrainer
+from bench.costs import Step
+from fastdet.graphs.trainer import GraphedDetector, GraphedTrainer
 
 CLASSES = 21
 BOXES = 8
@@ -88,7 +88,7 @@ def their_model(case: Case, ours: fastdet.FasterRCNN) -> nn.Module:
     """torchvision's FasterRCNN as torchvision makes it, of the weights of `ours` and of its numbers."""
     settings = ours.settings
     with case.device:
-        backbone, head = fastdet.backbones.build(case.name, trainable_layers=case.trainable)
+        backbone, head = fastdet.models.backbones.build(case.name, trainable_layers=case.trainable)
         if head is None:
             head = TwoMLPHead(backbone.out_channels * 49, settings.box_representation_size)
         anchors = torchvision.models.detection.rpn.AnchorGenerator(((128, 256, 512),), ((0.5, 1.0, 2.0),))

@@ -1,11 +1,9 @@
 """fastdet: the two-stage object detector as batched, fixed-shape tensor operations with Triton kernels."""
 
-from . import data, export, graphs, ops, weights
-from .accelerate import accelerate
-from .anchors import AnchorGenerator
-from .config import DETECTRON2, TORCHVISION, VGG16, Settings
-from .faster_rcnn import FasterRCNN
-from .models import (
+from fastdet import data, export, graphs, ops, weights
+from fastdet.interop.accelerate import accelerate
+from fastdet.models.anchors import AnchorGenerator
+from fastdet.models.builders import (
     fasterrcnn_mobilenet_v3_large_320_fpn,
     fasterrcnn_mobilenet_v3_large_fpn,
     fasterrcnn_resnet50_fpn,
@@ -13,7 +11,9 @@ from .models import (
     fasterrcnn_resnet50_fpn_v2,
     fasterrcnn_vgg16,
 )
-from .structures import Detections, Proposals, Samples, Targets
+from fastdet.models.faster_rcnn import FasterRCNN
+from fastdet.models.settings import DETECTRON2, TORCHVISION, VGG16, Settings
+from fastdet.structures import Detections, Proposals, Samples, Targets
 
 __all__ = [
     "DETECTRON2",

@@ -2,7 +2,7 @@
 
 import sys
 
-from fastdet.cli import main
+from fastdet.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

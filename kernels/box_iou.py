@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .overlap import intersection_union, ratio_or_zero
+from fastdet.kernels.common.boxes import intersection_union, ratio_or_zero
 
 
 class Config(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .overlap import load_boxes, store_fours
+from fastdet.kernels.common.boxes import load_boxes, store_fours
 
 
 class Config(NamedTuple):

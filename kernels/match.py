@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .overlap import intersection_union, iou, load_boxes, ratio_or_zero, store_fours
+from fastdet.kernels.common.boxes import intersection_union, iou, load_boxes, ratio_or_zero, store_fours
 
 # Parts of the ground truths that programs of their own look at for the best of each.
 MAX_PARTS = 8

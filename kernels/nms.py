@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from .overlap import intersections_unions, load_boxes, ratio_or_zero, store_fours
+from fastdet.kernels.common.boxes import intersections_unions, load_boxes, ratio_or_zero, store_fours
 
 # A value of its own would compile a kernel of its own.
 _SIZES = ["num_boxes", "num_chunks", "max_keep", "start", "chunk"]

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .bins import image_of
-from .pyramid import SIZES, by_level, geometry, level_of, pick, pick_pointer, sizes_of
-from .samples import bins_of, cells_of, position, reaching
+from fastdet.kernels.common.pyramid import SIZES, by_level, geometry, level_of, pick, pick_pointer, sizes_of
+from fastdet.kernels.common.roi_bins import image_of
+from fastdet.kernels.common.roi_samples import bins_of, cells_of, position, reaching
 
 
 class Config(NamedTuple):

@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .bins import image_of
-from .pyramid import SIZES, by_level, geometry, level_of, pick, pick_pointer, sizes_of
-from .samples import bins_of, cells_of, position, reaching
-from .visits import launch_spans, launch_visits
+from fastdet.kernels.common.csr import launch_spans, launch_visits
+from fastdet.kernels.common.pyramid import SIZES, by_level, geometry, level_of, pick, pick_pointer, sizes_of
+from fastdet.kernels.common.roi_bins import image_of
+from fastdet.kernels.common.roi_samples import bins_of, cells_of, position, reaching
 
 # A program of the gradient owns a square of so many cells a side: it reads a bin once for all that the bin reaches.
 TILE = 4

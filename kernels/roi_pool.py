@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .bins import axis_of, edges, image_of
-from .visits import BLOCK_R, launch_visits
+from fastdet.kernels.common.csr import BLOCK_R, launch_visits
+from fastdet.kernels.common.roi_bins import axis_of, edges, image_of
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 

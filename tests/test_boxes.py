@@ -3,11 +3,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from support import assert_close, awkward_boxes, random_boxes
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import clip_boxes_to_image
 
 from fastdet import boxes
+from tests.helpers.checks import assert_close, awkward_boxes, random_boxes
 
 WEIGHTS = [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0), (1.0, 2.0, 3.0, 4.0)]
 STEP = float(np.spacing(np.float32(1)))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastdet import doctor
-from fastdet.recipes import TrainSettings, optimizer_of
+from fastdet.cli import doctor
+from fastdet.engine.recipes import TrainSettings, optimizer_of
 
 pytestmark = pytest.mark.cuda
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks, _rois
+from fastdet.ops import _checks, _rois
 
 MAX_LEVELS = 5
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from . import _checks
+from fastdet.ops import _checks
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._library import define
-from ._overlap_cpu import TILE, iou, make_proper
+from fastdet.ops import _checks
+from fastdet.ops._library import define
+from fastdet.ops.cpu.overlap import TILE, iou, make_proper
 
 
 def pairwise(boxes1: Tensor, boxes2: Tensor, kind: str = "iou", eps: float = 1e-7) -> Tensor:

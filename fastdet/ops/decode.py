@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import boxes as algebra
-from . import _checks
-from ._library import define
+from fastdet import boxes as algebra
+from fastdet.ops import _checks
+from fastdet.ops._library import define
 
 
 class Decoded(NamedTuple):

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import boxes as algebra
-from . import _checks, _match_cpu
-from ._library import define
+from fastdet import boxes as algebra
+from fastdet.ops import _checks
+from fastdet.ops._library import define
+from fastdet.ops.cpu import match as search
 
 
 class Matches(NamedTuple):
@@ -53,17 +54,17 @@ def match_cpu(
         mine = every[rows]
         if not len(mine):
             continue
-        gt = _match_cpu.planes_of(gt_boxes[image], gt_valid[image])
-        spans = _match_cpu.spans_of(mine, gt.shape[1])
-        best, best_iou, of_gt = _match_cpu.best(spans, gt)
+        gt = search.planes_of(gt_boxes[image], gt_valid[image])
+        spans = search.spans_of(mine, gt.shape[1])
+        best, best_iou, of_gt = search.best(spans, gt)
         best, best_iou = best[: len(mine)], best_iou[: len(mine)]
         labels = torch.where(best_iou >= high, 1, torch.where(best_iou < low, 0, -1))
         if gt_ignore is not None and gt_ignore[image].any():
-            ignored = _match_cpu.planes_of(gt_boxes[image][gt_ignore[image]])
-            covered = _match_cpu.covered(spans, ignored)[: len(mine)]
+            ignored = search.planes_of(gt_boxes[image][gt_ignore[image]])
+            covered = search.covered(spans, ignored)[: len(mine)]
             labels.masked_fill_((labels == 0) & (covered >= ignore_iof), -1)
         if allow_low_quality:
-            labels.masked_fill_(_match_cpu.as_good(spans, gt, of_gt)[: len(mine)], 1)
+            labels.masked_fill_(search.as_good(spans, gt, of_gt)[: len(mine)], 1)
         index[image, rows], iou[image, rows], label[image, rows] = best, best_iou, labels
         # A positive overlaps something, but for a threshold of 0.
         positive = ((label[image] == 1) & (iou[image] > 0)).nonzero()[:, 0]

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._library import define
-from ._nms_cpu import FEW, fp32_below, nms_cpu
+from fastdet.ops import _checks
+from fastdet.ops._library import define
+from fastdet.ops.cpu.nms import FEW, fp32_below, nms_cpu
 
 
 class Kept(NamedTuple):

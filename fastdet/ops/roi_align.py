@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, _pyramid, _rois
-from ._library import define
-from ._roi_align_cpu import roi_align_backward_cpu, roi_align_cpu, shapes_of
+from fastdet.ops import _checks, _pyramid, _rois
+from fastdet.ops._library import define
+from fastdet.ops.cpu.roi_align import roi_align_backward_cpu, roi_align_cpu, shapes_of
 
 
 def roi_align_cuda(

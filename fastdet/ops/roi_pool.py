@@ -10,8 +10,8 @@ import torch
 import torchvision.ops  # noqa: F401  (registers the operators that the CPU implementation calls)
 from torch import Tensor
 
-from . import _checks, _rois
-from ._library import define
+from fastdet.ops import _checks, _rois
+from fastdet.ops._library import define
 
 # Corners are held within this many cells, so that no sum of int32 cells wraps around.
 FAR = 1e9

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._library import define
+from fastdet.ops import _checks
+from fastdet.ops._library import define
 
 KEY_BITS = 29
 # Shifts and factors of the kernel's `_avalanche`.

@@ -1,0 +1,1 @@
+"""From data sets to trained detectors, and from pictures to boxes."""

@@ -1,0 +1,195 @@
+"""A whole training step on tensors of fixed shape: nothing in it makes the host wait or asks the host for a number.
+
+The same function runs eagerly and is captured as a CUDA graph, so what it depends on lies on the device: the learning
+rate and the loss scale are tensors, and a step that must not count is undone by a tensor that says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from fastdet.models.faster_rcnn import FasterRCNN
+from fastdet.models.losses import NAMES
+from fastdet.models.preprocessing import Batch
+from fastdet.structures import Targets
+
+# What a step tells of itself.
+COLUMNS = (*NAMES, "gradient_norm", "skipped", "loss_scale")
+
+# Those of torch's GradScaler.
+FIRST_SCALE, GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000
+
+
+class LossScale(NamedTuple):
+    """What the loss is multiplied by under fp16: scale fp32 [], and streak int32 [], the steps since it changed."""
+
+    scale: Tensor
+    streak: Tensor
+
+    @classmethod
+    def start(cls, amp: torch.dtype | None, device: torch.device) -> LossScale:
+        """1 but under fp16, whose small gradients would be zero."""
+        scale = torch.full((), FIRST_SCALE if amp == torch.float16 else 1.0, device=device)
+        return cls(scale, torch.zeros((), dtype=torch.int32, device=device))
+
+
+def training_step(
+    model: FasterRCNN,
+    optimizer: Optimizer,
+    loss_scale: LossScale,
+    batch: Batch,
+    targets: Targets,
+    *,
+    amp: torch.dtype | None,
+    clip_norm: float,
+) -> Tensor:
+    """Forward, losses, backward, clipping, update. If a loss or gradient is not finite, all stays as it was.
+
+    All is: the parameters, the optimizer's state, and the running statistics of BatchNorm. Under fp16 the loss scale
+    is halved then, and doubled after `GROWTH_INTERVAL` good steps. Gradients are not kept.
+
+    Args:
+        optimizer: as `prepare` leaves it.
+        amp: dtype of autocast; None: none.
+        clip_norm: largest norm of all gradients together; 0 does not clip.
+
+    Returns:
+        fp32 [len(COLUMNS)]: the losses, the gradients' norm before clipping, whether the step was skipped, and the loss
+        scale that it was taken with.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    statistics = running_statistics(model)
+    before = [statistic.clone() for statistic in statistics]
+    scale = loss_scale.scale.clone()
+    for parameter in trained:
+        parameter.grad = None
+    with torch.enable_grad():
+        with autocast(batch.images.device, amp):
+            images, sizes, scales = batch
+            losses, _ = model.core(images, sizes, targets, scales, want_losses=True, want_detections=False)
+        assert losses is not None
+        each = torch.stack([losses[name] for name in NAMES])
+        total = each.sum()
+        (total * scale if amp == torch.float16 else total).backward()
+    with torch.no_grad():
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        if amp == torch.float16:
+            torch._foreach_mul_(gradients, scale.reciprocal())
+        norm = nn.utils.get_total_norm(gradients)
+        skipped = (~(norm.isfinite() & each.isfinite().all())).float()
+        if clip_norm:
+            nn.utils.clip_grads_with_norm_(trained, clip_norm, norm)
+        # Torch's contract with fused optimizers: where this is 1 they change nothing, their own state included.
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf  # type: ignore[attr-defined]
+        for statistic, old in zip(statistics, before, strict=True):
+            statistic.copy_(torch.where(skipped > 0, old, statistic))
+        if amp == torch.float16:
+            torch._amp_update_scale_(*loss_scale, skipped, GROWTH, BACKOFF, GROWTH_INTERVAL)
+        for parameter in trained:
+            # A graph's gradients lie in memory that the next graph uses too.
+            parameter.grad = None
+        return torch.cat([each.detach(), torch.stack([norm, skipped, scale])])
+
+
+@contextmanager
+def autocast(device: torch.device, amp: torch.dtype | None) -> Iterator[None]:
+    """torch's autocast to `amp`, or none, with casts of weights that are made in it and kept no longer.
+
+    Inside another autocast, even one that is switched off, torch would keep them past the weights' next update.
+    """
+    torch.clear_autocast_cache()
+    try:
+        with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+            yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers that layers of normalisation change in training."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
+    return [buffer for layer in layers if layer.training for buffer in layer.buffers(recurse=False)]
+
+
+def prepare(optimizer: Optimizer, device: torch.device, rates: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Bring an optimizer to where its first step does what all others do, in place.
+
+    Each group gets a learning rate of its own, fp32 on `device`. State that the first step would make is made, of
+    zeros: fused SGD takes the gradient itself as its first momentum, and captured so would do it at every replay.
+
+    Args:
+        rates: what an earlier call returned; a group that still has the rate that it got then keeps it.
+
+    Returns:
+        The groups' learning rates.
+
+    Raises:
+        ValueError: an optimizer that cannot be captured; says how to make one that can.
+    """
+    check_capturable(optimizer)
+    for group, rate in zip_longest(optimizer.param_groups, rates[: len(optimizer.param_groups)]):
+        if group["lr"] is not rate:
+            group["lr"] = group["lr"].detach().to(device, torch.float32, copy=True)
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                _seed(optimizer, group, parameter)
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+def check_owner(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raises ValueError unless the optimizer has trainable parameters of the model, and no others."""
+    of_model = {id(parameter) for parameter in model.parameters()}
+    given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    foreign = sum(id(parameter) not in of_model for parameter in given)
+    if foreign:
+        raise ValueError(
+            f"{foreign} of the {len(given)} parameters of the optimizer are not the model's: make it anew, of the "
+            "parameters that the model has now"
+        )
+    if not any(parameter.requires_grad for parameter in given):
+        raise ValueError("the optimizer has none of the model's trainable parameters")
+
+
+def check_capturable(optimizer: Optimizer) -> None:
+    """Raises ValueError unless it is a fused SGD or AdamW, with learning rates that are tensors."""
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, (SGD, AdamW)):
+        raise ValueError(f"{name} cannot be captured: take torch.optim.SGD or torch.optim.AdamW, with fused=True")
+    wanted = "fused=True, lr=torch.tensor(...)" + (", capturable=True" if isinstance(optimizer, AdamW) else "")
+    for index, group in enumerate(optimizer.param_groups):
+        for wrong, why in (
+            (not group["fused"], "is not fused"),
+            (not isinstance(group["lr"], Tensor), f"has the number {group['lr']} as its learning rate"),
+            (not group.get("capturable", True), "is not capturable"),
+        ):
+            if wrong:
+                raise ValueError(f"group {index} of {name} {why}, so no graph can hold its step: {name}(..., {wanted})")
+        if group.get("dampening", 0) != 0:
+            raise ValueError(
+                f"group {index} of {name} has dampening {group['dampening']}, which its first step leaves out: "
+                "a captured step, the same each time, needs dampening=0"
+            )
+
+
+def _seed(optimizer: Optimizer, group: dict[str, object], parameter: Tensor) -> None:
+    names: tuple[str, ...] = ()
+    if isinstance(optimizer, AdamW):
+        names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
+        if not optimizer.state[parameter]:
+            optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+    elif group["momentum"]:
+        names = ("momentum_buffer",)
+    for name in names:
+        if optimizer.state[parameter].get(name) is None:
+            optimizer.state[parameter][name] = torch.zeros_like(parameter, requires_grad=False)

@@ -1,0 +1,65 @@
+"""The four losses, each a weighted sum over a padded batch divided by max(sum of weights, 1).
+
+All take logits flattened to [rows, classes]: the two-dimensional cross-entropy has no deterministic gradient on a GPU.
+Ren et al. 2015 (arXiv:1506.01497), equation 1; smooth L1 from Girshick 2015 (arXiv:1504.08083), section 2.3, where
+sigma is 1 / sqrt(beta).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdet.structures import AnchorTargets, Samples
+
+# torchvision's names for them.
+NAMES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
+
+
+def objectness(logits: Tensor, targets: AnchorTargets) -> Tensor:
+    """Cross-entropy of the anchors with label 0 or 1. `logits` [B, K, 2] (background, object) or [B, K, 1] (object)."""
+    labels = targets.labels.flatten()
+    labelled = labels >= 0
+    flat = logits.flatten(0, 1).float()
+    if flat.shape[1] == 2:
+        total = F.cross_entropy(flat, labels, ignore_index=-1, reduction="sum")
+    else:
+        each = F.binary_cross_entropy_with_logits(flat[:, 0], labels.clamp(min=0).float(), reduction="none")
+        total = torch.where(labelled, each, 0.0).sum()
+    return total / labelled.sum().clamp(min=1)
+
+
+def rpn_box(locs: Tensor, targets: AnchorTargets, beta: float) -> Tensor:
+    """Smooth L1 of `locs` [B, K, 4] over the positive anchors, by the number of labelled ones."""
+    total = _smooth_l1(locs, targets.locs, targets.labels == 1, beta)
+    return total / (targets.labels >= 0).sum().clamp(min=1)
+
+
+def classifier(scores: Tensor, samples: Samples, class_weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy of `scores` [B, S, classes] over the samples.
+
+    With `class_weights` fp32 [classes] it is the weighted mean, as that of `torch.nn.functional.cross_entropy`.
+    """
+    each = F.cross_entropy(scores.flatten(0, 1).float(), samples.labels.flatten(), reduction="none")
+    weight = samples.weight.flatten()
+    if class_weights is None:
+        return (each * weight).sum() / weight.sum().clamp(min=1)
+    weight = weight * class_weights[samples.labels.flatten()]
+    total = weight.sum()
+    # The weights of a batch may well be below 1.
+    return (each * weight).sum() / torch.where(total > 0, total, 1.0)
+
+
+def box(locs: Tensor, samples: Samples, beta: float) -> Tensor:
+    """Smooth L1 of the true class's row of `locs` [B, S, 4 * classes] over the positives, by the number of samples."""
+    per_class = locs.unflatten(-1, (-1, 4))
+    chosen = samples.labels[..., None] == torch.arange(per_class.shape[2], device=locs.device)
+    # A masked sum picks the row: unlike a gather, its gradient is written once and so the same in every run.
+    picked = torch.where(chosen[..., None], per_class.float(), 0.0).sum(2)
+    positive = (samples.labels > 0) & (samples.weight > 0)
+    return _smooth_l1(picked, samples.locs, positive, beta) / samples.weight.sum().clamp(min=1)
+
+
+def _smooth_l1(locs: Tensor, target: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """Sum over the rows of `mask`; what other rows hold, NaN and infinities included, does not matter."""
+    difference = torch.where(mask[..., None], locs.float() - target, 0.0)
+    return F.smooth_l1_loss(difference, torch.zeros_like(difference), beta=beta, reduction="sum")

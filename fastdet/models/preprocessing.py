@@ -1,0 +1,205 @@
+"""The door: lists of images and targets in, padded tensors out, and padded detections back into lists.
+
+Everything a caller can get wrong is looked at here, on the host, before the device is given any work.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdet.models.settings import Settings
+from fastdet.structures import Detections, Targets
+
+Size = tuple[int, int]
+
+
+class Batch(NamedTuple):
+    """Padded images [B, C, H, W] fp32, normalised; sizes int64 [B, 2] inside the padding; scales fp32 [B]."""
+
+    images: Tensor
+    sizes: Tensor
+    scales: Tensor
+
+
+def resized_size(size: Size, min_size: int, max_size: int) -> tuple[Size, float]:
+    """(height, width) and the factor that bring the shorter side to `min_size`, the longer to at most `max_size`."""
+    scale = min(min_size / min(size), max_size / max(size))
+    height, width = (max(math.floor(side * scale), 1) for side in size)
+    return (height, width), scale
+
+
+def padded_size(sizes: Sequence[Size], divisible: int, buckets: Sequence[Size]) -> Size:
+    """(height, width) of a batch of images of these `sizes`. Raises ValueError if there are buckets and none fits."""
+    height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
+    if not buckets:
+        return -(-height // divisible) * divisible, -(-width // divisible) * divisible
+    fitting = [bucket for bucket in buckets if bucket[0] >= height and bucket[1] >= width]
+    if not fitting:
+        raise ValueError(f"a batch of {height} x {width} pixels fits none of size_buckets {tuple(buckets)}")
+    return min(fitting, key=lambda bucket: bucket[0] * bucket[1])
+
+
+def check_images(images: Any, channels: int) -> None:
+    """Raises ValueError unless `images` is a non-empty list of floating-point or uint8 tensors [channels, H, W]."""
+    if not isinstance(images, (list, tuple)):
+        raise ValueError(f"images must be a list of tensors, got {type(images).__name__}")
+    if not images:
+        raise ValueError("images is empty: a batch has at least one image")
+    for i, image in enumerate(images):
+        if not isinstance(image, Tensor):
+            raise ValueError(f"image {i} must be a tensor, got {type(image).__name__}")
+        number = image.is_floating_point() or image.dtype == torch.uint8
+        if image.ndim != 3 or image.shape[0] != channels or 0 in image.shape or not number:
+            expected = f"a floating-point or uint8 tensor of {channels} x H x W (image_mean has {channels} numbers)"
+            raise ValueError(f"image {i} must be {expected}, got {image.dtype} of {list(image.shape)}")
+
+
+def check_targets(targets: Any, images: Sequence[Tensor], num_classes: int) -> list[dict[str, Tensor]]:
+    """The targets on the CPU, after checking every box and label of every image.
+
+    Targets that lie on a GPU are copied to the host for this, which waits for the device: leave them on the CPU, they
+    are moved with the batch.
+
+    Raises:
+        ValueError: naming the image's index, the box's index and its values.
+    """
+    if not isinstance(targets, (list, tuple)):
+        raise ValueError(f"targets must be a list of dicts, got {type(targets).__name__}")
+    if len(targets) != len(images):
+        raise ValueError(f"{len(images)} images, but {len(targets)} targets")
+    checked = []
+    for i, (target, image) in enumerate(zip(targets, images, strict=True)):
+        if not isinstance(target, Mapping) or "boxes" not in target or "labels" not in target:
+            found = sorted(target) if isinstance(target, Mapping) else type(target).__name__
+            raise ValueError(f"target {i} must be a dict with boxes and labels, got {found}")
+        boxes = _tensor(i, "boxes", target["boxes"])
+        if boxes.ndim != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
+            raise ValueError(f"target {i}: boxes must be floating point [N, 4], got {boxes.dtype} {list(boxes.shape)}")
+        labels = _tensor(i, "labels", target["labels"])
+        if tuple(labels.shape) != (len(boxes),) or labels.is_floating_point() or labels.dtype == torch.bool:
+            expected = f"integers [{len(boxes)}]"
+            raise ValueError(f"target {i}: labels must be {expected}, got {labels.dtype} {list(labels.shape)}")
+        ignore = _tensor(i, "ignore", target.get("ignore", torch.zeros(len(boxes), dtype=torch.bool, device="cpu")))
+        if tuple(ignore.shape) != (len(boxes),) or ignore.dtype != torch.bool:
+            expected = f"bool [{len(boxes)}]"
+            raise ValueError(f"target {i}: ignore must be {expected}, got {ignore.dtype} {list(ignore.shape)}")
+        height, width = image.shape[-2:]
+        _check_boxes(i, boxes.float(), labels, height, width, num_classes)
+        checked.append({"boxes": boxes.float(), "labels": labels.long(), "ignore": ignore})
+    return checked
+
+
+def _tensor(i: int, name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"target {i}: {name} must be a tensor, got {type(value).__name__}")
+    return value.detach().cpu()
+
+
+def _check_boxes(i: int, boxes: Tensor, labels: Tensor, height: int, width: int, num_classes: int) -> None:
+    x1, y1, x2, y2 = boxes.unbind(1)
+    outside = (x2 <= 0) | (y2 <= 0) | (x1 >= width) | (y1 >= height)
+    for bad, what in (
+        (~boxes.isfinite().all(1), "is not finite"),
+        ((x2 <= x1) | (y2 <= y1), "has no area (x2 <= x1 or y2 <= y1)"),
+        (outside, f"lies wholly outside the image of {height} x {width}"),
+        ((labels < 1) | (labels >= num_classes), f"has a label outside 1..{num_classes - 1}"),
+    ):
+        if bool(bad.any()):
+            j = int(bad.nonzero()[0, 0])
+            raise ValueError(f"target {i}: box {j} {what}: {boxes[j].tolist()}, label {int(labels[j])}")
+
+
+def batch_images(images: Sequence[Tensor], settings: Settings, mean: Tensor, std: Tensor, training: bool) -> Batch:
+    """Resize, normalise and pad on the device of `mean` and `std` [C]; images of one size go together."""
+    min_sizes = settings.min_size if isinstance(settings.min_size, (tuple, list)) else (settings.min_size,)
+    choice = int(torch.randint(len(min_sizes), ())) if training and len(min_sizes) > 1 else -1
+    resized = [resized_size(_size(image), min_sizes[choice], settings.max_size) for image in images]
+    sizes = [size for size, _ in resized]
+    canvas = padded_size(sizes, settings.size_divisible, settings.size_buckets)
+    shape = len(images), len(mean), *canvas
+    batch = torch.empty(shape, device=mean.device, memory_format=torch.channels_last).zero_()
+    for original in sorted({_size(image) for image in images}):
+        members = [i for i, image in enumerate(images) if _size(image) == original]
+        pixels = torch.stack([_unit_range(images[i].to(mean.device, non_blocking=True)) for i in members])
+        pixels = normalised(pixels, settings, mean, std)
+        height, width = sizes[members[0]]
+        if (height, width) != original:
+            pixels = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False)
+        for row, i in enumerate(members):
+            batch[i, :, :height, :width] = pixels[row]
+    return Batch(batch, _sent(sizes, mean.device), _sent([scale for _, scale in resized], mean.device))
+
+
+def normalised(pixels: Tensor, settings: Settings, mean: Tensor, std: Tensor) -> Tensor:
+    """What the backbone sees of `pixels` [B, C, H, W] in 0..1; `mean` and `std` [C] are those of the settings."""
+    if settings.image_format == "bgr255":
+        pixels = pixels.flip(1) * 255
+    return (pixels - mean[:, None, None]) / std[:, None, None]
+
+
+def _unit_range(image: Tensor) -> Tensor:
+    """fp32, uint8 brought from 0..255 to 0..1."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
+
+
+def batch_targets(targets: Sequence[dict[str, Tensor]], originals: Sequence[Size], sizes: Tensor) -> Targets:
+    """Checked targets as one padded tensor each, boxes scaled to the resized images and clipped to them.
+
+    `originals` are the images' (height, width), `sizes` [B, 2] those after resizing, on the device of the result.
+    There are as many rows as the next power of two above the most boxes of an image, so that few shapes occur.
+    """
+    most = 1 << (max(1, *(len(target["boxes"]) for target in targets)) - 1).bit_length()
+    # On the host, whatever the default device: pinned memory is.
+    boxes = torch.zeros(len(targets), most, 4, device="cpu")
+    labels = torch.zeros(len(targets), most, dtype=torch.int64, device="cpu")
+    ignore = torch.zeros(len(targets), most, dtype=torch.bool, device="cpu")
+    for i, target in enumerate(targets):
+        count, (height, width) = len(target["boxes"]), originals[i]
+        corners = target["boxes"].clone()
+        corners[:, 0::2] = corners[:, 0::2].clamp(0, width)
+        corners[:, 1::2] = corners[:, 1::2].clamp(0, height)
+        boxes[i, :count], labels[i, :count], ignore[i, :count] = corners, target["labels"], target["ignore"]
+    device = sizes.device
+    factor = resize_factors(originals, sizes)
+    return Targets(_moved(boxes, device) * factor[:, None], _moved(labels, device), _moved(ignore, device))
+
+
+def resize_factors(originals: Sequence[Size], sizes: Tensor) -> Tensor:
+    """What box corners are multiplied by when images are resized: fp32 [B, 4], x and y apart."""
+    ratio = sizes / _sent(originals, sizes.device)
+    return ratio.flip(-1).repeat(1, 2).float()
+
+
+def unbatch(
+    detections: Detections, originals: Sequence[Size], sizes: Tensor, by_proposal: Mapping[str, Tensor]
+) -> list[dict[str, Tensor]]:
+    """Padded detections as one dict an image, boxes in pixels of the original images. Waits for the counts.
+
+    Of each tensor [B, P, ...] of `by_proposal` the row of the proposal is added that the detection comes from.
+    """
+    boxes = detections.boxes / resize_factors(originals, sizes)[:, None]
+    columns = {"boxes": boxes, "labels": detections.labels, "scores": detections.scores}
+    for name, values in by_proposal.items():
+        columns[name] = values.gather(1, detections.index[..., None].expand(-1, -1, values.shape[-1]))
+    counts = detections.count.tolist()
+    return [{name: values[i, :count] for name, values in columns.items()} for i, count in enumerate(counts)]
+
+
+def _sent(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor on the device."""
+    return _moved(torch.tensor(numbers, device="cpu"), device)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device; from pinned memory, because the host waits for a copy out of any other."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _size(image: Tensor) -> Size:
+    return image.shape[-2], image.shape[-1]

@@ -1,0 +1,368 @@
+"""The command line, in this process, on small VOC trees of drawn shapes."""
+
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdet.cli.main import main
+from fastdet.data import Shapes
+from fastdet.engine import checkpoint
+from fastdet.engine.predict import detect, evaluate
+
+SMALL = [
+    *("--backbone", "small", "--min-size", "64", "--max-size", "64", "--anchor-sizes", "12,20,32"),
+    *("--set", "rpn_pre_nms_top_n_train=60", "--set", "rpn_post_nms_top_n_train=20", "--set", "rpn_min_size=2"),
+    *("--set", "rpn_pre_nms_top_n_test=60", "--set", "rpn_post_nms_top_n_test=20"),
+    *("--set", "box_representation_size=32", "--set", "rpn_hidden_channels=16", "--set", "box_batch_size_per_image=16"),
+    *("--batch-size", "2", "--warmup-steps", "2", "--device", "cpu"),
+]
+
+
+def write_voc(root: Path, splits: dict[str, int]) -> Path:
+    """Drawn shapes of 64 pixels in the VOC layout."""
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (root / folder).mkdir(parents=True)
+    for seed, (split, count) in enumerate(splits.items()):
+        shapes = Shapes(count, size=64, seed=seed)
+        stems = [f"{split}_{k}" for k in range(count)]
+        (root / f"ImageSets/Main/{split}.txt").write_text("\n".join(stems))
+        for k, stem in enumerate(stems):
+            drawing = shapes.draw(k)
+            pixels = (drawing.picture * 255).astype(np.uint8).transpose(1, 2, 0)
+            Image.fromarray(pixels).save(root / f"JPEGImages/{stem}.jpg", quality=95)
+            objects = "".join(
+                f"<object><name>{shapes.class_names[label - 1]}</name><bndbox><xmin>{x1 + 1}</xmin>"
+                f"<ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+                for (x1, y1, x2, y2), label in zip(drawing.boxes.tolist(), drawing.labels, strict=True)
+            )
+            (root / f"Annotations/{stem}.xml").write_text(f"<annotation>{objects}</annotation>")
+    return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The tensors are tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_voc(tmp_path_factory.mktemp("pristine") / "voc", {"trainval": 5, "test": 2})
+
+
+@pytest.fixture
+def tree(pristine: Path, tmp_path: Path) -> Path:
+    """A tree that a test may break."""
+    return Path(shutil.copytree(pristine, tmp_path / "voc"))
+
+
+@pytest.fixture(scope="module")
+def trained(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tree, and the folder of a run of two epochs on it."""
+    tree, run = pristine, tmp_path_factory.mktemp("trained") / "run"
+    assert main(["train", "--data", f"voc:{tree}", "--out", str(run), "--epochs", "2", *SMALL]) == 0
+    return tree, run
+
+
+def fails(capsys: pytest.CaptureFixture[str], arguments: list[object], *parts: str, code: int = 2) -> None:
+    """The command exits with `code` and one line on stderr that has all parts."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == code
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if "\r" not in line and line.strip()]
+    assert len(lines) == 1, said
+    for part in parts:
+        assert str(part) in lines[0]
+
+
+def test_train_writes_everything(trained):
+    _, run = trained
+    names = {"detections.png", "last.pth", "loss.png", "metrics.csv", "result.json"}
+    assert {path.name for path in run.iterdir()} == names
+    result = json.loads((run / "result.json").read_text())
+    assert {"AP", "AP50", "AP75", "VOC07", "VOC12", "minutes_of_training"} <= set(result)
+    assert (result["images"], result["epochs"], result["backbone"]) == (2, 2, "small")
+    assert set(result["classes"]) <= set(Shapes.class_names)
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [3, 6]
+    assert all(math.isfinite(float(row["loss"])) for row in rows)
+    with Image.open(run / "detections.png") as picture:
+        assert picture.width > 2 * 64
+
+
+def test_two_epochs_of_the_detector_and_two_more_are_four(tmp_path, tree):
+    def run(out: str, *options: str) -> dict[str, torch.Tensor]:
+        arguments = ["train", "--data", f"voc:{tree}", "--out", str(tmp_path / out), "--epochs", "4", *SMALL, *options]
+        assert main(arguments) == 0
+        return checkpoint.load(tmp_path / out / "last.pth")["model"]
+
+    straight = run("straight")
+    half = run("resumed", "--stop-after", "2")
+    resumed = run("resumed", "--resume")
+    assert any(not torch.equal(straight[name], half[name]) for name in straight)
+    for name in straight:
+        assert torch.equal(straight[name], resumed[name]), name
+
+
+def test_eval_prints_a_table_and_repeats_the_result(trained, tmp_path, capsys):
+    tree, run = trained
+    arguments = ["eval", "--data", f"voc:{tree}", "--weights", str(run / "last.pth"), "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].split() == ["AP", "AP50", "AP75", "VOC07", "VOC12"]
+    names = checkpoint.load_model(run / "last.pth")[1]
+    assert [line.split()[0] for line in said[1:]] == [*names, "mean"]
+    before, after = (json.loads((folder / "result.json").read_text()) for folder in (run, tmp_path))
+    assert before["AP"] == after["AP"]
+    assert before["classes"] == after["classes"]
+
+
+def test_detect_draws_pictures(trained, tmp_path, capsys):
+    tree, run = trained
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (90, 50), "white").save(other / "test_0.png")
+    images = [tree / "JPEGImages/test_0.jpg", tree / "JPEGImages/test_1.jpg", other / "test_0.png"]
+    arguments = ["detect", *map(str, images), "--weights", str(run / "last.pth"), "--out", str(tmp_path / "drawn")]
+    assert main([*arguments, "--score", "0.1"]) == 0
+    drawn = ["test_0.png", "test_1.png", "test_0_2.png"]
+    said = capsys.readouterr().out.splitlines()
+    for line, image, name in zip(said, images, drawn, strict=True):
+        assert line.startswith(f"{image}: ")
+        assert line.endswith(f"-> {tmp_path / 'drawn' / name}")
+    with Image.open(tmp_path / "drawn" / "test_0_2.png") as picture:
+        assert picture.size == (90, 50)
+
+
+def test_detect_and_evaluate_leave_the_model_as_it_was(trained):
+    tree, run = trained
+    model, class_names = checkpoint.load_model(run / "last.pth")
+    assert not model.training
+    model.train()
+    (found,) = detect(model, [tree / "JPEGImages/test_0.jpg"])
+    assert model.training
+    assert found.image.shape == (3, 64, 64)
+    assert len(found.boxes) == len(found.labels) == len(found.scores)
+    found.boxes.add_(1)  # not a tensor of the inference mode, which would refuse
+    shapes = Shapes(3, size=64, seed=4)
+    # Names are those of the checkpoint, which may be fewer than the shapes'.
+    if len(class_names) == len(shapes.class_names):
+        one, three = (evaluate(model, shapes, class_names, batch_size=size) for size in (1, 3))
+        for first, second in zip(one.predictions, three.predictions, strict=True):
+            torch.testing.assert_close(first["scores"], second["scores"])
+
+
+def test_options_reach_model_and_recipe(tree, tmp_path):
+    arguments = ["train", "--data", f"voc:{tree}", "--out", str(tmp_path / "run"), "--epochs", "0", *SMALL]
+    arguments += ["--classes", "star,square,circle,triangle", "--aspect-ratios", "1", "--lr", ".3", "--no-flip"]
+    arguments += ["--schedule", "step", "--milestones", "3,5", "--set", "box_pooling='align'", "--limit", "3"]
+    assert main(arguments) == 0
+    saved = checkpoint.load(tmp_path / "run" / "last.pth")
+    assert saved["class_names"] == ("star", "square", "circle", "triangle")
+    assert (saved["lr"], saved["flip"], saved["milestones"], saved["images"]) == (0.3, False, (3, 5), 3)
+    model, _ = checkpoint.load_model(tmp_path / "run" / "last.pth")
+    assert model.settings.box_pooling == "align"
+    assert model.settings.rpn_anchor_generator.sizes == ((12, 20, 32),)
+    assert model.settings.rpn_anchor_generator.aspect_ratios == ((1,),)
+    assert model.settings.rpn_anchor_generator.strides == (8,)
+
+
+def test_a_feature_pyramid_trains_and_comes_back(tree, tmp_path, capsys):
+    run = ["train", "--data", f"voc:{tree}", "--out", str(tmp_path / "run"), "--epochs", "1", *SMALL]
+    run[run.index("small")] = "mobilenet_v2_fpn"
+    run[run.index("12,20,32")] = "8,12,16,24,32,48,64,96"
+    assert main(run) == 0
+    trained = [line for line in capsys.readouterr().out.splitlines() if "minutes" not in line]
+    model, _ = checkpoint.load_model(tmp_path / "run" / "last.pth")
+    assert model.settings.rpn_anchor_generator.sizes == ((8, 12), (16, 24), (32, 48), (64, 96))
+    assert model.settings.box_pooling == "align"
+    assert main(["eval", "--data", f"voc:{tree}", "--weights", str(tmp_path / "run/last.pth")]) == 0
+    assert capsys.readouterr().out.splitlines() == trained
+    run[run.index("8,12,16,24,32,48,64,96")] = "8,16,32"
+    fails(capsys, [*run, "--overwrite"], "mobilenet_v2_fpn has 4 feature levels", "got 3")
+
+
+def test_a_run_starts_from_another_runs_weights(trained, tree, tmp_path, capsys):
+    _, run = trained
+    first = checkpoint.load(run / "last.pth")["model"]
+    train = ["train", "--data", f"voc:{tree}", "--out", str(tmp_path / "run"), "--epochs", "1", *SMALL, "--overwrite"]
+    start = ["--weights", str(run / "last.pth"), "--stop-after", "0"]
+    assert main([*train, *start]) == 0
+    model = checkpoint.load(tmp_path / "run" / "last.pth")["model"]
+    # What was trained with the batch's statistics goes on frozen, as pretrained weights do.
+    assert all(torch.equal(first[name], value) for name, value in model.items())
+    other = [*train, *start, "--classes", "circle,square,triangle,star,none"]
+    fails(capsys, other, "--weights", "last.pth", "has the classes ('circle'", "--replace-predictor")
+    another = [*train, *start]
+    another[another.index("12,20,32")] = "16,32,48"
+    fails(capsys, another, "--weights", "last.pth", "has the anchors", "(12.0, 20.0, 32.0)", "(16.0, 32.0, 48.0)")
+    assert main([*other, "--replace-predictor"]) == 0
+    replaced = checkpoint.load(tmp_path / "run" / "last.pth")["model"]
+    assert replaced["roi_heads.box_predictor.cls_score.weight"].shape[0] == 6
+    assert torch.equal(replaced["rpn.head.cls_logits.weight"], first["rpn.head.cls_logits.weight"])
+    fails(capsys, [*train, "--replace-predictor"], "--replace-predictor", "--weights")
+    bare = tmp_path / "bare.pth"
+    torch.save(first, bare)
+    fails(capsys, [*other, "--weights", bare], "--weights", "5 classes, the model 6", "replace_predictor")
+    fails(capsys, [*train, "--weights", "a.pth", "--weights-backbone", "b.pth"], "not allowed with")
+    fails(capsys, [*train, "--weights", tmp_path / "nowhere.pth"], "nowhere.pth")
+
+
+@pytest.mark.shared
+def test_a_run_from_pretrained_weights_is_loaded_without_them(tree, tmp_path, shared_dir, capsys):
+    """Pretrained, the backbone's BatchNorm is frozen; the checkpoint has to fit a model that is built without."""
+    weights = shared_dir / "weights/mobilenet_v2_features.pth"
+    size = ["--min-size", "64", "--max-size", "64", "--anchor-sizes", "16,32", "--set", "box_representation_size=32"]
+    arguments = ["--data", f"voc:{tree}", "--epochs", "1", "--out", str(tmp_path / "run"), *size, "--device", "cpu"]
+    assert main(["train", *arguments, "--weights-backbone", str(weights), "--set", "box_score_thresh=0.0"]) == 0
+    trained = [line for line in capsys.readouterr().out.splitlines() if "minutes" not in line]
+    assert main(["eval", "--data", f"voc:{tree}", "--weights", str(tmp_path / "run/last.pth")]) == 0
+    assert capsys.readouterr().out.splitlines() == trained
+
+
+def test_data_errors(tree, tmp_path, capsys):
+    train = ["train", "--out", tmp_path / "run", "--epochs", "1", *SMALL]
+    here = [*train, "--data", f"voc:{tree}"]
+    fails(capsys, [*train, "--data", "voc:/nowhere/at/all"], "/nowhere/at/all")
+    fails(capsys, [*train, "--data", tree], "--data", "voc:PATH")
+    fails(capsys, [*here, "--train-split", "nonesuch"], "nonesuch")
+    fails(capsys, [*here, "--classes", "circle,square,triangle"], "star", ".xml")
+    annotation = tree / "Annotations/trainval_3.xml"
+    text = annotation.read_text()
+    annotation.write_text(text[:-20])
+    fails(capsys, here, "trainval_3.xml")
+    annotation.write_text(text.replace("<name>", "<name>un", 1))
+    fails(capsys, [*here, "--classes", "circle,square,triangle,star"], "trainval_3.xml", "un")
+    annotation.write_text(text)
+    assert not (tmp_path / "run" / "last.pth").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_cut_short_names_the_file(tree, tmp_path, capsys, workers):
+    image = tree / "JPEGImages/trainval_2.jpg"
+    image.write_bytes(image.read_bytes()[:400])
+    run = ["train", "--data", f"voc:{tree}", "--out", tmp_path / "run", "--epochs", "1", *SMALL, "--workers", workers]
+    capsys.readouterr()
+    assert main([str(argument) for argument in run]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"fastdet: {image}: the image cannot be decoded")
+
+
+def test_option_errors(tree, tmp_path, capsys):
+    train = ["train", "--data", f"voc:{tree}", "--out", tmp_path / "run", "--epochs", "1", *SMALL]
+    fails(capsys, [*train, "--set", "box_nms_tresh=.3"], "box_nms_tresh", "box_nms_thresh")
+    fails(capsys, [*train, "--set", "box_nms_thresh=3"], "box_nms_thresh", "3")
+    fails(capsys, [*train, "--set", "box_nms_thresh"], "--set", "NAME=VALUE")
+    fails(capsys, [*train, "--set", "box_nms_thresh=a b"], "--set", "a b")
+    fails(capsys, [*train, "--set", "rpn_anchor_generator=3"], "--anchor-sizes")
+    fails(capsys, [*train, "--backbone", "resnet1"], "resnet1", "mobilenet_v2")
+    fails(capsys, [*train, "--weights-backbone", "/nowhere.pth"], "/nowhere.pth")
+    fails(capsys, [*train, "--anchor-sizes", "8,-3"], "--anchor-sizes", "8,-3")
+    fails(capsys, [*train, "--milestones", "1.5"], "--milestones")
+    fails(capsys, [*train, "--batch-size", "0"], "batch_size", "0")
+    fails(capsys, [*train, "--epochs", "many"], "--epochs", "many")
+    fails(capsys, [*train, "--limit", "0"], "--limit")
+    fails(capsys, [*train, "--device", "toaster"], "--device")
+    fails(capsys, [*train, "--resume"], tmp_path / "run/last.pth", "no such checkpoint")
+    fails(capsys, [*train, "--unheard-of"], "--unheard-of")
+    fails(capsys, ["train", "--out", "x"], "--data")
+    fails(capsys, [], "COMMAND")
+    fails(capsys, ["tarin"], "tarin")
+    assert not (tmp_path / "run" / "last.pth").exists()
+
+
+def test_out_that_is_a_file(tree, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    train = ["train", "--data", f"voc:{tree}", "--out", tmp_path / "file", "--epochs", "1", *SMALL]
+    fails(capsys, train, tmp_path / "file")
+
+
+def test_a_run_is_not_overwritten_unasked(trained, capsys):
+    tree, run = trained
+    before = (run / "last.pth").read_bytes()
+    train = ["train", "--data", f"voc:{tree}", "--out", run, "--epochs", "2", *SMALL]
+    fails(capsys, train, run / "last.pth", "resume")
+    fails(capsys, [*train, "--resume", "--lr", "0.5"], "lr is 0.5")
+    assert (run / "last.pth").read_bytes() == before
+
+
+def test_weights_errors(trained, tmp_path, capsys):
+    tree, run = trained
+    image = tree / "JPEGImages/test_0.jpg"
+    bad = tmp_path / "bad.pth"
+    for command in (["eval", "--data", f"voc:{tree}"], ["detect", image, "--out", tmp_path / "drawn"]):
+        bad.unlink(missing_ok=True)
+        fails(capsys, [*command, "--weights", bad], bad, "no such checkpoint")
+        bad.write_bytes((run / "last.pth").read_bytes()[:-1000])
+        fails(capsys, [*command, "--weights", bad], bad, "cut short")
+        bad.write_text("hello")
+        fails(capsys, [*command, "--weights", bad], bad, "not a checkpoint")
+        content = checkpoint.load(run / "last.pth")
+        content["architecture"]["num_classes"] += 1
+        checkpoint.save(bad, content)
+        fails(capsys, [*command, "--weights", bad], bad, "does not fit")
+    weights = ["--weights", run / "last.pth"]
+    fails(capsys, ["detect", tmp_path / "no.jpg", "--out", tmp_path / "drawn", *weights], "no.jpg")
+    (tmp_path / "text.jpg").write_text("hello")
+    fails(capsys, ["detect", tmp_path / "text.jpg", "--out", tmp_path / "drawn", *weights], "text.jpg", "decoded")
+    fails(capsys, ["eval", "--data", f"voc:{tree}", "--split", "nonesuch", *weights], "nonesuch")
+
+
+def test_losses_that_are_not_finite_exit_with_one(tree, tmp_path, capsys):
+    train = ["train", "--data", f"voc:{tree}", "--out", tmp_path / "run", "--epochs", "3", *SMALL]
+    assert (
+        main([str(argument) for argument in [*train, "--lr", "1e30", "--warmup-steps", "0", "--clip-norm", "0"]]) == 1
+    )
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "not finite" in last
+    assert "trainval_" in last
+
+
+def test_help_is_printed(capsys):
+    for arguments in (["--help"], ["train", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+        assert "--" in capsys.readouterr().out
+
+
+def test_ctrl_c_exits_cleanly(tree, tmp_path):
+    """In a process of its own, as a terminal does it; then the run can be resumed."""
+    out = tmp_path / "run"
+    arguments = ["train", "--data", f"voc:{tree}", "--out", str(out), "--epochs", "100000", *SMALL]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastdet", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests started in a shell's background ignore interruptions, and what they start inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    metrics = out / "metrics.csv"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size > 200) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == "fastdet: interrupted"
+    assert checkpoint.load(out / "last.pth")["epoch"] >= 0
+    assert sorted(path.name for path in out.iterdir()) == ["last.pth", "metrics.csv"]

@@ -1,0 +1,205 @@
+import errno
+import io
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdet.engine import checkpoint
+from fastdet.engine.checkpoint import CheckpointError
+
+CONTENT = {"model": {"weight": torch.arange(6.0).reshape(2, 3)}, "class_names": ("a", "b"), "epoch": 3, "lr": 0.02}
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    path = tmp_path / "new" / "folder" / "last.pth"
+    checkpoint.save(path, CONTENT)
+    loaded = checkpoint.load(path)
+    assert torch.equal(loaded["model"]["weight"], CONTENT["model"]["weight"])
+    assert {name: loaded[name] for name in ("class_names", "epoch", "lr")} == {
+        "class_names": ("a", "b"),
+        "epoch": 3,
+        "lr": 0.02,
+    }
+    assert [file.name for file in path.parent.iterdir()] == ["last.pth"], "no temporary file is left"
+    checkpoint.save(path, {"epoch": 4})
+    assert checkpoint.load(path) == {"epoch": 4}
+
+
+def write_a_part(content, file):
+    file.write(b"PK, and then nothing more")
+
+
+def fail_midway(content, file):
+    write_a_part(content, file)
+    raise RuntimeError("the power went\nout")
+
+
+def interrupt_midway(content, file):
+    write_a_part(content, file)
+    raise KeyboardInterrupt
+
+
+def fill_the_disk(content, file):
+    write_a_part(content, file)
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [(fail_midway, CheckpointError), (fill_the_disk, CheckpointError), (interrupt_midway, KeyboardInterrupt)],
+)
+def test_a_failure_midway_leaves_the_last_good_file(tmp_path, monkeypatch, failure, raised):
+    path = tmp_path / "last.pth"
+    checkpoint.save(path, CONTENT)
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", failure)
+        with pytest.raises(raised) as caught:
+            checkpoint.save(path, {"epoch": 4})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path], "the temporary file is removed"
+    if raised is CheckpointError:
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failure_of_the_disk_leaves_the_last_good_file(tmp_path, monkeypatch, call):
+    path = tmp_path / "last.pth"
+    checkpoint.save(path, CONTENT)
+
+    def fail(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(CheckpointError, match=r"last\.pth: the checkpoint cannot be written: .*Input/output"):
+            checkpoint.save(path, {"epoch": 4})
+    assert checkpoint.load(path)["epoch"] == 3
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+@pytest.mark.parametrize("call", [1, 2, 3, 5])
+def test_an_interruption_within_the_writer_is_one(tmp_path, monkeypatch, call):
+    checkpoint.save(tmp_path / "last.pth", CONTENT)
+    plain, calls = io.BufferedWriter.write, []
+
+    class Interrupted(io.BufferedWriter):
+        def write(self, data):
+            calls.append(len(data))
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            return plain(self, data)
+
+    monkeypatch.setattr(Path, "open", lambda self, mode: Interrupted(io.FileIO(self, mode)))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path / "last.pth", {"epoch": 4, "weights": torch.zeros(100_000)})
+    assert len(calls) >= call
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "last.pth")["epoch"] == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_a_kill_while_saving_leaves_a_good_file(tmp_path):
+    path = tmp_path / "last.pth"
+    code = (
+        "import itertools, sys, torch\n"
+        "from fastdet.engine import checkpoint\n"
+        "for epoch in itertools.count():\n"
+        "    checkpoint.save(sys.argv[1], {'epoch': epoch, 'model': torch.full((1 << 20,), float(epoch))})\n"
+    )
+    for wait in (0.0, 0.05, 0.11):
+        child = subprocess.Popen([sys.executable, "-c", code, path], cwd=Path(__file__).parents[2])
+        while not path.exists():
+            assert child.poll() is None
+            time.sleep(0.01)
+        time.sleep(wait)
+        child.kill()
+        child.wait()
+        content = checkpoint.load(path)
+        assert (content["model"] == content["epoch"]).all()
+        path.unlink()
+
+
+def test_a_full_disk_is_an_error_of_one_line(tmp_path, monkeypatch):
+    """The real thing: torch's writer against a file that takes no byte."""
+    path = tmp_path / "last.pth"
+    checkpoint.save(path, CONTENT)
+    plain = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode: plain(Path("/dev/full"), mode))
+    with pytest.raises(CheckpointError, match=r"last\.pth: the checkpoint cannot be written") as caught:
+        checkpoint.save(path, {"weight": torch.zeros(1_000_000)})
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert checkpoint.load(path)["epoch"] == 3
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"file/last\.pth: the checkpoint cannot be written"):
+        checkpoint.save(tmp_path / "file" / "last.pth", CONTENT)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("/this must never be made",)
+
+
+def truncated(path: Path) -> None:
+    checkpoint.save(path, CONTENT)
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+def harmful(path: Path) -> None:
+    torch.save({"model": Harmful()}, path)
+
+
+def plain_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Harmful()))
+
+
+BAD_FILES = {
+    "missing": (lambda path: None, "no such checkpoint"),
+    "folder": (lambda path: path.mkdir(), "directory"),
+    "empty": (lambda path: path.touch(), "not a checkpoint"),
+    "text": (lambda path: path.write_text("hello, I am not a checkpoint\n" * 20), "not a checkpoint"),
+    "truncated": (truncated, "not a checkpoint, or cut short"),
+    "harmful": (harmful, "refused"),
+    "plain pickle": (plain_pickle, "not a checkpoint"),
+    "tensor": (lambda path: torch.save(torch.zeros(3), path), "it holds a Tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_files_are_errors_of_one_line(tmp_path, kind):
+    path = tmp_path / "bad.pth"
+    make, said = BAD_FILES[kind]
+    make(path)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        checkpoint.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_every_length_of_a_cut_short_file_is_noticed(tmp_path):
+    buffer = io.BytesIO()
+    torch.save(CONTENT, buffer)
+    path = tmp_path / "bad.pth"
+    for length in range(0, len(buffer.getvalue()), 97):
+        path.write_bytes(buffer.getvalue()[:length])
+        with pytest.raises(CheckpointError):
+            checkpoint.load(path)
+
+
+def test_another_kind_of_checkpoint_is_not_a_detector(tmp_path):
+    path = tmp_path / "last.pth"
+    checkpoint.save(path, {"model": {}, "names": ["a"]})
+    with pytest.raises(CheckpointError, match="it has no architecture, class_names"):
+        checkpoint.load_model(path)

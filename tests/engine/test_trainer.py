@@ -1,0 +1,381 @@
+import csv
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Subset
+
+from fastdet.data import DataError, Shapes
+from fastdet.engine import checkpoint
+from fastdet.engine.checkpoint import CheckpointError
+from fastdet.engine.recipes import optimizer_of
+from fastdet.engine.trainer import (
+    COLUMNS,
+    LOSSES,
+    RECIPES,
+    TrainSettings,
+    learning_rate,
+    parameter_groups,
+    plan_epoch,
+    train,
+)
+from fastdet.visualize.draw import plot_losses
+
+SETTINGS = TrainSettings(
+    epochs=4, batch_size=2, lr=0.05, warmup_steps=3, schedule="step", milestones=(3,), log_every=2, bias_lr_factor=2.0
+)
+
+
+class Stand(nn.Module):
+    """What the loop sees of a detector: four losses that depend on pixels, boxes and draws, and a BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 5, 4), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.poison_at = -1
+
+    def forward(self, images, targets=None):
+        self.seen += [(image, target["boxes"]) for image, target in zip(images, targets, strict=True)]
+        features = self.layers(torch.stack(images)).mean((2, 3))
+        aims = torch.stack([target["boxes"].mean(0) / 32 for target in targets])
+        losses = ((features - aims + 0.1 * torch.rand_like(aims)) ** 2).mean(0)
+        if len(self.seen) > self.poison_at > 0:
+            losses = losses * math.nan
+        return dict(zip(LOSSES, losses, strict=True))
+
+
+def stand() -> Stand:
+    torch.manual_seed(1)
+    return Stand()
+
+
+class Drawn(Dataset):
+    """Shapes drawn once for all tests."""
+
+    items = tuple(Shapes(7, size=32)[index] for index in range(7))
+    class_names = Shapes.class_names
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+@pytest.fixture
+def shapes() -> Drawn:
+    return Drawn()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """One thread, since the tensors are tiny, and no picture of the losses."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr("fastdet.engine.trainer.plot_losses", lambda csv_path, png_path: None)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(model, dataset, out, settings=SETTINGS, **options):
+    return train(model, dataset, out, settings, progress=False, **options)
+
+
+def assert_same_run(first, second):
+    """Two folders hold bitwise the same checkpoint, and rows that differ in the speed alone."""
+    one, other = (checkpoint.load(folder / "last.pth") for folder in (first, second))
+    for part in ("model", "random"):
+        assert one[part].keys() == other[part].keys()
+        for name in one[part]:
+            assert torch.equal(one[part][name], other[part][name]), f"{part} {name}"
+    for index, state in one["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], other["optimizer"]["state"][index]["momentum_buffer"])
+    assert rows_of(first) == rows_of(second)
+
+
+def rows_of(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [[row[name] for name in COLUMNS[:-1]] for row in csv.DictReader(file)]
+
+
+def test_training_writes_its_files_and_learns(tmp_path, shapes, monkeypatch):
+    monkeypatch.setattr("fastdet.engine.trainer.plot_losses", plot_losses)
+    model = stand()
+    rows = run(model, shapes, tmp_path / "run", description={"class_names": shapes.class_names})
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["last.pth", "loss.png", "metrics.csv"]
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        reader = csv.DictReader(file)
+        written = list(reader)
+    assert tuple(reader.fieldnames) == COLUMNS
+    # Four steps an epoch, a row every two.
+    assert [(row["epoch"], row["step"]) for row in rows] == [
+        (epoch, 4 * epoch - k) for epoch in (1, 2, 3, 4) for k in (2, 0)
+    ]
+    assert [int(row["step"]) for row in written] == [row["step"] for row in rows]
+    for row in rows:
+        assert row["loss"] == pytest.approx(sum(row[name] for name in LOSSES))
+        assert row["images_per_second"] > 0
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    saved = checkpoint.load(tmp_path / "run" / "last.pth")
+    assert (saved["epoch"], saved["class_names"]) == (4, shapes.class_names)
+
+
+def test_two_epochs_and_two_more_are_four(tmp_path, shapes):
+    run(stand(), shapes, tmp_path / "straight")
+    run(stand(), shapes, tmp_path / "resumed", stop_after=2)
+    torch.manual_seed(99)
+    run(Stand(), shapes, tmp_path / "resumed", resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed")
+
+
+def test_a_run_of_two_epochs_can_be_lengthened(tmp_path, shapes):
+    run(stand(), shapes, tmp_path / "straight")
+    run(stand(), shapes, tmp_path / "resumed", replace(SETTINGS, epochs=2))
+    run(Stand(), shapes, tmp_path / "resumed", resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed")
+
+
+class Interrupting(Dataset):
+    """Shapes that press Ctrl-C at the n-th picture."""
+
+    def __init__(self, shapes, at):
+        self.shapes, self.left = shapes, at
+
+    def __len__(self):
+        return len(self.shapes)
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return self.shapes[index]
+
+
+@pytest.mark.parametrize("at", [1, 6, 13, 20, 21])
+def test_an_interrupted_run_resumes_exactly_and_doubles_no_row(tmp_path, shapes, at):
+    settings = replace(SETTINGS, schedule="cosine", log_every=1, epochs=3)
+    run(stand(), shapes, tmp_path / "straight", settings)
+    with pytest.raises(KeyboardInterrupt):
+        run(stand(), Interrupting(shapes, at), tmp_path / "resumed", settings)
+    run(Stand(), shapes, tmp_path / "resumed", settings, resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed")
+
+
+def test_a_row_that_was_cut_short_is_written_anew(tmp_path, shapes):
+    run(stand(), shapes, tmp_path / "straight")
+    run(stand(), shapes, tmp_path / "resumed", stop_after=2)
+    with (tmp_path / "resumed" / "metrics.csv").open("a") as file:
+        file.write("3,10,0.05,1.5")
+    run(Stand(), shapes, tmp_path / "resumed", resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed")
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, shapes):
+    rows = run(stand(), shapes, tmp_path)
+    before = checkpoint.load(tmp_path / "last.pth")["model"]
+    assert run(Stand(), shapes, tmp_path, resume=True) == rows
+    after = checkpoint.load(tmp_path / "last.pth")["model"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_workers_change_nothing(tmp_path, shapes):
+    settings = replace(SETTINGS, epochs=2)
+    run(stand(), shapes, tmp_path / "none", settings)
+    run(stand(), shapes, tmp_path / "two", replace(settings, workers=2))
+    assert_same_run(tmp_path / "none", tmp_path / "two")
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path, shapes):
+    settings = replace(SETTINGS, epochs=1)
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        run(stand(), shapes, tmp_path / name, replace(settings, seed=seed))
+    assert_same_run(tmp_path / "one", tmp_path / "same")
+    assert rows_of(tmp_path / "one") != rows_of(tmp_path / "other")
+
+
+def test_a_run_is_not_overwritten_unasked(tmp_path, shapes):
+    settings = replace(SETTINGS, epochs=1)
+    run(stand(), shapes, tmp_path, settings)
+    with pytest.raises(CheckpointError, match="has a run already"):
+        run(stand(), shapes, tmp_path, settings)
+    assert len(run(stand(), shapes, tmp_path, settings, overwrite=True)) == 2
+    assert len(rows_of(tmp_path)) == 2
+
+
+def test_resuming_with_something_else_is_an_error(tmp_path, shapes):
+    run(stand(), shapes, tmp_path, stop_after=1, description={"class_names": ("a", "b")})
+    same = {"resume": True, "description": {"class_names": ("a", "b")}}
+    with pytest.raises(CheckpointError, match=r"last\.pth: lr is 0\.1, but the run to be resumed has 0\.05"):
+        run(stand(), shapes, tmp_path, replace(SETTINGS, lr=0.1), **same)
+    with pytest.raises(CheckpointError, match="images is 5"):
+        run(stand(), Subset(shapes, range(5)), tmp_path, **same)
+    with pytest.raises(CheckpointError, match="class_names"):
+        run(stand(), shapes, tmp_path, resume=True, description={"class_names": ("b", "a")})
+    other = nn.Sequential(nn.Conv2d(3, 9, 1))
+    with pytest.raises(CheckpointError, match="does not fit the model") as caught:
+        run(other, shapes, tmp_path, **same)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        run(stand(), shapes, tmp_path / "nowhere", resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, shapes):
+    model = stand()
+    model.poison_at = 10
+    shapes.ids = [f"picture-{k}" for k in range(7)]
+    batch = plan_epoch(7, SETTINGS, 1)[1]
+    with pytest.raises(FloatingPointError, match=r"step 6: .*loss_classifier nan") as caught:
+        run(model, shapes, tmp_path)
+    for index, _ in batch:
+        assert f"picture-{index}" in str(caught.value)
+    saved = checkpoint.load(tmp_path / "last.pth")
+    assert saved["epoch"] == 1
+    assert all(torch.isfinite(value).all() for value in saved["model"].values())
+
+
+def test_a_gradient_that_is_not_finite_is_noticed_even_where_nothing_is_clipped(tmp_path, shapes, monkeypatch):
+    """A finite loss of sqrt(0), whose gradient is infinite."""
+    plain = Stand.forward
+
+    def poisoned(self, images, targets=None):
+        losses = plain(self, images, targets)
+        return {**losses, LOSSES[0]: losses[LOSSES[0]] + (self.layers[0].bias * 0).sum().sqrt()}
+
+    monkeypatch.setattr(Stand, "forward", poisoned)
+    with pytest.raises(FloatingPointError, match="gradient norm nan"):
+        run(stand(), shapes, tmp_path, replace(SETTINGS, clip_norm=0.0))
+    saved = checkpoint.load(tmp_path / "last.pth")
+    assert saved["epoch"] == 0
+    assert all(torch.isfinite(value).all() for value in saved["model"].values())
+
+
+def test_what_the_model_does_not_take_names_the_images(tmp_path, shapes, monkeypatch):
+    def refuse(self, images, targets=None):
+        raise ValueError("target 1: box 0 has no area")
+
+    monkeypatch.setattr(Stand, "forward", refuse)
+    names = ", ".join(str(index) for index, _ in plan_epoch(7, SETTINGS, 0)[0])
+    with pytest.raises(DataError, match=f"images {names}: target 1: box 0 has no area"):
+        run(stand(), shapes, tmp_path)
+
+
+def test_the_loop_does_not_read_the_device_between_its_looks(tmp_path, shapes, monkeypatch):
+    reads = []
+    plain = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.shape) or plain(self))
+    run(stand(), shapes, tmp_path, replace(SETTINGS, epochs=1, log_every=3))
+    assert reads == [(3, 5), (1, 5)]
+
+
+def test_flips_mirror_pixels_and_boxes(tmp_path, shapes):
+    model = stand()
+    settings = replace(SETTINGS, epochs=1, seed=1)
+    run(model, shapes, tmp_path, settings)
+    draws = [draw for batch in plan_epoch(7, settings, 0) for draw in batch]
+    assert {flip for _, flip in draws} == {True, False}, "the seed should draw both"
+    for (index, flip), (image, boxes) in zip(draws, model.seen, strict=True):
+        expected, target = shapes[index]
+        x1, y1, x2, y2 = target["boxes"].unbind(1)
+        mirrored = torch.stack([32 - x2, y1, 32 - x1, y2], 1)
+        assert torch.equal(image, expected.flip(2) if flip else expected)
+        assert torch.equal(boxes, mirrored if flip else target["boxes"])
+
+
+def test_the_plan_of_an_epoch():
+    settings = TrainSettings(batch_size=3, seed=5)
+    plan = plan_epoch(10, settings, 2)
+    assert [len(batch) for batch in plan] == [3, 3, 3, 1]
+    assert sorted(index for batch in plan for index, _ in batch) == list(range(10))
+    assert plan == plan_epoch(10, settings, 2)
+    assert plan != plan_epoch(10, settings, 3)
+    assert plan != plan_epoch(10, replace(settings, seed=6), 2)
+    assert not any(flip for batch in plan_epoch(99, replace(settings, flip=False), 0) for _, flip in batch)
+    assert 400 < sum(flip for batch in plan_epoch(1000, settings, 0) for _, flip in batch) < 600
+
+
+def test_learning_rates_by_value():
+    cosine = TrainSettings(epochs=10, lr=0.02, warmup_steps=4)
+    assert learning_rate(cosine, 0, 10) == pytest.approx(0.02 / 4)
+    assert learning_rate(cosine, 1, 10) == pytest.approx(0.02 * 2 / 4, rel=1e-3)
+    assert learning_rate(cosine, 50, 10) == pytest.approx(0.01)
+    assert learning_rate(cosine, 25, 10) == pytest.approx(0.02 * (1 + math.sqrt(0.5)) / 2)
+    assert 0 < learning_rate(cosine, 99, 10) < 1e-5
+    vgg16 = RECIPES["vgg16"]
+    assert learning_rate(vgg16, 0, 5011) == learning_rate(vgg16, 10 * 5011 - 1, 5011) == 1e-3
+    assert learning_rate(vgg16, 10 * 5011, 5011) == learning_rate(vgg16, 14 * 5011 - 1, 5011) == pytest.approx(1e-4)
+    steps = TrainSettings(schedule="step", lr=1, warmup_steps=0, milestones=(1, 2), gamma=0.5)
+    assert [learning_rate(steps, step, 2) for step in range(6)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_parameter_groups():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    weights, biases = parameter_groups(model, RECIPES["vgg16"])
+    assert weights["params"] == [model[1].weight, model[2].weight]
+    assert biases["params"] == [model[1].bias, model[2].bias]
+    assert (weights["lr_factor"], weights["weight_decay"]) == (1, 5e-4)
+    assert (biases["lr_factor"], biases["weight_decay"]) == (2, 0)
+    groups = parameter_groups(model, TrainSettings())
+    assert [(group["lr_factor"], group["weight_decay"]) for group in groups] == [(1, 1e-4), (1, 1e-4)]
+    assert len(parameter_groups(nn.Linear(2, 2, bias=False), TrainSettings())) == 1
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        parameter_groups(model.requires_grad_(False), TrainSettings())
+
+
+def test_groups_get_their_rates(tmp_path, shapes):
+    run(stand(), shapes, tmp_path, replace(SETTINGS, epochs=1, warmup_steps=0))
+    weights, biases = checkpoint.load(tmp_path / "last.pth")["optimizer"]["param_groups"]
+    assert biases["lr"] == 2 * weights["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("epochs", -1), ("batch_size", 0), ("lr", 0), ("lr", math.nan), ("schedule", "linear"), ("log_every", 0)],
+)
+def test_settings_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        TrainSettings(**{name: value})
+
+
+def test_no_images_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no images"):
+        run(stand(), Shapes(0), tmp_path)
+
+
+def test_no_epochs_write_no_picture(tmp_path, shapes):
+    assert run(stand(), shapes, tmp_path, replace(SETTINGS, epochs=0)) == []
+    assert not (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_optimizers_are_torchs(name, kind):
+    layer = torch.nn.Linear(3, 2)
+    settings = TrainSettings(optimizer_name=name, lr=0.5, weight_decay=0.25, bias_weight_decay=0.0)
+    optimizer = optimizer_of(layer, settings)
+    assert type(optimizer) is kind
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.5, 0.25), (0.5, 0.0)]
+    assert not optimizer.defaults["fused"], "which is for GPUs"
+    with pytest.raises(ValueError, match="'adam'"):
+        TrainSettings(optimizer_name="adam")
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+def test_networks_run_in_the_precision_that_is_asked_for(tmp_path, shapes, amp, dtype):
+    model, seen, gradients = stand(), set(), set()
+    model.layers[3].register_forward_hook(lambda layer, args, output: seen.add(output.dtype))
+    weight = model.layers[3].weight
+    weight.register_hook(lambda gradient: gradients.add(gradient.dtype))
+    rows = run(model, shapes, tmp_path, replace(SETTINGS, epochs=1, amp=amp))
+    assert (seen, gradients, weight.dtype) == ({dtype}, {torch.float32}, torch.float32)
+    assert math.isfinite(rows[-1]["loss"])
+    other = replace(SETTINGS, epochs=2, amp=None if amp else "bfloat16")
+    with pytest.raises(CheckpointError, match="amp is"):
+        train(stand(), shapes, tmp_path, other, resume=True, progress=False)
+
+
+def test_a_precision_that_needs_a_loss_scale_is_refused():
+    with pytest.raises(ValueError, match="amp must be None or 'bfloat16', not 'float16'"):
+        TrainSettings(amp="float16")

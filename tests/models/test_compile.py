@@ -1,0 +1,94 @@
+"""torch.compile takes the whole step as one graph, and few graphs serve every batch size."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fastdet import FasterRCNN, Targets
+from tests.helpers.checks import random_boxes
+from tests.helpers.detectors import NUM_CLASSES, small_detector, small_scene
+
+HEIGHT, WIDTH = 64, 96
+
+
+def padded(batch: int) -> tuple[Tensor, Tensor, Targets, Tensor]:
+    """Random images of one padded size, and three boxes for each."""
+    boxes, labels = random_boxes(batch, 3, side=float(HEIGHT)), torch.randint(1, NUM_CLASSES, (batch, 3))
+    sizes = torch.tensor([[HEIGHT, WIDTH]] * batch)
+    targets = Targets(boxes, labels, torch.zeros(batch, 3, dtype=torch.bool))
+    return torch.rand(batch, 3, HEIGHT, WIDTH), sizes, targets, torch.ones(batch)
+
+
+def pyramid() -> FasterRCNN:
+    torch.manual_seed(0)
+    numbers = {"rpn_post_nms_top_n_train": 30, "rpn_post_nms_top_n_test": 20, "box_batch_size_per_image": 16}
+    return FasterRCNN("resnet18_fpn", NUM_CLASSES, **numbers, box_representation_size=16)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("build", [small_detector, pyramid])
+def test_two_graphs_serve_batches_of_one_to_eight(build, training):
+    model = build().train(training)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model.core, fullgraph=True, backend=counter)
+    for batch in range(1, 9):
+        images, sizes, targets, scales = padded(batch)
+        with torch.set_grad_enabled(training):
+            torch.manual_seed(batch)
+            losses, detections = compiled(images, sizes, targets if training else None, scales)
+            torch.manual_seed(batch)
+            expected_losses, expected = model.core(images, sizes, targets if training else None, scales)
+        if training:
+            sum(losses.values()).backward()
+            torch.testing.assert_close(losses, expected_losses)
+        else:
+            torch.testing.assert_close(tuple(detections), tuple(expected))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_a_compiled_core_serves_the_models_call(training):
+    model = small_detector().train(training)
+    images, targets = small_scene()
+    torch.manual_seed(2)
+    expected = model(images, targets if training else None)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model.core = torch.compile(model.core, fullgraph=True, backend=counter)
+    torch.manual_seed(2)
+    torch.testing.assert_close(model(images, targets if training else None), expected)
+    assert counter.frame_count == 1
+    assert "features" in model.eval()(images, return_features=True)[0]
+
+
+def test_a_copy_of_a_compiled_model_runs_its_own_weights():
+    model = small_detector().eval()
+    images, _ = small_scene()
+    expected = model(images)
+    model.core = torch.compile(model.core, backend="eager", fullgraph=True)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for one, other in zip(copied(images), expected, strict=True):
+            assert torch.equal(one["scores"], other["scores"])
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.zero_()
+        assert {score for each in copied(images) for score in each["scores"].tolist()} == {0.25}
+    assert "core" in model.__dict__, "which stays compiled"
+
+
+def test_a_copy_of_a_compiled_call_runs_its_own_weights():
+    """`nn.Module.compile` keeps its own in the module too."""
+    model = small_detector().eval()
+    model.compile(backend="eager")
+    copied = copy.deepcopy(model)
+    pickle.dumps(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    images, _ = small_scene()
+    assert {score for each in copied(images) for score in each["scores"].tolist()} == {0.25}

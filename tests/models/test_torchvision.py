@@ -1,0 +1,113 @@
+"""The detector with torchvision's settings beside torchvision's own: same weights, same images, same numbers."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.detection import FasterRCNN as TheirFasterRCNN
+from torchvision.models.detection.rpn import AnchorGenerator as TheirAnchorGenerator
+from torchvision.ops import MultiScaleRoIAlign
+
+import fastdet
+from tests.helpers.parity import (
+    EVERYTHING,
+    assert_same_detections,
+    assert_same_gradients,
+    assert_same_losses,
+    scene,
+    strengthen,
+    take_all_candidates,
+)
+
+SIZES, RATIOS = ((16, 24), (32, 48), (64, 96)), ((0.5, 1.0, 2.0),) * 3
+NUMBERS = {
+    "min_size": 96,
+    "max_size": 160,
+    "rpn_pre_nms_top_n_train": 200,
+    "rpn_pre_nms_top_n_test": 100,
+    "rpn_post_nms_top_n_train": 150,
+    "rpn_post_nms_top_n_test": 60,
+    "box_detections_per_img": 30,
+}
+
+
+class Pyramid(nn.Module):
+    """Three levels of features, of which two are pooled."""
+
+    out_channels = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Conv2d(3, 8, 8, stride=8)
+        self.middle = nn.Conv2d(8, 8, 2, stride=2)
+        self.coarse = nn.Conv2d(8, 8, 2, stride=2)
+
+    def forward(self, images):
+        fine = self.fine(images)
+        middle = self.middle(fine.relu())
+        return {"0": fine, "1": middle, "pool": self.coarse(middle.relu())}
+
+
+def both(**changes):
+    """torchvision's detector and ours with the same weights; `changes` go to both."""
+    torch.manual_seed(0)
+    numbers = {**NUMBERS, **changes}
+    pool = MultiScaleRoIAlign(["0", "1"], 7, 2)
+    anchors = TheirAnchorGenerator(SIZES, RATIOS)
+    theirs = TheirFasterRCNN(Pyramid(), 5, rpn_anchor_generator=anchors, box_roi_pool=pool, **numbers)
+    strengthen(theirs)
+    take_all_candidates(theirs)
+    settings = fastdet.TORCHVISION.override(
+        rpn_anchor_generator=fastdet.AnchorGenerator(SIZES, RATIOS),
+        box_featmap_names=("0", "1"),
+        **EVERYTHING,
+        **numbers,
+    )
+    ours = fastdet.FasterRCNN(Pyramid(), 5, settings=settings)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+@pytest.fixture(scope="module")
+def images_and_targets():
+    """Limited by the shorter and by the longer side; the second has no boxes."""
+    return scene((64, 80), (96, 70), (133, 57), (50, 200))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rpn_score_thresh": 0.6},
+        {"box_score_thresh": 0.3, "box_nms_thresh": 0.2, "rpn_nms_thresh": 0.4},
+        {"min_size": (64, 128), "max_size": 130},
+    ],
+    ids=lambda changes: ", ".join(changes) or "as it comes",
+)
+def test_detections(images_and_targets, changes):
+    theirs, ours = both(**changes)
+    images = images_and_targets[0]
+    with torch.no_grad():
+        assert_same_detections(theirs.eval()(images), ours.eval()(images))
+
+
+def test_losses_and_gradients(images_and_targets):
+    theirs, ours = both()
+    images, targets = images_and_targets
+    expected, found = theirs.train()(images, [dict(target) for target in targets]), ours.train()(images, targets)
+    assert_same_losses(expected, found)
+    sum(expected.values()).backward()
+    sum(found.values()).backward()
+    assert_same_gradients(theirs, ours)
+
+
+def test_what_is_too_small_is_dropped_where_torchvision_drops_it(images_and_targets):
+    """torchvision's thresholds of sides are fixed, so they are moved by hand."""
+    theirs, ours = both()
+    theirs.rpn.min_size = 25.0
+    ours.settings = ours.rpn.settings = ours.settings.override(rpn_min_size=25.0)
+    images = images_and_targets[0]
+    with torch.no_grad():
+        expected, found = theirs.eval()(images), ours.eval()(images)
+    plain = both()[0].eval()(images)
+    assert not torch.equal(plain[0]["boxes"], expected[0]["boxes"]), "the threshold drops nothing"
+    assert_same_detections(expected, found)

@@ -1,0 +1,308 @@
+import math
+
+import pytest
+import torch
+import torchvision
+
+from fastdet import ops
+from fastdet.ops.cpu import nms
+from fastdet.ops.nms import fp32_below, nms_cpu, nms_cuda, nms_padded
+from tests.helpers.checks import awkward_boxes, check_operator, random_boxes
+
+THRESHOLDS = (0.1, 0.3, 0.5, 0.6, 0.7, 1 / 3)
+
+
+def reference(boxes, scores, threshold):
+    return torchvision.ops.nms(boxes, scores, threshold)
+
+
+def reference_batched(boxes, scores, groups, threshold):
+    """torchvision's nms on each group alone, merged by stable score order."""
+    keep = torch.zeros(len(boxes), dtype=torch.bool)
+    for group in groups.unique().tolist():
+        rows = (groups == group).nonzero()[:, 0]
+        keep[rows[reference(boxes[rows], scores[rows], threshold)]] = True
+    order = scores.argsort(descending=True, stable=True)
+    return order[keep[order]]
+
+
+def quantised_case(seed):
+    """Few distinct scores and integer corners, so that ties in both abound."""
+    generator = torch.Generator().manual_seed(seed)
+    count = int(torch.randint(0, 90, (1,), generator=generator))
+    side = (8.0, 40.0, 200.0)[seed % 3]
+    boxes = random_boxes(count, side=side, generator=generator)
+    if seed % 2:
+        boxes = boxes.round()
+    scores = torch.randint(0, 12, (count,), generator=generator) / 12
+    return boxes, scores
+
+
+def boxes_at(threshold):
+    """Pairs of boxes whose IoU lies at the threshold, or one step of a corner off: all ways to cut a strip."""
+    boxes = []
+    for whole in range(1, 61):
+        for part in range(1, whole):
+            if abs(part / whole - threshold) < 0.02:
+                row = 100.0 * len(boxes)
+                boxes += [[0, row, whole, row + 10], [0, row, part, row + 10]]
+                stretched = torch.tensor([0, row + 50, part, row + 60]) + 0.0
+                stretched[2] = torch.nextafter(stretched[2], torch.tensor(math.inf))
+                boxes += [[0, row + 50, whole, row + 60], stretched.tolist()]
+    return torch.tensor(boxes)
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_equals_torchvision_with_ties(block):
+    for seed in range(100 * block, 100 * (block + 1)):
+        boxes, scores = quantised_case(seed)
+        threshold = THRESHOLDS[seed % len(THRESHOLDS)]
+        assert torch.equal(ops.nms(boxes, scores, threshold), reference(boxes, scores, threshold)), seed
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_equals_torchvision_at_the_threshold(threshold):
+    boxes = boxes_at(threshold)
+    scores = torch.rand(len(boxes))
+    expected = reference(boxes, scores, threshold)
+    assert 0 < len(expected) < len(boxes), "the case decides nothing"
+    assert torch.equal(ops.nms(boxes, scores, threshold), expected)
+
+
+@pytest.mark.parametrize("threshold", [*THRESHOLDS, 0.0, 1.0])
+def test_threshold_is_rounded_down(threshold):
+    rounded = fp32_below(threshold)
+    assert rounded <= threshold
+    assert torch.nextafter(torch.tensor(rounded), torch.tensor(math.inf)).item() > threshold
+
+
+@pytest.mark.parametrize("count", [1000, 3000])
+@pytest.mark.parametrize("side", [60.0, 400.0])
+def test_many_blocks(count, side):
+    boxes, scores = random_boxes(count, side=side), torch.rand(count)
+    assert torch.equal(ops.nms(boxes, scores, 0.5), reference(boxes, scores, 0.5))
+
+
+def test_chain_is_decided_in_order():
+    """Each box overlaps only its neighbours, so every second one stays: the worst case for deciding in rounds."""
+    left = torch.arange(700.0) * 4
+    boxes = torch.stack([left, left * 0, left + 10, left * 0 + 10], dim=1)
+    scores = torch.linspace(1, 0, 700)
+    expected = torch.arange(0, 700, 2)
+    assert torch.equal(ops.nms(boxes, scores, 0.3), expected)
+    assert torch.equal(reference(boxes, scores, 0.3), expected)
+
+
+def test_non_finite_boxes_are_never_kept_and_suppress_nothing():
+    boxes = awkward_boxes()
+    scores = torch.linspace(0.1, 1, len(boxes))
+    kept = ops.nms(boxes, scores, 0.5)
+    finite = boxes.isfinite().all(1)
+    assert finite[kept].all()
+    rows = finite.nonzero()[:, 0]
+    assert torch.equal(kept, rows[reference(boxes[rows], scores[rows], 0.5)])
+
+
+def test_degenerate_boxes_all_stay():
+    boxes = torch.tensor([[5.0, 5, 5, 5], [5, 5, 5, 5], [9, 9, 3, 3], [9, 9, 3, 3]])
+    assert ops.nms(boxes, torch.ones(4), 0.0).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened(dtype):
+    boxes, scores = random_boxes(50).to(dtype), torch.rand(50).to(dtype)
+    assert torch.equal(ops.nms(boxes, scores, 0.5), reference(boxes.float(), scores.float(), 0.5))
+
+
+def test_layout_and_emptiness():
+    boxes, scores = random_boxes(2, 40)[0], torch.rand(40, 2)[:, 0]
+    strided = boxes.t().contiguous().t()
+    assert torch.equal(ops.nms(strided, scores, 0.5), reference(boxes, scores.contiguous(), 0.5))
+    empty = ops.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
+    assert empty.shape == (0,)
+    assert empty.dtype == torch.int64
+    assert ops.batched_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), 0.5).shape == (0,)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_batched_equals_torchvision_group_by_group(seed):
+    boxes, scores = quantised_case(seed)
+    groups = torch.randint(-3, (1, 4, 40)[seed % 3] - 2, (len(boxes),)) * 1000
+    expected = reference_batched(boxes, scores, groups, 0.5)
+    assert torch.equal(ops.batched_nms(boxes, scores, groups, 0.5), expected)
+
+
+@pytest.mark.parametrize("count", [30, 700])
+@pytest.mark.parametrize("max_keep", [0, 1, 7, 10_000])
+def test_max_keep_takes_the_first(count, max_keep):
+    boxes, scores = random_boxes(count, side=60), torch.rand(count)
+    assert torch.equal(ops.nms(boxes, scores, 0.5, max_keep), reference(boxes, scores, 0.5)[:max_keep])
+    groups = torch.arange(count) % 3
+    expected = reference_batched(boxes, scores, groups, 0.5)[:max_keep]
+    assert torch.equal(ops.batched_nms(boxes, scores, groups, 0.5, max_keep), expected)
+
+
+@pytest.mark.parametrize("sizes", [[20] * 15, [60, 50, 40] + [3] * 20, [90] + [1] * 30, [33] * 12 + [64, 0, 0]])
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 1.0])
+def test_many_groups_side_by_side_equal_each_alone(monkeypatch, sizes, threshold):
+    """Groups of unequal sizes, in tiles of one row and of many, with gaps, and boxes that do not count."""
+    boxes = random_boxes(len(sizes), max(sizes), side=40).round()
+    boxes[0, 3] = math.nan
+    valid = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+    valid &= torch.rand(valid.shape) < 0.9
+    for tile, first_rows in ((1, 1), (500, 7), (1 << 17, 64)):
+        monkeypatch.setattr(nms, "_ABREAST_TILE", tile)
+        monkeypatch.setattr(nms, "_ROWS", first_rows)
+        index, count = nms_cpu(boxes, valid, threshold, 64)
+        for one, rows in enumerate((valid & boxes.isfinite().all(2)).unbind()):
+            mine = rows.nonzero()[:, 0]
+            expected = mine[reference(boxes[one][mine], torch.linspace(1, 0, len(mine)), threshold)][:64]
+            assert torch.equal(index[one, : int(count[one])], expected)
+
+
+def test_padded_groups_are_independent_and_stop_at_max_keep():
+    boxes, scores, valid = random_boxes(5, 80, side=60), torch.rand(5, 80).mul(20).round(), torch.rand(5, 80) < 0.7
+    valid[3] = False
+    for max_keep in (1, 7, 80, 100):
+        kept = nms_padded(boxes, scores, 0.4, max_keep, valid)
+        assert kept.index.shape == (5, max_keep)
+        for group in range(5):
+            rows = valid[group].nonzero()[:, 0]
+            expected = rows[reference(boxes[group, rows], scores[group, rows], 0.4)][:max_keep]
+            count = int(kept.count[group])
+            assert torch.equal(kept.index[group, :count], expected)
+            assert (kept.index[group, count:] == 0).all()
+
+
+def test_presorted_rows_are_taken_as_they_stand():
+    boxes, scores = random_boxes(2, 60, side=50), torch.rand(2, 60)
+    order = scores.argsort(dim=1, descending=True)
+    in_order = boxes.gather(1, order[..., None].expand(-1, -1, 4))
+    presorted = nms_padded(in_order, scores.gather(1, order), 0.5, 60, presorted=True)
+    plain = nms_padded(boxes, scores, 0.5, 60)
+    assert torch.equal(presorted.count, plain.count)
+    taken = torch.arange(60) < plain.count[:, None]
+    assert torch.equal(order.gather(1, presorted.index)[taken], plain.index[taken])
+
+
+def test_padded_form_checks_its_arguments_and_widens():
+    boxes, scores = random_boxes(2, 50, side=40), torch.rand(2, 50)
+    halves = nms_padded(boxes.bfloat16(), scores, 0.5, 50)
+    assert torch.equal(halves.index, nms_padded(boxes.bfloat16().float(), scores, 0.5, 50).index)
+    assert torch.equal(
+        nms_padded(boxes.clone().requires_grad_(), scores, 0.5, 50).count, nms_padded(boxes, scores, 0.5, 50).count
+    )
+    for change, words in (
+        ({"boxes": boxes[0]}, r"boxes .*\[50, 4\]"),
+        ({"scores": scores[:, :3]}, r"scores .*\[2, 3\]"),
+        ({"iou_threshold": 7.0}, "iou_threshold .*7"),
+        ({"max_keep": -1}, "max_keep .*-1"),
+        ({"valid": torch.ones(2, 3, dtype=torch.bool)}, r"valid .*\[2, 3\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            nms_padded(**{"boxes": boxes, "scores": scores, "iou_threshold": 0.5, "max_keep": 9, **change})
+
+
+def test_operator_contract():
+    check_operator(torch.ops.fastdet.nms, random_boxes(3, 20), torch.rand(3, 20) < 0.8, 0.5, 9)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"boxes": torch.zeros(3, 5)}, ValueError, r"boxes .*\[3, 5\]"),
+        ({"boxes": torch.zeros(3, 4).long()}, TypeError, "boxes .*int64"),
+        ({"boxes": torch.zeros(3, 4).double()}, TypeError, "boxes .*float64"),
+        ({"scores": torch.zeros(2)}, ValueError, r"scores .*\[2\]"),
+        ({"scores": torch.zeros(3, device="meta")}, ValueError, "scores is on meta"),
+        ({"scores": torch.zeros(3).half()}, TypeError, "scores is torch.float16, but boxes is torch.float32"),
+        ({"max_keep": -1}, ValueError, "max_keep .*-1"),
+        ({"iou_threshold": 1.5}, ValueError, "iou_threshold .*1.5"),
+        ({"iou_threshold": math.nan}, ValueError, "iou_threshold .*nan"),
+        ({"iou_threshold": None}, TypeError, "iou_threshold .*None"),
+        ({"iou_threshold": True}, TypeError, "iou_threshold .*True"),
+        ({"max_keep": 1.5}, TypeError, "max_keep .*1.5"),
+        ({"boxes": torch.zeros(3, 4).to_sparse()}, TypeError, "boxes .*sparse"),
+        ({"idxs": torch.zeros(2).long()}, ValueError, r"idxs .*\[2\]"),
+        ({"idxs": torch.zeros(3)}, TypeError, "idxs .*float32"),
+        ({"idxs": torch.zeros(3, dtype=torch.bool)}, TypeError, "idxs .*bool"),
+    ],
+)
+def test_bad_input_names_the_argument(change, error, words):
+    good = {"boxes": random_boxes(3), "scores": torch.rand(3), "idxs": torch.zeros(3).long(), "iou_threshold": 0.5}
+    with pytest.raises(error, match=words):
+        ops.batched_nms(**{**good, **change})
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("seed", range(12))
+def test_kernel_equals_cpu(kernel_device, monkeypatch, seed):
+    from fastdet.kernels import nms as kernel
+
+    # Small chunks, so that few boxes pass through all that many would.
+    small = kernel.Config(32, overlap_rows=16, filter_rows=16, filter_kept=8, filter_span=16, settle_warps=1)
+    monkeypatch.setattr(kernel, "config", lambda num_boxes: small)
+    groups, count, side = 2, (1, 33, 64, 100)[seed % 4], (20.0, 60.0, 200.0)[seed % 3]
+    boxes, valid = random_boxes(groups, count, side=side), torch.rand(groups, count) < 0.9
+    threshold = THRESHOLDS[seed % len(THRESHOLDS)]
+    for max_keep in (5, count):
+        expected = nms_cpu(boxes, valid, threshold, max_keep)
+        actual = nms_cuda(boxes.to(kernel_device), valid.to(kernel_device), threshold, max_keep)
+        assert torch.equal(actual[0].cpu(), expected[0])
+        assert torch.equal(actual[1].cpu(), expected[1])
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_kernel_decides_as_torchvision_at_the_threshold(kernel_device, threshold):
+    boxes = boxes_at(threshold)[:200]
+    expected = reference(boxes, torch.linspace(1, 0, len(boxes)), threshold)
+    valid = torch.ones(1, len(boxes), dtype=torch.bool, device=kernel_device)
+    index, count = nms_cuda(boxes[None].to(kernel_device), valid, threshold, len(boxes))
+    assert torch.equal(index[0, : int(count[0])].cpu(), expected)
+
+
+@pytest.mark.kernel
+def test_kernel_on_awkward_boxes(kernel_device):
+    boxes = awkward_boxes()[None]
+    valid = torch.ones(1, boxes.shape[1], dtype=torch.bool)
+    expected = nms_cpu(boxes, valid, 0.3, 11)
+    actual = nms_cuda(boxes.to(kernel_device), valid.to(kernel_device), 0.3, 11)
+    assert torch.equal(actual[0].cpu(), expected[0])
+    assert torch.equal(actual[1].cpu(), expected[1])
+
+
+@pytest.mark.kernel
+def test_kernel_on_boxes_inverted_along_one_axis(kernel_device):
+    """Their areas are negative, and so may be the union with another box, which they still do not overlap."""
+    boxes = torch.tensor([[0, 0, 10, -20], [50, 50, 60, 60], [30, 0, 0, 30], [51, 51, 59, 59], [0, 0, 10, 10.0]])
+    expected = reference(boxes, torch.linspace(1, 0, 5), 0.5)
+    assert expected.tolist() == [0, 1, 2, 4]
+    valid = torch.ones(1, 5, dtype=torch.bool)
+    for index, count in (
+        nms_cpu(boxes[None], valid, 0.5, 5),
+        nms_cuda(boxes[None].to(kernel_device), valid.to(kernel_device), 0.5, 5),
+    ):
+        assert index[0, : int(count[0])].tolist() == expected.tolist()
+
+
+@pytest.mark.kernel
+def test_kernel_takes_empty_input(kernel_device):
+    for groups, count, max_keep in ((0, 4, 3), (2, 0, 3), (2, 4, 0)):
+        boxes = torch.zeros(groups, count, 4, device=kernel_device)
+        valid = torch.ones(groups, count, dtype=torch.bool, device=kernel_device)
+        index, kept = nms_cuda(boxes, valid, 0.5, max_keep)
+        assert index.shape == (groups, max_keep)
+        assert (kept == 0).all()
+
+
+def test_block_sizes_hold_what_the_kernels_assume():
+    from fastdet.kernels import nms as kernel
+
+    for num_boxes in (1, 31, 33, 300, 1024, 12000):
+        config = kernel.config(num_boxes)
+        assert config.chunk % 32 == 0
+        assert config.chunk & (config.chunk - 1) == 0
+        assert config.chunk % config.overlap_rows == 0
+        assert config.chunk % config.filter_rows == 0
+        assert config.filter_span % config.filter_kept == 0

@@ -1,0 +1,284 @@
+"""Everything that needs a GPU, in one command of at most nine minutes: `make gpu-check OUT=DIR`.
+
+    python -m tools.gpu_check --out DIR
+
+The steps run one after another, each in a process with a limit of its own; one that fails or is late stops none of the
+others. DIR then holds summary.txt (a line a step), logs.txt (what each step said), bench.csv, benchmarks.png and
+sweep.csv. The status is 0 where every step passed, 1 where one did not, 2 where there is no GPU. Needs torch, triton
+and pytest, and no network.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Seconds for all steps together; what the last of them may take to be stopped comes on top.
+TOTAL = 520.0
+# Seconds that an interrupted step has to write what it found.
+GRACE = 8.0
+# Seconds that a step which keeps its own time needs besides.
+START_AND_END = 15.0
+# Characters of a step's log that are kept, half of them from its beginning.
+LONGEST_LOG = 1_000_000
+
+PASSED, FAILED, LATE, ABSENT = "passed", "FAILED", "LATE", "left out"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command with a limit in seconds; "{seconds}" in it becomes what it has for its work.
+
+    `absent` says why it cannot run here; `adds` names a CSV that it writes and the one to which that is added.
+    """
+
+    name: str
+    command: Sequence[str]
+    limit: float
+    environment: Mapping[str, str] = field(default_factory=dict)
+    absent: str | None = None
+    adds: tuple[Path, Path] | None = None
+
+
+class Result(NamedTuple):
+    """How a step ended, after how many seconds, and the lines that say what failed, or the last one."""
+
+    step: str
+    outcome: str
+    seconds: float
+    told: list[str]
+
+
+def run(step: Step, log: Path, seconds: float) -> Result:
+    """Run a step with its output in `log`. When its time is up it is interrupted, then killed with all its children."""
+    command = [part.replace("{seconds}", str(max(int(seconds - START_AND_END), 1))) for part in step.command]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **step.environment}
+    start = time.monotonic()
+    with log.open("wb") as file:
+        try:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            return Result(step.name, FAILED, 0.0, [str(error)])
+        late = False
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            late = True
+            # As Ctrl-C does: pytest then writes its tables of what it has so far.
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    outcome = LATE if late else FAILED if process.returncode else PASSED
+    return Result(step.name, outcome, time.monotonic() - start, told(log.read_text(errors="replace"), outcome))
+
+
+def told(log: str, outcome: str) -> list[str]:
+    """The lines that name what failed, if any, and the last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    named = re.compile(r"(FAILED|ERROR) \S+|failed: |cannot be swept: |=+ (Invalid|Error|Warning: Race|Error: Race)")
+    failed = [line for line in lines if named.match(line)] if outcome != PASSED else []
+    more = [f"and {len(failed) - 12} more"] if len(failed) > 12 else []
+    return [*failed[:12], *more, *lines[-1:]]
+
+
+def run_all(steps: Sequence[Step], out: Path, total: float = TOTAL) -> list[Result]:
+    """Run the steps in turn within `total` seconds; summary.txt and logs.txt in `out` are up to date after each."""
+    end = time.monotonic() + total
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory() as folder, (out / "logs.txt").open("w") as logs:
+        for step in steps:
+            left = end - time.monotonic()
+            log = Path(folder) / "log"
+            log.touch()
+            print(f"{step.name} ...", flush=True)
+            if step.absent:
+                result = Result(step.name, ABSENT, 0.0, [step.absent])
+            elif left < 1:
+                result = Result(step.name, ABSENT, 0.0, ["no time was left"])
+            else:
+                result = run(step, log, min(step.limit, left))
+            results.append(result)
+            logs.write(f"==== {step.name}: {result.outcome}\n{' '.join(step.command)}\n{shortened(log)}\n")
+            logs.flush()
+            if step.adds:
+                add_rows(*step.adds)
+            (out / "summary.txt").write_text(table(results))
+            print("\n".join(f"  {line}" for line in table([result]).splitlines()[1:]), flush=True)
+    return results
+
+
+def shortened(log: Path) -> str:
+    text, half = log.read_text(errors="replace"), LONGEST_LOG // 2
+    return text if len(text) <= 2 * half else f"{text[:half]}\n[... {len(text) - 2 * half} ...]\n{text[-half:]}"
+
+
+def table(results: Sequence[Result]) -> str:
+    lines = [f"{'step':<26} {'result':<9} {'seconds':>7}  what"]
+    for result in results:
+        first, *others = [line[:200] for line in result.told] or [""]
+        lines.append(f"{result.step:<26} {result.outcome:<9} {result.seconds:>7.1f}  {first}")
+        lines += [f"{'':<26} {'':<9} {'':>7}  {line}" for line in others]
+    return "\n".join(lines) + "\n"
+
+
+def add_rows(part: Path, whole: Path) -> None:
+    """Append the rows of a CSV to another of the same columns, and remove it; it need not exist."""
+    if not part.exists():
+        return
+    header, *rows = part.read_text().splitlines(keepends=True)
+    known = whole.read_text() if whole.exists() else header
+    whole.write_text(known + "".join(rows))
+    part.unlink()
+
+
+def steps(out: Path) -> list[Step]:
+    """All there is to do, the most telling first: the last ones get what time is left."""
+    python = [sys.executable]
+    has_benchmark = importlib.util.find_spec("pytest_benchmark") is not None
+    # Without its plugin pytest does not know the options of the project's settings.
+    pytest = [
+        *python,
+        "-m",
+        "pytest",
+        "--tb=short",
+        *([] if has_benchmark else ["-o", "addopts=--strict-markers --import-mode=importlib -rfE"]),
+    ]
+    alone = ["tests/ops/test_repeatable.py", "tests/ops/test_waits.py"]
+    marked = [
+        path
+        for path in sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))
+        if path not in alone and re.search(r"mark\.(kernel|cuda)\b", (ROOT / path).read_text())
+    ]
+    side_by_side = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    benches = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "bench").glob("bench_*.py"))
+    drawing = None if importlib.util.find_spec("matplotlib") else "matplotlib is not installed"
+    model, accelerate = "bench/bench_model.py", "bench/bench_accelerate.py"
+
+    def benchmark(name: str, chosen: list[str], limit: float) -> Step:
+        part = out / "part.csv"
+        command = [*pytest, *(["--benchmark-only"] if has_benchmark else []), f"--bench-csv={part}", *chosen]
+        return Step(name, command, limit, adds=(part, out / "bench.csv"))
+
+    install = ["-m", "pip", "install", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-build-isolation"]
+    return [
+        Step("install in place", [*python, *install, "-e", "."], 40),
+        Step("environment", [*python, "-m", "tools.gpu_check", "--environment"], 40),
+        Step("operations", [*pytest, "-m", "kernel or cuda", *side_by_side, *marked], 150),
+        Step("same bits 50 times", [*pytest, alone[0]], 90),
+        Step("no wait, one graph", [*pytest, alone[1]], 80),
+        benchmark("benchmarks: operations", [path for path in benches if path not in (model, accelerate)], 100),
+        benchmark("benchmarks: model", [model, "-k", "not compiled"], 170),
+        Step(
+            "picture",
+            [*python, "-m", "bench.plot", str(out / "bench.csv"), str(out / "benchmarks.png")],
+            30,
+            absent=drawing,
+        ),
+        # What it compiles the sanitizer need not wait for.
+        Step("small calls", [*python, "-m", "bench.calls"], 45),
+        sanitizer("memcheck", 45),
+        sanitizer("racecheck", 45),
+        Step(
+            "sweep",
+            [*python, "-m", "tools.tune_blocks", "--csv", str(out / "sweep.csv"), "--seconds", "{seconds}"],
+            200,
+        ),
+        benchmark("benchmarks: compiled", [model, "-k", "train-1-bfloat16-compiled or infer-1-bfloat16-compiled"], 150),
+        benchmark("benchmarks: accelerated", [accelerate], 120),
+    ]
+
+
+def sanitizer(tool: str, limit: float) -> Step:
+    """compute-sanitizer over a small call of each operation, watching our own kernels and no others."""
+    program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    known = subprocess.run([program, "--help"], capture_output=True, text=True, check=False).stdout if program else ""
+    only = next((option for option in ("--kernel-name", "--kernel-regex") if option in known), None)
+    source = "".join(path.read_text() for path in sorted((ROOT / "kernels").rglob("*.py")))
+    names = sorted(set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)))
+    command = [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
+    if only:
+        command += [part for name in names for part in (only, f"kns={name}")]
+    return Step(
+        tool,
+        [*command, sys.executable, "-m", "bench.calls"],
+        limit,
+        # Without torch's cache each tensor ends where its memory ends, so that one step too far is seen.
+        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        absent=None if program else "there is no compute-sanitizer",
+    )
+
+
+def environment() -> None:
+    """Print the device, its clocks, the driver and the versions of what runs on them."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    print(f"device: {properties.name}, {properties.multi_processor_count} multiprocessors")
+    print(f"memory: {properties.total_memory / 2**30:.1f} GiB")
+    print(f"python {platform.python_version()}, {os.cpu_count()} cores, CUDA {torch.version.cuda}")
+    for package in ("torch", "torchvision", "triton", "numpy", "pytest", "pytest_benchmark", "xdist"):
+        try:
+            print(package, importlib.metadata.version({"xdist": "pytest-xdist"}.get(package, package)))
+        except importlib.metadata.PackageNotFoundError:
+            print(package, "not installed")
+    # Triton builds the launcher of each kernel with it, at the first call.
+    print("C compiler:", shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or "none")
+    query = "driver_version,pstate,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+    with contextlib.suppress(OSError):
+        subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv"], check=False)
+    print(f"{properties.name}, torch {torch.__version__}")
+
+
+def slug(device: str) -> str:
+    """A file's name for a device: lower case, words joined by hyphens."""
+    return "-".join(re.findall(r"[a-z0-9]+", device.lower()))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Run everything that needs a GPU.")
+    parser.add_argument("--out", type=Path, default=Path("gpu-check"))
+    parser.add_argument("--environment", action="store_true", help="only print what the machine is")
+    options = parser.parse_args(arguments)
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu-check needs a GPU that torch can use; there is none", file=sys.stderr)
+        return 2
+    if options.environment:
+        environment()
+        return 0
+    # A parent that ignores interrupts would hand that on to the steps, which could not be interrupted then.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("bench.csv", "sweep.csv", "part.csv"):
+        (out / name).unlink(missing_ok=True)
+    results = run_all(steps(out), out)
+    print(f"\n{table(results)}\nTo keep: cp {out}/bench.csv bench/results/{slug(torch.cuda.get_device_name())}.csv")
+    return 0 if all(result.outcome in (PASSED, ABSENT) for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

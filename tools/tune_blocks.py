@@ -1,0 +1,240 @@
+"""Block shapes and warps around those that `kernels/` chooses: which would be faster on this GPU, and still right.
+
+    python -m tools.tune_blocks --csv FILE [--seconds N] [--only NAME ...]
+
+For each operation the search begins at what the kernel's `config(...)` returns for the call. It halves and doubles one
+field at a time, goes on from the fastest of these if that gains enough, and ends where none does. Every result is
+compared, bit for bit, with that of the default; one that differs is reported and never gone on from. Each operation
+has a process of its own, so that what one of its launches breaks stays with it.
+"""
+
+import argparse
+import csv
+import functools
+import importlib
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from bench import calls
+from bench.calls import Call, kernels_on, tensors
+
+# A gain below this share of the time is noise.
+_GAIN = 0.02
+
+Config = Any  # the NamedTuple of a kernel's module: ints, bools
+
+
+class Target(NamedTuple):
+    """A choice to sweep: `function` of `fastdet.kernels.<module>`, as the operation called by `build` makes it.
+
+    What does not `fits` is not tried: the kernels may never end with it.
+    """
+
+    build: Callable[[torch.device, bool], Call]
+    module: str
+    function: str = "config"
+    fits: Callable[[Config], bool] = lambda config: True
+
+    @property
+    def name(self) -> str:
+        return f"{self.build.__name__}: {self.module}.{self.function}"
+
+    def exists(self) -> bool:
+        return hasattr(importlib.import_module(f"fastdet.kernels.{self.module}"), self.function)
+
+
+def nms_fits(config: Config) -> bool:
+    whole = config.chunk >= max(config.overlap_rows, config.filter_rows, 32)
+    return whole and config.filter_span >= config.filter_kept
+
+
+def sample_fits(config: Config) -> bool:
+    return config.block_k >= config.scan_k
+
+
+TARGETS = (
+    Target(calls.nms_training, "nms", fits=nms_fits),
+    Target(calls.nms_inference, "nms", fits=nms_fits),
+    Target(calls.nms_classes, "nms", fits=nms_fits),
+    Target(calls.match, "match"),
+    Target(calls.decode, "decode"),
+    Target(calls.decode_batch, "decode"),
+    Target(calls.sample_anchors, "sample", fits=sample_fits),
+    Target(calls.sample_proposals, "sample", fits=sample_fits),
+    Target(calls.roi_pool, "roi_pool"),
+    Target(calls.roi_pool_gradient, "roi_pool", "config_backward"),
+    Target(calls.roi_align, "roi_align"),
+    Target(calls.roi_align_gradient, "roi_align_backward"),
+    Target(calls.box_iou, "box_iou"),
+)
+
+
+class Measured(NamedTuple):
+    """One configuration: microseconds, None where `note` says why it does not count."""
+
+    us: float | None
+    note: str = ""
+
+
+class Row(NamedTuple):
+    """One line of the CSV; `ratio` is the default's time over this one's: above 1 is faster."""
+
+    op: str
+    size: str
+    config: str
+    us: str
+    ratio: str
+    note: str
+
+
+def named(config: Config) -> str:
+    return " ".join(f"{field}={value}" for field, value in config._asdict().items())
+
+
+def neighbours(config: Config) -> list[Config]:
+    """Those with one of its numbers halved or doubled; what compiles longest, the largest blocks, comes last."""
+    numbers = {field: value for field, value in config._asdict().items() if type(value) is int and value > 0}
+    halved = [config._replace(**{field: value // 2}) for field, value in numbers.items() if value > 1]
+    return halved + [config._replace(**{field: value * 2}) for field, value in reversed(numbers.items())]
+
+
+def climb(
+    start: Config, measure: Callable[[Config], Measured], fits: Callable[[Config], bool]
+) -> Iterator[tuple[Config, Measured]]:
+    """Measure `start`, those of its neighbours that fit, of the fastest neighbour's, and so on while that gains."""
+    best, seen = (start, measure(start)), {start}
+    yield best
+    while best[1].us is not None:
+        here, limit = best[0], best[1].us * (1 - _GAIN)
+        for config in neighbours(here):
+            if config not in seen and fits(config):
+                seen.add(config)
+                measured = measure(config)
+                yield config, measured
+                if measured.us is not None and measured.us < min(limit, best[1].us):
+                    best = config, measured
+        if best[0] == here:
+            return
+
+
+@contextmanager
+def chosen(target: Target, change: Callable[[Config], Config]) -> Iterator[list[Config]]:
+    """The kernel's choice is passed through `change`; gives the list of the choices as they were made."""
+    module = importlib.import_module(f"fastdet.kernels.{target.module}")
+    original, made = getattr(module, target.function), []
+
+    def choose(*args: Any, **kwargs: Any) -> Config:
+        made.append(original(*args, **kwargs))
+        return change(made[-1])
+
+    with mock.patch.object(module, target.function, choose):
+        yield made
+
+
+def moved(change_from: Config, change_to: Config, config: Config) -> Config:
+    """`config` with the fields in which the two others differ: where one call makes several choices, all move."""
+    pairs = zip(change_from._fields, change_from, change_to, strict=True)
+    return config._replace(**{field: new for field, old, new in pairs if old != new})
+
+
+def microseconds(run: Callable[[], object]) -> float:
+    """Median time of a call inside a CUDA graph; where it cannot be captured, of calls with the cache flushed."""
+    from triton.testing import do_bench, do_bench_cudagraph
+
+    try:
+        return statistics.median(do_bench_cudagraph(run, rep=10, return_mode="all")) * 1e3
+    except Exception as error:
+        torch.cuda.synchronize()
+        print(f"  timed without a CUDA graph: {one_line(error)}", flush=True)
+        return do_bench(run, warmup=5, rep=20, return_mode="median") * 1e3
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def sweep(
+    target: Target, device: torch.device, small: bool, clock: Callable[[Callable[[], object]], float]
+) -> Iterator[Row]:
+    """The rows of one target, the default's first. Raises where the default itself fails."""
+    call = target.build(device, small)
+    with chosen(target, lambda config: config) as made, kernels_on(device):
+        expected = tensors(call.run())
+    if not made:
+        raise LookupError(f"the call never asks {target.module}.{target.function}")
+    default = made[0]
+
+    def measure(config: Config) -> Measured:
+        try:
+            with chosen(target, functools.partial(moved, default, config)), kernels_on(device):
+                if not all(map(torch.equal, tensors(call.run()), expected)):
+                    return Measured(None, "differs from the default's result")
+                return Measured(clock(call.run))
+        except Exception as error:
+            if config == default:
+                raise
+            return Measured(None, one_line(error))
+
+    reference: float | None = None
+    for config, measured in climb(default, measure, target.fits):
+        reference = reference or measured.us
+        us, ratio = "", ""
+        if measured.us is not None and reference is not None:
+            us, ratio = f"{measured.us:.2f}", f"{reference / measured.us:.3f}"
+        yield Row(target.name, call.size, named(config), us, ratio, measured.note)
+
+
+def into_file(target: Target, path: Path) -> None:
+    """Sweep on the GPU, each row written as it is found."""
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        for row in sweep(target, torch.device("cuda"), False, microseconds):
+            writer.writerow(row)
+            file.flush()
+            print(f"  {row.us or '-':>9} us  {row.ratio or '-':>6}  {row.config}  {row.note}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Sweep block shapes and warps on the GPU.")
+    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=600.0, help="for all together")
+    parser.add_argument("--only", nargs="*", help="parts of the names of the targets wanted")
+    options = parser.parse_args(arguments)
+    wanted = [target for target in TARGETS if not options.only or any(part in target.name for part in options.only)]
+    absent = [target for target in wanted if not target.exists()]
+    for target in absent:
+        print(f"cannot be swept: fastdet.kernels.{target.module} has no {target.function}", flush=True)
+    present = [target for target in wanted if target not in absent]
+    with options.csv.open("w", newline="") as file:
+        csv.writer(file).writerow(Row._fields)
+    end = time.monotonic() + options.seconds
+    failed = list(absent)
+    for number, target in enumerate(present):
+        share = (end - time.monotonic()) / (len(present) - number)
+        print(f"{target.name}, {share:.0f} s", flush=True)
+        # CUDA is not initialised here, so that a fork may use it: that saves each process the imports.
+        process = multiprocessing.get_context("fork").Process(target=into_file, args=(target, options.csv))
+        process.start()
+        process.join(max(share, 0.0))
+        if process.is_alive():
+            print("  stopped: its time is up", flush=True)
+            process.kill()
+            process.join()
+        elif process.exitcode:
+            failed.append(target)
+    for target in failed:
+        print(f"failed: {target.name}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
