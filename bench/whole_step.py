@@ -79,7 +79,7 @@ def our_model(case: Case) -> fastdet.FasterRCNN:
     with torch.no_grad():
         seen = model.eval().inspect(scene(case._replace(batch=1))[0])
         predictor = model.roi_heads.box_predictor.cls_score
-        predictor.weight /= seen["cls_scores"].std()
+        predictor.weight /= seen["class_logits"].std()
         predictor.bias[0] = BACKGROUND
     return model.train(case.training)
 
@@ -149,7 +149,7 @@ def compiled(case: Case) -> Step:
     """The same through torch.compile."""
     model = our_model(case)
     torch._dynamo.reset()
-    model.core = torch.compile(model.core, fullgraph=True)
+    model.compile(fullgraph=True)
     return _called(case, model)._replace(in_operators=False)
 
 
@@ -157,7 +157,7 @@ def graphed(case: Case) -> Step:
     """As one CUDA graph; on a CPU its eager stand-in."""
     model = our_model(case)
     images, targets = scene(case)
-    batch, padded, _ = model._open(images, targets, True)
+    batch, padded, _ = model.preprocess(images, targets)
     shape = case.batch, 3, case.height, case.width
     amp = None if case.dtype == torch.float32 else case.dtype
     optimizer = case.optimizer(model, graphed=True)
@@ -204,18 +204,18 @@ WAYS: dict[str, Callable[[Case], Step]] = {"eager": eager, "compiled": compiled,
 
 def _called(case: Case, model: fastdet.FasterRCNN) -> Step:
     images, targets = scene(case)
-    batch, padded, _ = model._open(images, targets, True)
+    batch, padded, _ = model.preprocess(images, targets)
     given = (targets, padded) if case.training else (None, None)
 
     def core() -> Any:
         # As the model calls it, so that nothing is compiled twice.
-        losses, found = model.core(
+        losses, found = model.forward_padded(
             batch.images,
             batch.sizes,
             given[1],
             batch.scales,
-            want_losses=case.training,
-            want_detections=not case.training,
+            compute_losses=case.training,
+            compute_detections=not case.training,
         )
         return losses if case.training else found
 

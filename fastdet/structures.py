@@ -1,13 +1,28 @@
 """The padded results that pass between the steps: fixed shapes, with a count or a mask for what varies in number.
 
-B images, G ground-truth boxes, P proposals, S samples, D detections. Boxes are x1, y1, x2, y2 in pixels of the resized
-image, fp32; labels are int64, 0 is background. Named tuples, so that torch.compile and torch.export can take them.
+B images, K anchors, G ground-truth boxes, P proposals, S samples, D detections. Boxes are x1, y1, x2, y2 in pixels of
+the resized image, fp32; labels are int64, 0 is background. Named tuples, so that torch.compile and torch.export can
+take them.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Images [B, C, H, W] fp32, normalized and padded; sizes int64 [B, 2], (height, width) inside the padding; scales
+    fp32 [B], by how much each image was resized."""
+
+    images: Tensor
+    sizes: Tensor
+    scales: Tensor
+
+    @property
+    def padded_size(self) -> tuple[int, int]:
+        """(height, width) with the padding."""
+        return self.images.shape[-2], self.images.shape[-1]
 
 
 class Targets(NamedTuple):
@@ -22,73 +37,50 @@ class Targets(NamedTuple):
         """bool [B, G]: the boxes that are trained on."""
         return (self.labels > 0) & ~self.ignore
 
-    def ignored(self, share: float | None) -> dict[str, Any]:
-        """What `ops.match` is told of the boxes that are ignored; None: nothing."""
-        return {} if share is None else {"gt_ignore": (self.labels > 0) & self.ignore, "ignore_iof": share}
-
-
-class Proposals(NamedTuple):
-    """What the RPN suggests, in descending order of score: boxes [B, P, 4], scores [B, P] (logits), count [B]."""
-
-    boxes: Tensor
-    scores: Tensor
-    count: Tensor  # type: ignore[assignment]
-
-    @property
-    def taken(self) -> Tensor:
-        """bool [B, P]: the rows that hold a proposal."""
-        return torch.arange(self.boxes.shape[1], device=self.count.device) < self.count[:, None]
+    def ignored(self, iof_thresh: float | None) -> dict[str, Any]:
+        """The arguments of `ops.match` for the ignored boxes; none of them if `iof_thresh` is None."""
+        if iof_thresh is None:
+            return {}
+        return {"gt_ignore": (self.labels > 0) & self.ignore, "ignore_iof": iof_thresh}
 
 
 class AnchorTargets(NamedTuple):
-    """What each anchor should say: labels [B, K] in {-1, 0, 1} after sampling, locs [B, K, 4] encoded offsets, 0 where
-    an anchor is no positive."""
+    """What the RPN is trained on: labels [B, K] in {-1, 0, 1} after sampling, deltas [B, K, 4], 0 where an anchor is
+    not positive."""
 
     labels: Tensor
-    locs: Tensor
+    deltas: Tensor
+
+
+class Proposals(NamedTuple):
+    """The boxes of the RPN in descending order of score: boxes [B, P, 4], scores [B, P] (logits), count [B]."""
+
+    boxes: Tensor
+    scores: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
+
+    @property
+    def valid(self) -> Tensor:
+        """bool [B, P]: the rows that are not padding."""
+        return torch.arange(self.boxes.shape[1], device=self.count.device) < self.count[:, None]
 
 
 class Samples(NamedTuple):
-    """RoIs that the box head trains on: boxes [B, S, 4], labels [B, S], locs [B, S, 4] (encoded and normalised
-    offsets), weight [B, S] (0 = padding)."""
+    """The RoIs that the box head is trained on: boxes [B, S, 4], labels [B, S], deltas [B, S, 4] (times
+    `bbox_reg_weights`; 0 for background), weight [B, S] (0 = padding)."""
 
     boxes: Tensor
     labels: Tensor
-    locs: Tensor
+    deltas: Tensor
     weight: Tensor
 
 
 class Detections(NamedTuple):
-    """Final boxes in descending order of score: boxes [B, D, 4], scores [B, D], labels [B, D], count [B], and of each
-    the proposal that it comes from, index int64 [B, D]."""
+    """Final boxes in descending order of score: boxes [B, D, 4], scores [B, D], labels [B, D], count [B]; index int64
+    [B, D], the proposal that each comes from."""
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
-    count: Tensor  # type: ignore[assignment]
-    index: Tensor  # type: ignore[assignment]
-
-
-class HeadOutput(NamedTuple):
-    """For each level the convolutions' raw outputs: logits [B, A * L, H, W] and deltas [B, A * 4, H, W]."""
-
-    logits: list[Tensor]
-    deltas: list[Tensor]
-
-
-class Seen(NamedTuple):
-    """What both passes start from.
-
-    features: all levels. pooled_levels: those that boxes are pooled from; pooled_scales: their cells a pixel.
-    pooled_shift: [B, 4], by how many pixels boxes move before they are pooled; None: not at all.
-    output: of the RPN's head. image_size: the padded (height, width).
-    cells: for each level bool [B, H, W], which cells belong to each image; None: all.
-    """
-
-    features: list[Tensor]
-    pooled_levels: list[Tensor]
-    pooled_scales: list[float]
-    pooled_shift: Tensor | None
-    output: HeadOutput
-    image_size: tuple[int, int]
-    cells: list[Tensor] | None
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index

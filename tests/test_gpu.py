@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastdet.cli import doctor
-from fastdet.engine.recipes import TrainSettings, optimizer_of
+from fastdet.engine.recipes import TrainSettings, build_optimizer
 
 pytestmark = pytest.mark.cuda
 
@@ -15,4 +15,4 @@ def test_doctor_finds_nothing():
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_optimizers_are_fused(name):
-    assert optimizer_of(torch.nn.Linear(3, 2).cuda(), TrainSettings(optimizer_name=name)).defaults["fused"]
+    assert build_optimizer(torch.nn.Linear(3, 2).cuda(), TrainSettings(optimizer_name=name)).defaults["fused"]

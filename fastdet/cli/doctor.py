@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdet.models.anchors import AnchorGenerator
 from fastdet.models.faster_rcnn import FasterRCNN
-from fastdet.models.preserve import generators_put_back, in_mode, put_back
+from fastdet.models.preserve import preserve_mode, preserve_rng, preserve_tensors
 from fastdet.structures import Detections, Targets
 
 _PACKAGES = ("fastdet", "torch", "torchvision", "triton", "numpy")
@@ -62,7 +62,7 @@ def probe(device: torch.device) -> str | None:
     On a GPU its detections have to be those of the same detector on the CPU, to a tenth of a pixel; a few of them may
     differ, since scores that are nearly equal may change places by the last bit.
     """
-    with generators_put_back(device):
+    with preserve_rng(device):
         torch.manual_seed(0)
         with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
             return _probe(device)
@@ -82,7 +82,7 @@ def _probe(device: torch.device) -> str | None:
         return "no detections, neither on the CPU"
     if sum(alone) > 0.02 * total:
         return f"{alone[0]} detections that the CPU has not, {alone[1]} that it has alone, of {total}"
-    losses = model.train().core(images, sizes, targets)[0]
+    losses = model.train().forward_padded(images, sizes, targets)[0]
     assert losses is not None
     torch.stack(list(losses.values())).sum().backward()
     wrong = [name for name, loss in losses.items() if not loss.isfinite()]
@@ -106,7 +106,7 @@ def alone_in(detections: Detections, others: Detections, pixels: float = 0.1, sc
 
 @torch.no_grad()
 def _detections(model: FasterRCNN, images: Tensor, sizes: Tensor) -> Detections:
-    found = model.core(images, sizes)[1]
+    found = model.forward_padded(images, sizes)[1]
     assert found is not None
     return found
 
@@ -141,13 +141,13 @@ def training_memory(model: FasterRCNN, batch: int, height: int, width: int) -> M
     sizes = torch.tensor([[height, width]] * batch, device=device)
     targets = Targets(*(part.to(device) for part in _targets(batch, height, width)))
     with (
-        generators_put_back(device),
-        put_back(list(model.buffers())),
-        in_mode(model, training=True),
+        preserve_rng(device),
+        preserve_tensors(list(model.buffers())),
+        preserve_mode(model, training=True),
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        model.core(images, sizes, targets)
+        model.forward_padded(images, sizes, targets)
     return Memory(
         sum(parameter.nbytes for parameter in parameters),
         sum(parameter.nbytes for parameter in parameters if parameter.requires_grad),

@@ -124,7 +124,7 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str
     return [group for group in groups if group["params"]]
 
 
-def optimizer_of(model: nn.Module, settings: TrainSettings) -> Optimizer:
+def build_optimizer(model: nn.Module, settings: TrainSettings) -> Optimizer:
     """torch's optimizer over the trainable parameters of a model, which lie where they will be trained.
 
     On a GPU it is the fused one, a launch for all parameters.

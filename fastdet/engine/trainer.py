@@ -23,8 +23,8 @@ from fastdet.engine.recipes import (
     RECIPES,
     Batch,
     TrainSettings,
+    build_optimizer,
     learning_rate,
-    optimizer_of,
     parameter_groups,
     plan_epoch,
 )
@@ -94,7 +94,7 @@ def train(
     if last.exists() and not (resume or overwrite):
         raise CheckpointError(f"{last}: the folder has a run already: resume it, overwrite it, or take another folder")
     device = next(model.parameters()).device
-    optimizer = optimizer_of(model, settings)
+    optimizer = build_optimizer(model, settings)
     facts = {**(description or {}), **asdict(settings), "images": length}
 
     def save(epoch: int) -> None:

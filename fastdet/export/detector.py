@@ -31,10 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdet.models import padding, preprocessing
+from fastdet.models import preprocessing
 from fastdet.models.anchors import Size
 from fastdet.models.faster_rcnn import FasterRCNN
-from fastdet.models.preserve import in_mode
+from fastdet.models.preserve import preserve_mode
 from fastdet.models.settings import Settings
 from fastdet.ops.decode import decoded_planes
 from fastdet.weights import files
@@ -90,7 +90,7 @@ def export_onnx(model: FasterRCNN, path: str | Path, *, height: int | None = Non
     from fastdet.export import onnx_operators
 
     # The file belongs to no device.
-    model = model if model._image_mean.device.type == "cpu" else copy.deepcopy(model).cpu()
+    model = model if next(model.parameters()).device.type == "cpu" else copy.deepcopy(model).cpu()
     with warnings.catch_warnings():
         # Of torch 2.11's exporter to itself.
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
@@ -147,19 +147,19 @@ class _Exported(nn.Module):
 
     def forward(self, images: Tensor, sizes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         model = self.model
-        pixels = preprocessing.normalised(images, model.settings, model._image_mean, model._image_std)
-        inside = padding.belonging(sizes, (images.shape[-2], images.shape[-1]))
-        pixels = torch.where(inside[:, None], pixels, 0.0)
-        _, found = model.core(pixels, sizes, None, scales, want_losses=False, want_detections=True)
+        inside = preprocessing.padding_mask(sizes, (images.shape[-2], images.shape[-1]))
+        pixels = torch.where(inside[:, None], model.normalize(images), 0.0)
+        _, found = model.forward_padded(pixels, sizes, None, scales, compute_losses=False, compute_detections=True)
         assert found is not None
         return found.boxes, found.scores, found.labels, found.count
 
 
 def _program(model: FasterRCNN, size: Size) -> Any:
     """The `torch.export.ExportedProgram` of a detector for images of `size`, any number of them."""
-    device, channels = model._image_mean.device, len(model.settings.image_mean)
-    if model._image_mean.dtype != torch.float32:
-        raise TypeError(f"the model must be in float32, got {model._image_mean.dtype}")
+    parameter, channels = next(model.parameters()), len(model.settings.image_mean)
+    device = parameter.device
+    if parameter.dtype != torch.float32:
+        raise TypeError(f"the model must be in float32, got {parameter.dtype}")
     # Of one image torch.export would make a constant.
     images = torch.zeros(2, channels, *size, device=device)
     sizes = torch.tensor([size, size], device=device)
@@ -167,7 +167,7 @@ def _program(model: FasterRCNN, size: Size) -> Any:
     batch = torch.export.Dim("batch", min=1)
     shapes = {name: {0: batch} for name in INPUTS}
     # Casts of a caller's autocast would become part of it.
-    with in_mode(model, training=False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with preserve_mode(model, training=False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         return torch.export.export(
             _Exported(model).eval(), (images, sizes, scales), dynamic_shapes=shapes, strict=False
         )

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from fastdet.graphs.static_inputs import Shape, sorted_buckets
 from fastdet.models.faster_rcnn import FasterRCNN
-from fastdet.models.preserve import generators_put_back, put_back
+from fastdet.models.preserve import preserve_rng, preserve_tensors
 
 # Kernels are compiled, and libraries choose their algorithms, before a capture.
 _WARM_UP = 3
@@ -87,8 +87,8 @@ def captured(
     current = torch.cuda.current_stream(device)
     stream.wait_stream(current)
     # A capture that fails leaves its own stream the current one.
-    with generators_put_back(device), torch.cuda.stream(current):
-        with torch.cuda.stream(stream), put_back(changed):
+    with preserve_rng(device), torch.cuda.stream(current):
+        with torch.cuda.stream(stream), preserve_tensors(changed):
             for _ in range(_WARM_UP):
                 function(*inputs)
         torch.cuda.synchronize(device)
@@ -145,7 +145,7 @@ class Baked:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
         self._model, self._settings = model, getattr(model, "settings", None)
-        self._core = model.__dict__.get("core")
+        self._compiled_step = getattr(model, "compiled_step", None)
         self._layers = [
             _Layer(name, layer, layer.training, dict(layer._modules)) for name, layer in model.named_modules()
         ]
@@ -197,8 +197,8 @@ class Baked:
                 return f"{name} was {'frozen' if requires_grad else 'unfrozen'}"
         if getattr(self._model, "settings", None) is not self._settings:
             return "the settings of the model were changed"
-        if self._model.__dict__.get("core") is not self._core:
-            return "the core of the model was replaced"
+        if getattr(self._model, "compiled_step", None) is not self._compiled_step:
+            return "the model was compiled"
         return None
 
 

@@ -78,8 +78,7 @@ def blank(bucket: Shape, device: torch.device) -> list[Tensor]:
 
 
 def check_padded(images: Tensor, sizes: Tensor, scales: Tensor | None, targets: Targets | None = None) -> None:
-    """Raises ValueError unless the shapes are those that `FasterRCNN.core` takes, of as many images; scales may be
-    None."""
+    """Raises ValueError unless the shapes are those that `FasterRCNN.forward_padded` takes; scales may be None."""
     batch = len(images)
     wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
         ("sizes", sizes, (batch, 2)),

@@ -17,8 +17,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.models.losses import NAMES
-from fastdet.models.preprocessing import Batch
-from fastdet.structures import Targets
+from fastdet.structures import Batch, Targets
 
 # What a step tells of itself.
 COLUMNS = (*NAMES, "gradient_norm", "skipped", "loss_scale")
@@ -73,7 +72,9 @@ def training_step(
     with torch.enable_grad():
         with autocast(batch.images.device, amp):
             images, sizes, scales = batch
-            losses, _ = model.core(images, sizes, targets, scales, want_losses=True, want_detections=False)
+            losses, _ = model.forward_padded(
+                images, sizes, targets, scales, compute_losses=True, compute_detections=False
+            )
         assert losses is not None
         each = torch.stack([losses[name] for name in NAMES])
         total = each.sum()

@@ -28,8 +28,7 @@ from fastdet.graphs.step import COLUMNS, LossScale, autocast, check_owner, prepa
 from fastdet.models import preprocessing
 from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.models.losses import NAMES
-from fastdet.models.preprocessing import Batch
-from fastdet.structures import Detections, Targets
+from fastdet.structures import Batch, Detections, Targets
 
 
 class GraphedTrainer(Graphed):
@@ -115,7 +114,7 @@ class GraphedTrainer(Graphed):
             RuntimeError: something was changed that the captured step has baked in; `recapture` takes it over. Inside
                 torch.autocast or torch.inference_mode.
         """
-        batch, padded, _ = self.model._open(images, targets, True)
+        batch, padded, _ = self.model.preprocess(images, targets)
         assert padded is not None
         self._check_boxes(max(len(target["boxes"]) for target in targets))
         self.step_padded(
@@ -130,7 +129,7 @@ class GraphedTrainer(Graphed):
         scales: Tensor | None = None,
         ids: Sequence[object] | None = None,
     ) -> None:
-        """As `step`, of what `model.core` takes: nothing but shapes is checked. Smaller images and targets are padded.
+        """As `step`, of what `model.forward_padded` takes: only shapes are checked. Smaller tensors are padded.
 
         Args:
             images: fp32 [B, C, H, W], normalised.
@@ -280,13 +279,13 @@ class GraphedDetector(Graphed):
             ValueError: bad images, or a batch that fits no bucket.
             RuntimeError: something was changed that the captured graph has baked in; `recapture` takes it over.
         """
-        batch, _, originals = self.model._open(images, None, False)
+        batch, _, original_sizes = self.model.preprocess(images)
         # What is handed out stays as it is when the next call writes over the static tensors.
         found = Detections(*(tensor.clone() for tensor in self.padded(*batch)))
-        return preprocessing.unbatch(found, originals, batch.sizes, {})
+        return preprocessing.unbatch(found, original_sizes, batch.sizes, {})
 
     def padded(self, images: Tensor, sizes: Tensor, scales: Tensor | None = None) -> Detections:
-        """As `model.core(images, sizes, None, scales)`, whose arguments these are; does not wait once captured.
+        """As `model.forward_padded(images, sizes, None, scales)`; no host sync once captured.
 
         The result is written over by the next call.
         """
@@ -302,7 +301,9 @@ class GraphedDetector(Graphed):
     @torch.no_grad()
     def _detect(self, images: Tensor, sizes: Tensor, scales: Tensor) -> Detections:
         with autocast(self.device, self.amp):
-            _, found = self.model.core(images, sizes, None, scales, want_losses=False, want_detections=True)
+            _, found = self.model.forward_padded(
+                images, sizes, None, scales, compute_losses=False, compute_detections=True
+            )
         assert found is not None
         return found
 

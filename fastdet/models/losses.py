@@ -5,6 +5,8 @@ Ren et al. 2015 (arXiv:1506.01497), equation 1; smooth L1 from Girshick 2015 (ar
 sigma is 1 / sqrt(beta).
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,14 @@ from fastdet.structures import AnchorTargets, Samples
 
 # torchvision's names for them.
 NAMES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
+
+
+def weigh(values: Mapping[str, Tensor], weights: Sequence[float]) -> dict[str, Tensor]:
+    """The losses `values` by name, each times its weight; `weights` in the order of `NAMES`."""
+    return {
+        name: values[name] if weight == 1 else values[name] * weight
+        for name, weight in zip(NAMES, weights, strict=True)
+    }
 
 
 def objectness(logits: Tensor, targets: AnchorTargets) -> Tensor:
@@ -28,9 +38,9 @@ def objectness(logits: Tensor, targets: AnchorTargets) -> Tensor:
     return total / labelled.sum().clamp(min=1)
 
 
-def rpn_box(locs: Tensor, targets: AnchorTargets, beta: float) -> Tensor:
-    """Smooth L1 of `locs` [B, K, 4] over the positive anchors, by the number of labelled ones."""
-    total = _smooth_l1(locs, targets.locs, targets.labels == 1, beta)
+def rpn_box(deltas: Tensor, targets: AnchorTargets, beta: float) -> Tensor:
+    """Smooth L1 of `deltas` [B, K, 4] over the positive anchors, by the number of labelled ones."""
+    total = _smooth_l1(deltas, targets.deltas, targets.labels == 1, beta)
     return total / (targets.labels >= 0).sum().clamp(min=1)
 
 
@@ -49,17 +59,17 @@ def classifier(scores: Tensor, samples: Samples, class_weights: Tensor | None = 
     return (each * weight).sum() / torch.where(total > 0, total, 1.0)
 
 
-def box(locs: Tensor, samples: Samples, beta: float) -> Tensor:
-    """Smooth L1 of the true class's row of `locs` [B, S, 4 * classes] over the positives, by the number of samples."""
-    per_class = locs.unflatten(-1, (-1, 4))
-    chosen = samples.labels[..., None] == torch.arange(per_class.shape[2], device=locs.device)
+def box(deltas: Tensor, samples: Samples, beta: float) -> Tensor:
+    """Smooth L1 of the true class's row of `deltas` [B, S, 4 * classes] over the positives, by the samples' number."""
+    per_class = deltas.unflatten(-1, (-1, 4))
+    chosen = samples.labels[..., None] == torch.arange(per_class.shape[2], device=deltas.device)
     # A masked sum picks the row: unlike a gather, its gradient is written once and so the same in every run.
     picked = torch.where(chosen[..., None], per_class.float(), 0.0).sum(2)
     positive = (samples.labels > 0) & (samples.weight > 0)
-    return _smooth_l1(picked, samples.locs, positive, beta) / samples.weight.sum().clamp(min=1)
+    return _smooth_l1(picked, samples.deltas, positive, beta) / samples.weight.sum().clamp(min=1)
 
 
-def _smooth_l1(locs: Tensor, target: Tensor, mask: Tensor, beta: float) -> Tensor:
+def _smooth_l1(deltas: Tensor, target: Tensor, mask: Tensor, beta: float) -> Tensor:
     """Sum over the rows of `mask`; what other rows hold, NaN and infinities included, does not matter."""
-    difference = torch.where(mask[..., None], locs.float() - target, 0.0)
+    difference = torch.where(mask[..., None], deltas.float() - target, 0.0)
     return F.smooth_l1_loss(difference, torch.zeros_like(difference), beta=beta, reduction="sum")

@@ -1,28 +1,19 @@
-"""The door: lists of images and targets in, padded tensors out, and padded detections back into lists.
+"""Lists of images and targets to padded tensors, and padded detections back to lists.
 
-Everything a caller can get wrong is looked at here, on the host, before the device is given any work.
+What a caller can get wrong is checked here, on the host, before the device is given any work.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdet.models.anchors import Size
 from fastdet.models.settings import Settings
-from fastdet.structures import Detections, Targets
-
-Size = tuple[int, int]
-
-
-class Batch(NamedTuple):
-    """Padded images [B, C, H, W] fp32, normalised; sizes int64 [B, 2] inside the padding; scales fp32 [B]."""
-
-    images: Tensor
-    sizes: Tensor
-    scales: Tensor
+from fastdet.structures import Batch, Detections, Targets
 
 
 def resized_size(size: Size, min_size: int, max_size: int) -> tuple[Size, float]:
@@ -32,15 +23,28 @@ def resized_size(size: Size, min_size: int, max_size: int) -> tuple[Size, float]
     return (height, width), scale
 
 
+def smallest_bucket(buckets: Sequence[Size], size: Size) -> Size | None:
+    """The (height, width) of least area among `buckets` that holds `size`; None if none does."""
+    fitting = [bucket for bucket in buckets if bucket[0] >= size[0] and bucket[1] >= size[1]]
+    return min(fitting, key=math.prod, default=None)
+
+
 def padded_size(sizes: Sequence[Size], divisible: int, buckets: Sequence[Size]) -> Size:
     """(height, width) of a batch of images of these `sizes`. Raises ValueError if there are buckets and none fits."""
     height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
     if not buckets:
         return -(-height // divisible) * divisible, -(-width // divisible) * divisible
-    fitting = [bucket for bucket in buckets if bucket[0] >= height and bucket[1] >= width]
-    if not fitting:
+    bucket = smallest_bucket(buckets, (height, width))
+    if bucket is None:
         raise ValueError(f"a batch of {height} x {width} pixels fits none of size_buckets {tuple(buckets)}")
-    return min(fitting, key=lambda bucket: bucket[0] * bucket[1])
+    return bucket
+
+
+def padding_mask(sizes: Tensor, padded: Size) -> Tensor:
+    """bool [B, H, W]: True inside each image of `sizes` int64 [B, 2], False in its padding to `padded`."""
+    rows = torch.arange(padded[0], device=sizes.device) < sizes[:, :1]
+    columns = torch.arange(padded[1], device=sizes.device) < sizes[:, 1:]
+    return rows[:, :, None] & columns[:, None, :]
 
 
 def check_images(images: Any, channels: int) -> None:
@@ -61,8 +65,8 @@ def check_images(images: Any, channels: int) -> None:
 def check_targets(targets: Any, images: Sequence[Tensor], num_classes: int) -> list[dict[str, Tensor]]:
     """The targets on the CPU, after checking every box and label of every image.
 
-    Targets that lie on a GPU are copied to the host for this, which waits for the device: leave them on the CPU, they
-    are moved with the batch.
+    Targets that lie on a GPU are copied to the host for this, which is a host sync: leave them on the CPU, they are
+    moved with the batch.
 
     Raises:
         ValueError: naming the image's index, the box's index and its values.
@@ -114,74 +118,75 @@ def _check_boxes(i: int, boxes: Tensor, labels: Tensor, height: int, width: int,
 
 
 def batch_images(images: Sequence[Tensor], settings: Settings, mean: Tensor, std: Tensor, training: bool) -> Batch:
-    """Resize, normalise and pad on the device of `mean` and `std` [C]; images of one size go together."""
-    min_sizes = settings.min_size if isinstance(settings.min_size, (tuple, list)) else (settings.min_size,)
+    """Resize, normalize and pad on the device of `mean` and `std` [C]; images of one size are processed together."""
+    min_sizes = settings.min_sizes
     choice = int(torch.randint(len(min_sizes), ())) if training and len(min_sizes) > 1 else -1
     resized = [resized_size(_size(image), min_sizes[choice], settings.max_size) for image in images]
     sizes = [size for size, _ in resized]
-    canvas = padded_size(sizes, settings.size_divisible, settings.size_buckets)
-    shape = len(images), len(mean), *canvas
+    padded = padded_size(sizes, settings.size_divisible, settings.size_buckets)
+    shape = len(images), len(mean), *padded
     batch = torch.empty(shape, device=mean.device, memory_format=torch.channels_last).zero_()
     for original in sorted({_size(image) for image in images}):
         members = [i for i, image in enumerate(images) if _size(image) == original]
         pixels = torch.stack([_unit_range(images[i].to(mean.device, non_blocking=True)) for i in members])
-        pixels = normalised(pixels, settings, mean, std)
+        pixels = normalize(pixels, settings, mean, std)
         height, width = sizes[members[0]]
         if (height, width) != original:
             pixels = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False)
         for row, i in enumerate(members):
             batch[i, :, :height, :width] = pixels[row]
-    return Batch(batch, _sent(sizes, mean.device), _sent([scale for _, scale in resized], mean.device))
+    scales = [scale for _, scale in resized]
+    return Batch(batch, _numbers_to(sizes, mean.device), _numbers_to(scales, mean.device))
 
 
-def normalised(pixels: Tensor, settings: Settings, mean: Tensor, std: Tensor) -> Tensor:
-    """What the backbone sees of `pixels` [B, C, H, W] in 0..1; `mean` and `std` [C] are those of the settings."""
+def normalize(pixels: Tensor, settings: Settings, mean: Tensor, std: Tensor) -> Tensor:
+    """The input of the backbone for `pixels` [B, C, H, W] in 0..1; `mean` and `std` [C] are those of the settings."""
     if settings.image_format == "bgr255":
         pixels = pixels.flip(1) * 255
     return (pixels - mean[:, None, None]) / std[:, None, None]
 
 
 def _unit_range(image: Tensor) -> Tensor:
-    """fp32, uint8 brought from 0..255 to 0..1."""
+    """fp32; uint8 is brought from 0..255 to 0..1."""
     return image.float() / 255 if image.dtype == torch.uint8 else image.float()
 
 
-def batch_targets(targets: Sequence[dict[str, Tensor]], originals: Sequence[Size], sizes: Tensor) -> Targets:
+def batch_targets(targets: Sequence[dict[str, Tensor]], original_sizes: Sequence[Size], sizes: Tensor) -> Targets:
     """Checked targets as one padded tensor each, boxes scaled to the resized images and clipped to them.
 
-    `originals` are the images' (height, width), `sizes` [B, 2] those after resizing, on the device of the result.
+    `original_sizes` are the images' (height, width), `sizes` [B, 2] those after resizing, on the device of the result.
     There are as many rows as the next power of two above the most boxes of an image, so that few shapes occur.
     """
     most = 1 << (max(1, *(len(target["boxes"]) for target in targets)) - 1).bit_length()
-    # On the host, whatever the default device: pinned memory is.
+    # On the host even under another default device: pinned memory is.
     boxes = torch.zeros(len(targets), most, 4, device="cpu")
     labels = torch.zeros(len(targets), most, dtype=torch.int64, device="cpu")
     ignore = torch.zeros(len(targets), most, dtype=torch.bool, device="cpu")
     for i, target in enumerate(targets):
-        count, (height, width) = len(target["boxes"]), originals[i]
+        count, (height, width) = len(target["boxes"]), original_sizes[i]
         corners = target["boxes"].clone()
         corners[:, 0::2] = corners[:, 0::2].clamp(0, width)
         corners[:, 1::2] = corners[:, 1::2].clamp(0, height)
         boxes[i, :count], labels[i, :count], ignore[i, :count] = corners, target["labels"], target["ignore"]
     device = sizes.device
-    factor = resize_factors(originals, sizes)
-    return Targets(_moved(boxes, device) * factor[:, None], _moved(labels, device), _moved(ignore, device))
+    factor = resize_factors(original_sizes, sizes)
+    return Targets(_to(boxes, device) * factor[:, None], _to(labels, device), _to(ignore, device))
 
 
-def resize_factors(originals: Sequence[Size], sizes: Tensor) -> Tensor:
+def resize_factors(original_sizes: Sequence[Size], sizes: Tensor) -> Tensor:
     """What box corners are multiplied by when images are resized: fp32 [B, 4], x and y apart."""
-    ratio = sizes / _sent(originals, sizes.device)
+    ratio = sizes / _numbers_to(original_sizes, sizes.device)
     return ratio.flip(-1).repeat(1, 2).float()
 
 
 def unbatch(
-    detections: Detections, originals: Sequence[Size], sizes: Tensor, by_proposal: Mapping[str, Tensor]
+    detections: Detections, original_sizes: Sequence[Size], sizes: Tensor, by_proposal: Mapping[str, Tensor]
 ) -> list[dict[str, Tensor]]:
-    """Padded detections as one dict an image, boxes in pixels of the original images. Waits for the counts.
+    """Padded detections as one dict an image, boxes in pixels of the original images. Reads the counts: a host sync.
 
     Of each tensor [B, P, ...] of `by_proposal` the row of the proposal is added that the detection comes from.
     """
-    boxes = detections.boxes / resize_factors(originals, sizes)[:, None]
+    boxes = detections.boxes / resize_factors(original_sizes, sizes)[:, None]
     columns = {"boxes": boxes, "labels": detections.labels, "scores": detections.scores}
     for name, values in by_proposal.items():
         columns[name] = values.gather(1, detections.index[..., None].expand(-1, -1, values.shape[-1]))
@@ -189,13 +194,13 @@ def unbatch(
     return [{name: values[i, :count] for name, values in columns.items()} for i, count in enumerate(counts)]
 
 
-def _sent(numbers: Sequence[Any], device: torch.device) -> Tensor:
+def _numbers_to(numbers: Sequence[Any], device: torch.device) -> Tensor:
     """Numbers of the host as a tensor on the device."""
-    return _moved(torch.tensor(numbers, device="cpu"), device)
+    return _to(torch.tensor(numbers, device="cpu"), device)
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device; from pinned memory, because the host waits for a copy out of any other."""
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device; from pinned memory, since a copy out of any other is a host sync."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def put_back(tensors: Sequence[Tensor]) -> Iterator[None]:
+def preserve_tensors(tensors: Sequence[Tensor]) -> Iterator[None]:
     """The tensors hold afterwards what they hold now, where they are now."""
     copies = [tensor.detach().clone() for tensor in tensors]
     try:
@@ -22,14 +22,14 @@ def put_back(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def generators_put_back(device: torch.device) -> Iterator[None]:
+def preserve_rng(device: torch.device) -> Iterator[None]:
     """Torch's generators of the host and of `device` go on afterwards from where they are now."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
 
 @contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+def preserve_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """The model in training or evaluation mode, and afterwards each module in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)

@@ -1,10 +1,11 @@
-"""The second stage: sample the proposals that train, pool their features, classify and refine them.
+"""The second stage: sample the proposals that are trained on, pool their features, classify and refine them.
 
 Girshick 2015 (arXiv:1504.08083), section 2. Every step works on the whole batch in fixed shapes.
 """
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,172 +13,245 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 
 from fastdet import boxes as box_algebra
 from fastdet import ops
+from fastdet.interop.attributes import ROI_HEADS_ATTRIBUTES, RefuseAttributes
 from fastdet.models import losses
-from fastdet.models.norms import RowBatchNorm2d
-from fastdet.models.rpn import start_normal
-from fastdet.models.settings import Settings, refuse
-from fastdet.structures import Detections, Proposals, Samples, Targets
-
-# torchvision's attributes that are settings here: assigned, they would change nothing.
-_SETTINGS = {
-    "score_thresh": "box_score_thresh",
-    "nms_thresh": "box_nms_thresh",
-    "detections_per_img": "box_detections_per_img",
-    "box_roi_pool": "box_pooling",
-}
+from fastdet.models.norms import MaskedBatchNorm2d
+from fastdet.models.rpn import init_normal
+from fastdet.models.settings import Settings
+from fastdet.structures import Batch, Detections, Proposals, Samples, Targets
 
 
-class RoIHeads(nn.Module):
-    """The box head and predictor, and everything around them."""
+class RoIOutput(NamedTuple):
+    """What a pass of `RoIHeads` gives, N being the samples with targets, else the proposals.
 
+    losses: "loss_classifier" and "loss_box_reg"; None without targets.
+    samples: what was trained on; None without targets.
+    detections: None with targets.
+    pooled: [B, N, C, h, w]. box_features: [B, N, D], what the box head makes of them.
+    class_logits: [B, N, classes], the background's first. box_deltas: [B, N, 4 * classes].
+    """
+
+    losses: dict[str, Tensor] | None
+    samples: Samples | None
+    detections: Detections | None
+    pooled: Tensor
+    box_features: Tensor
+    class_logits: Tensor
+    box_deltas: Tensor
+
+
+class ConvFCHead(FastRCNNConvFCHead):
+    """torchvision's head of convolutions, whose BatchNorm leaves padding out of its statistics."""
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        """`x` [N, C, h, w] to [N, D]; rows that are not `valid` (bool [N]) are padding."""
+        for block in self.children():
+            for layer in block.children() if isinstance(block, nn.Sequential) else (block,):
+                x = layer(x, valid) if isinstance(layer, MaskedBatchNorm2d) else layer(x)
+        return x
+
+
+class RoIHeads(RefuseAttributes, nn.Module):
+    """The box head and predictor, and everything around them.
+
+    Args:
+        in_channels: of the pooled features.
+        num_classes: with the background; None takes those of `box_predictor`.
+        settings: of the detector.
+        box_head, box_predictor: in place of torchvision's `TwoMLPHead` (or `ConvFCHead`) and `FastRCNNPredictor`.
+
+    Raises:
+        ValueError: there are fewer than two classes, or the number is another than that of `box_predictor` or of
+            `class_weights`.
+    """
+
+    refused_attributes = ROI_HEADS_ATTRIBUTES
     _class_weights: Tensor | None
 
     def __init__(
         self,
         in_channels: int,
-        num_classes: int,
+        num_classes: int | None,
         settings: Settings,
         box_head: nn.Module | None = None,
         box_predictor: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        num_classes = _count_classes(num_classes, box_predictor)
+        settings.check_classes(num_classes)
         self.settings = settings
-        self.box_head = _box_head(in_channels, settings) if box_head is None else box_head
+        self._num_classes = num_classes
+        self.box_head = _build_box_head(in_channels, settings) if box_head is None else box_head
         if box_predictor is None:
-            predictor = FastRCNNPredictor(_width(self.box_head, settings), num_classes)
-            for layer, std in zip(
-                (predictor.cls_score, predictor.bbox_pred), settings.box_predictor_std or (), strict=False
-            ):
-                start_normal(layer, std)
+            predictor = FastRCNNPredictor(_out_features(self.box_head, settings), num_classes)
+            if settings.box_predictor_std is not None:
+                init_normal(predictor.cls_score, settings.box_predictor_std[0])
+                init_normal(predictor.bbox_pred, settings.box_predictor_std[1])
             box_predictor = predictor
         self.box_predictor = box_predictor
         weights = settings.class_weights
         self.register_buffer("_class_weights", None if weights is None else torch.tensor(weights), persistent=False)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        refuse(name, _SETTINGS)
-        super().__setattr__(name, value)
+    @property
+    def num_classes(self) -> int:
+        """With the background; of the predictor as it is now, which may have been replaced."""
+        return _classes_of(self.box_predictor) or self._num_classes
+
+    def forward(
+        self, features: Mapping[str, Tensor], proposals: Proposals, batch: Batch, targets: Targets | None = None
+    ) -> RoIOutput:
+        """The losses of sampled proposals where there are targets, else the detections of all proposals.
+
+        Args:
+            features: all levels of the backbone by name, [B, C, H, W] each, in the order of the anchors' levels.
+            proposals: with targets those of training, else of evaluation.
+            batch: the images that the features are of.
+            targets: ground truth to train on.
+
+        Raises:
+            ValueError: a name in `box_featmap_names` is not among the features, or several levels are max-pooled.
+        """
+        samples = None if targets is None else self.select_training_samples(proposals, targets)
+        boxes, valid = (proposals.boxes, proposals.valid) if samples is None else (samples.boxes, samples.weight > 0)
+        pooled = self._pool(features, batch, boxes, valid)
+        flat = pooled.flatten(0, 1)
+        hidden = self.box_head(flat, valid.flatten()) if isinstance(self.box_head, ConvFCHead) else self.box_head(flat)
+        box_features, class_logits, box_deltas = (
+            part.unflatten(0, valid.shape) for part in (hidden, *self.box_predictor(hidden))
+        )
+        box_losses, detections = None, None
+        if samples is None:
+            detections = self.postprocess_detections(class_logits, box_deltas, proposals, batch.sizes)
+        else:
+            box_losses = {
+                "loss_classifier": losses.classifier(class_logits, samples, self._class_weights),
+                "loss_box_reg": losses.box(box_deltas, samples, self.settings.box_smooth_l1_beta),
+            }
+        return RoIOutput(box_losses, samples, detections, pooled, box_features, class_logits, box_deltas)
 
     @torch.no_grad()
-    def sample(self, proposals: Proposals, targets: Targets) -> Samples:
-        """Proposals and ground truth together, labelled by their overlap, a fixed number of them drawn."""
+    def select_training_samples(self, proposals: Proposals, targets: Targets) -> Samples:
+        """A fixed number of proposals and ground-truth boxes, drawn at random after matching them to the ground truth.
+
+        Section 2.3: positive from `box_fg_iou_thresh` on, background from `box_bg_iou_thresh_low` to
+        `box_bg_iou_thresh`.
+        """
         settings = self.settings
         candidates = torch.cat([proposals.boxes, targets.boxes], dim=1)
-        valid = torch.cat([proposals.taken, targets.valid], dim=1)
         matches = ops.match(
             candidates,
             targets.boxes,
             targets.valid,
             high=settings.box_fg_iou_thresh,
             low=settings.box_bg_iou_thresh,
-            valid=valid,
+            valid=torch.cat([proposals.valid, targets.valid], dim=1),
             weights=settings.bbox_reg_weights,
             **targets.ignored(settings.ignore_iof_thresh),
         )
-        # Background too far from everything teaches little; where there is nothing, all is background.
+        # Background far from every object teaches little; in an image without ground truth all of it is taken.
         far = (matches.iou < settings.box_bg_iou_thresh_low) & targets.valid.any(1, keepdim=True)
-        role = torch.where(far, -1, matches.label)
+        label = torch.where(far, -1, matches.label)
         num_samples = settings.box_batch_size_per_image
-        sampled = ops.sample(role, num_samples, int(num_samples * settings.box_positive_fraction))
-        positive = (role.gather(1, sampled.index) == 1) & (sampled.weight > 0)
+        sampled = ops.sample(label, num_samples, int(num_samples * settings.box_positive_fraction))
+        positive = (label.gather(1, sampled.index) == 1) & (sampled.weight > 0)
         rows = sampled.index[..., None].expand(-1, -1, 4)
         boxes = torch.where(sampled.weight[..., None] > 0, candidates.gather(1, rows), 0.0)
         best = matches.index.gather(1, sampled.index)
         labels = torch.where(positive, targets.labels.gather(1, best), 0)
-        locs = matches.deltas.gather(1, rows)
-        return Samples(boxes, labels, torch.where(positive[..., None], locs, 0.0), sampled.weight)
-
-    def pool(self, features: list[Tensor], boxes: Tensor, valid: Tensor, scales: list[float]) -> Tensor:
-        """Features of each box [B, N, C, size, size], from the level that its size belongs to; 0 if not `valid`.
-
-        `scales` are the levels' cells a pixel.
-        """
-        settings, size = self.settings, self.settings.box_pool_size
-        if settings.box_pooling == "align":
-            ratio, aligned = settings.box_sampling_ratio, settings.box_aligned
-            return ops.batched_roi_align(features, boxes, size, scales, ratio, aligned, valid)
-        if len(features) == 1:
-            return ops.batched_roi_pool(features[0], boxes, size, scales[0], valid)
-        level = _level_of(boxes, scales)
-        pooled = [
-            ops.batched_roi_pool(feature, boxes, size, scale, valid & (level == k))
-            for k, (feature, scale) in enumerate(zip(features, scales, strict=True))
-        ]
-        return torch.stack(pooled).sum(0)
-
-    def forward(self, pooled: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of `pooled` [B, N, C, h, w]: class logits [B, N, classes], normalised offsets [B, N, 4 * classes], and the
-        box head's output [B, N, D] that both are made of. Rows that are not `valid` (bool [B, N]) are padding."""
-        norms = [layer for layer in self.box_head.modules() if isinstance(layer, RowBatchNorm2d)]
-        for norm in norms:
-            norm.rows = valid.flatten()
-        hidden = self.box_head(pooled.flatten(0, 1))
-        for norm in norms:
-            norm.rows = None
-        parts = *self.box_predictor(hidden), hidden
-        scores, locs, hidden = (part.unflatten(0, pooled.shape[:2]) for part in parts)
-        return scores, locs, hidden
-
-    def losses(self, scores: Tensor, locs: Tensor, samples: Samples) -> dict[str, Tensor]:
-        return {
-            "loss_classifier": losses.classifier(scores, samples, self._class_weights),
-            "loss_box_reg": losses.box(locs, samples, self.settings.box_smooth_l1_beta),
-        }
+        deltas = torch.where(positive[..., None], matches.deltas.gather(1, rows), 0.0)
+        return Samples(boxes, labels, deltas, sampled.weight)
 
     @torch.no_grad()
-    def detect(self, scores: Tensor, locs: Tensor, proposals: Proposals, sizes: Tensor) -> Detections:
-        """Refined boxes of every class but background, suppressed within each image and class."""
+    def postprocess_detections(
+        self, class_logits: Tensor, box_deltas: Tensor, proposals: Proposals, sizes: Tensor
+    ) -> Detections:
+        """Refined boxes of every class but the background, suppressed within each image and class.
+
+        `class_logits` [B, P, classes], `box_deltas` [B, P, 4 * classes]; `sizes` int64 [B, 2] clips the boxes.
+        """
         settings = self.settings
-        batch, count, classes = scores.shape
-        probability = scores.float().softmax(-1)[..., 1:].transpose(1, 2)
-        deltas = locs.float().unflatten(-1, (classes, 4))[:, :, 1:].transpose(1, 2)
+        batch, count, classes = class_logits.shape
+        scores = class_logits.float().softmax(-1)[..., 1:].transpose(1, 2)
+        deltas = box_deltas.float().unflatten(-1, (classes, 4))[:, :, 1:].transpose(1, 2)
         boxes = box_algebra.decode(
             deltas, proposals.boxes[:, None], settings.bbox_reg_weights, clamp=settings.bbox_xform_clip
         )
         boxes = box_algebra.clip(boxes, sizes)
         width, height = box_algebra.sides(boxes)
-        valid = (probability > settings.box_score_thresh) & proposals.taken[:, None]
+        valid = (scores > settings.box_score_thresh) & proposals.valid[:, None]
         valid &= (width >= settings.box_min_size) & (height >= settings.box_min_size)
 
         # One group an image and class; then the classes of an image are merged by score.
         groups, cap = batch * (classes - 1), settings.box_detections_per_img
         per_group = count if cap is None else min(cap, count)
-        boxes, probability = boxes.reshape(groups, count, 4), probability.reshape(groups, count)
-        kept = ops.nms_padded(boxes, probability, settings.box_nms_thresh, per_group, valid.reshape(groups, count))
-        taken = torch.arange(per_group, device=sizes.device) < kept.count[:, None]
-        best = torch.where(taken, probability.gather(1, kept.index), -math.inf).reshape(batch, -1)
+        boxes, scores = boxes.reshape(groups, count, 4), scores.reshape(groups, count)
+        kept = ops.nms_padded(boxes, scores, settings.box_nms_thresh, per_group, valid.reshape(groups, count))
+        scores = torch.where(kept.valid, scores.gather(1, kept.index), -math.inf).reshape(batch, -1)
         boxes = boxes.gather(1, kept.index[..., None].expand(-1, -1, 4)).reshape(batch, -1, 4)
-        total = best.shape[1] if cap is None else min(cap, best.shape[1])
-        best, order = best.sort(dim=1, descending=True, stable=True)
-        best, order = best[:, :total], order[:, :total]
-        found = best > -math.inf
+        total = scores.shape[1] if cap is None else min(cap, scores.shape[1])
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        scores, order = scores[:, :total], order[:, :total]
+        found = scores > -math.inf
         boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
         return Detections(
             torch.where(found[..., None], boxes, 0.0),
-            torch.where(found, best, 0.0),
+            torch.where(found, scores, 0.0),
             torch.where(found, order // per_group + 1, 0),
             found.sum(1),
             torch.where(found, kept.index.reshape(batch, -1).gather(1, order), 0),
         )
 
+    def _pool(self, features: Mapping[str, Tensor], batch: Batch, boxes: Tensor, valid: Tensor) -> Tensor:
+        """Features of `boxes` [B, N, 4], [B, N, C, size, size], each from the level for its size; 0 if not `valid`."""
+        settings, size = self.settings, self.settings.box_pool_size
+        names = settings.box_featmap_names or tuple(features)
+        missing = set(names) - set(features)
+        if missing:
+            raise ValueError(
+                f"box_featmap_names {sorted(missing)} are not among the backbone's {list(features)}: name those to pool"
+            )
+        grids = [(level.shape[-2], level.shape[-1]) for level in features.values()]
+        strides = settings.rpn_anchor_generator.level_strides(batch.padded_size, grids)
+        scales = {name: _spatial_scale(stride[0]) for name, stride in zip(features, strides, strict=True)}
+        if settings.box_pooling == "align":
+            ratio, aligned = settings.box_sampling_ratio, settings.box_aligned
+            levels = [features[name] for name in names]
+            return ops.batched_roi_align(levels, boxes, size, [scales[name] for name in names], ratio, aligned, valid)
+        if len(names) > 1:
+            raise ValueError(f"box_pooling 'max' pools from one level, not from {list(names)}: see box_featmap_names")
+        return ops.batched_roi_pool(features[names[0]], boxes, size, scales[names[0]], valid)
 
-def _box_head(in_channels: int, settings: Settings) -> nn.Module:
+
+def _spatial_scale(stride: int) -> float:
+    """Cells a pixel: of the power of two that is nearest to the stride, which rounding may have moved."""
+    return 1 / (1 << max(round(math.log2(stride)), 0))
+
+
+def _build_box_head(in_channels: int, settings: Settings) -> nn.Module:
     pooled, size = settings.box_pool_size, settings.box_representation_size
     if settings.box_num_convs:
         widths = [in_channels] * settings.box_num_convs
-        return FastRCNNConvFCHead((in_channels, pooled, pooled), widths, [size], norm_layer=RowBatchNorm2d)
+        return ConvFCHead((in_channels, pooled, pooled), widths, [size], norm_layer=MaskedBatchNorm2d)
     return TwoMLPHead(in_channels * pooled**2, size)
 
 
-def _width(box_head: nn.Module, settings: Settings) -> int:
-    """How many numbers a box head gives for a RoI: as its last linear layer says, if it has any."""
+def _out_features(box_head: nn.Module, settings: Settings) -> int:
+    """How many features a box head gives for a RoI: those of its last linear layer, if it has one."""
     linear = [layer for layer in box_head.modules() if isinstance(layer, nn.Linear)]
     return linear[-1].out_features if linear else settings.box_representation_size
 
 
-def _level_of(boxes: Tensor, scales: list[float]) -> Tensor:
-    """int64 [B, N]: the level that RoI max-pool takes each box from, by the rule of RoI align."""
-    width, height = box_algebra.sides(boxes)
-    lowest, highest = -math.log2(scales[0]), -math.log2(scales[-1])
-    level = torch.floor(4 + torch.log2((width * height).clamp(min=0).sqrt() / 224) + 1e-6)
-    return (level.clamp(lowest, highest) - lowest).long()
+def _classes_of(box_predictor: nn.Module | None) -> int | None:
+    classes = getattr(getattr(box_predictor, "cls_score", None), "out_features", None)
+    return None if classes is None else int(classes)
+
+
+def _count_classes(num_classes: int | None, box_predictor: nn.Module | None) -> int:
+    """As given, or as the predictor has it."""
+    found = _classes_of(box_predictor)
+    number = found if num_classes is None else num_classes
+    if not isinstance(number, int) or number < 2:
+        raise ValueError(f"num_classes counts the background, so it is at least 2, got {num_classes!r}")
+    if found is not None and found != number:
+        raise ValueError(f"num_classes is {number}, but box_predictor has {found}")
+    return number

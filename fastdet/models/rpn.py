@@ -1,28 +1,33 @@
-"""The region proposal network: anchors, their scores and offsets, proposals, and what the anchors should have said.
+"""The region proposal network: anchors, their scores and deltas, the proposals, and the losses of both.
 
 Ren et al. 2015 (arXiv:1506.01497), section 3. Every step works on the whole batch, in shapes that depend on the
 settings and the padded image size alone.
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastdet import boxes as box_algebra
 from fastdet import ops
+from fastdet.interop.attributes import RPN_ATTRIBUTES, RefuseAttributes
 from fastdet.models import anchors as anchor_boxes
 from fastdet.models import losses
 from fastdet.models.anchors import Size
-from fastdet.models.padding import stride_of
-from fastdet.models.settings import Settings, refuse
-from fastdet.structures import AnchorTargets, HeadOutput, Proposals, Targets
+from fastdet.models.settings import Settings
+from fastdet.structures import AnchorTargets, Batch, Proposals, Targets
 
 
 class RPNHead(nn.Module):
-    """3x3 convolutions, one as a rule, and two 1x1 ones over every level; the names of torchvision's head."""
+    """3x3 convolutions, one by default, and two 1x1 ones over every level; the names of torchvision's head.
+
+    Gives for each level the logits [B, A * L, H, W] and the deltas [B, A * 4, H, W] of A anchors a cell, with L =
+    `logits_per_anchor`.
+    """
 
     def __init__(
         self, in_channels: int, hidden_channels: int, num_anchors: int, logits_per_anchor: int, depth: int = 1
@@ -34,34 +39,46 @@ class RPNHead(nn.Module):
         self.cls_logits = nn.Conv2d(hidden_channels, num_anchors * logits_per_anchor, kernel_size=1)
         self.bbox_pred = nn.Conv2d(hidden_channels, num_anchors * 4, kernel_size=1)
         for layer in (*convolutions, self.cls_logits, self.bbox_pred):
-            start_normal(layer, std=0.01)
+            init_normal(layer, std=0.01)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The names that torchvision's head had before version 0.13, and its older files have still.
-        for kind in ("weight", "bias"):
-            former = f"{prefix}conv.{kind}"
-            if former in state_dict:
-                state_dict[f"{prefix}conv.0.0.{kind}"] = state_dict.pop(former)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def forward(self, features: list[Tensor]) -> HeadOutput:
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         hidden = [self.conv(level) for level in features]
-        return HeadOutput([self.cls_logits(level) for level in hidden], [self.bbox_pred(level) for level in hidden])
+        return [self.cls_logits(level) for level in hidden], [self.bbox_pred(level) for level in hidden]
 
 
-# torchvision's attributes that are settings here: assigned, they would change nothing.
-_SETTINGS = {
-    "anchor_generator": "rpn_anchor_generator",
-    "nms_thresh": "rpn_nms_thresh",
-    "score_thresh": "rpn_score_thresh",
-    "min_size": "rpn_min_size",
-    "_pre_nms_top_n": "rpn_pre_nms_top_n_test",
-    "_post_nms_top_n": "rpn_post_nms_top_n_test",
-}
+class RPNOutput(NamedTuple):
+    """What a pass of `RegionProposalNetwork` gives; None for what was not asked for.
+
+    proposals: by the hyperparameters of evaluation.
+    training_proposals: by those of training.
+    losses: "loss_objectness" and "loss_rpn_box_reg".
+    anchors: fp32 [K, 4], level after level; in each by row, column and anchor of the cell.
+    logits: [B, K, L], in the order of the anchors. deltas: [B, K, 4].
+    anchor_targets: what the losses compare with.
+    """
+
+    proposals: Proposals | None = None
+    training_proposals: Proposals | None = None
+    losses: dict[str, Tensor] | None = None
+    anchors: Tensor | None = None
+    logits: Tensor | None = None
+    deltas: Tensor | None = None
+    anchor_targets: AnchorTargets | None = None
 
 
-class RegionProposalNetwork(nn.Module):
-    """The head and everything that is computed from its outputs."""
+class RegionProposalNetwork(RefuseAttributes, nn.Module):
+    """The head and everything that is computed from its outputs.
+
+    Args:
+        in_channels: of every feature level.
+        settings: of the detector.
+        head: in place of `RPNHead`; gives what that gives.
+
+    Raises:
+        ValueError: the anchor generator has different numbers of anchors at its levels.
+    """
+
+    refused_attributes = RPN_ATTRIBUTES
 
     def __init__(self, in_channels: int, settings: Settings, head: nn.Module | None = None) -> None:
         super().__init__()
@@ -78,74 +95,81 @@ class RegionProposalNetwork(nn.Module):
         for level, cell in enumerate(generator.cell_anchors()):
             self.register_buffer(f"_cell_anchors{level}", cell, persistent=False)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        refuse(name, _SETTINGS)
-        super().__setattr__(name, value)
-
     @property
     def cell_anchors(self) -> list[Tensor]:
-        """For each level fp32 [A, 4] on the module's device."""
+        """For each level the anchors of its first cell, fp32 [A, 4], on the module's device."""
         return [getattr(self, f"_cell_anchors{i}") for i in range(len(self.settings.rpn_anchor_generator.sizes))]
 
-    def forward(self, features: list[Tensor]) -> HeadOutput:
-        output = HeadOutput(*self.head(features))
-        self._check(output)
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        batch: Batch,
+        targets: Targets | None = None,
+        *,
+        compute_losses: bool | None = None,
+        compute_detections: bool | None = None,
+        return_intermediates: bool = False,
+    ) -> RPNOutput:
+        """From features to proposals, and with targets to the losses; the head runs once whatever is asked for.
+
+        Args:
+            features: for each level [B, C, H, W].
+            batch: the images that the features are of; their padded size gives the strides.
+            targets: ground truth, needed for the losses.
+            compute_losses: give losses and the proposals of training; by default if there are targets.
+            compute_detections: give the proposals of evaluation; by default if there are no targets.
+            return_intermediates: give anchors, logits and deltas without losses too.
+
+        Raises:
+            ValueError: the levels are not those of the anchor generator, a level has no cells, or the head's channels
+                do not fit the anchors.
+        """
+        compute_losses = targets is not None if compute_losses is None else compute_losses
+        compute_detections = targets is None if compute_detections is None else compute_detections
+        logit_levels, delta_levels = self.head(features)
+        self._check_channels(logit_levels, delta_levels)
+        grids = [(level.shape[-2], level.shape[-1]) for level in logit_levels]
+        strides = self.settings.rpn_anchor_generator.level_strides(batch.padded_size, grids)
+        output = RPNOutput()
+        if compute_losses or return_intermediates:
+            anchors = torch.cat(
+                [anchor_boxes.grid_anchors(*level) for level in zip(self.cell_anchors, grids, strides, strict=True)]
+            )
+            output = output._replace(
+                anchors=anchors,
+                logits=_flatten_levels(logit_levels, self.logits_per_anchor),
+                deltas=_flatten_levels(delta_levels, 4),
+            )
+        if compute_losses:
+            assert targets is not None
+            assert output.logits is not None
+            assert output.deltas is not None
+            anchor_targets = self.assign_targets(anchors, batch.sizes, targets)
+            output = output._replace(
+                anchor_targets=anchor_targets,
+                losses={
+                    "loss_objectness": losses.objectness(output.logits, anchor_targets),
+                    "loss_rpn_box_reg": losses.rpn_box(output.deltas, anchor_targets, self.settings.rpn_smooth_l1_beta),
+                },
+                training_proposals=self.generate_proposals(logit_levels, delta_levels, strides, batch, training=True),
+            )
+        if compute_detections:
+            proposals = self.generate_proposals(logit_levels, delta_levels, strides, batch, training=False)
+            output = output._replace(proposals=proposals)
         return output
 
-    def _check(self, output: HeadOutput) -> None:
-        """Raises ValueError if a head that was given does not fit the anchors."""
-        counts = self.settings.rpn_anchor_generator.num_anchors_per_location()
-        for name, levels, each in (("logits", output.logits, self.logits_per_anchor), ("deltas", output.deltas, 4)):
-            expected, given = [count * each for count in counts], [level.shape[1] for level in levels]
-            if len(given) == len(expected) and given != expected:
-                raise ValueError(
-                    f"the RPN's head gives {given} channels of {name} at its levels, but {counts} anchors a cell need "
-                    f"{expected}"
-                )
-
-    def strides(self, output: HeadOutput, image_size: Size) -> list[Size]:
-        grids = [(level.shape[-2], level.shape[-1]) for level in output.logits]
-        generator = self.settings.rpn_anchor_generator
-        strides = generator.level_strides(image_size, grids)
-        if generator.strides is None and self.settings.mask_padding:
-            # The quotient of the padded sides would depend on the largest image of the batch.
-            return [(stride_of(image_size[0], grid[0]), stride_of(image_size[1], grid[1])) for grid in grids]
-        return strides
-
-    def anchors(self, output: HeadOutput, image_size: Size) -> Tensor:
-        """All anchors, level after level, fp32 [K, 4]."""
-        strides = self.strides(output, image_size)
-        levels = [
-            anchor_boxes.grid_anchors(cell, (logits.shape[-2], logits.shape[-1]), stride)
-            for cell, logits, stride in zip(self.cell_anchors, output.logits, strides, strict=True)
-        ]
-        return torch.cat(levels)
-
-    def trainable_anchors(self, anchors: Tensor, sizes: Tensor, cells: list[Tensor] | None = None) -> Tensor:
-        """bool [B, K]: the anchors that may get a label; `cells` as in `propose`."""
-        if self.settings.rpn_anchors_inside_only:
-            trainable = anchor_boxes.inside(anchors, sizes)
-        else:
-            trainable = torch.ones(len(sizes), len(anchors), dtype=torch.bool, device=anchors.device)
-        if cells is not None:
-            counts = self.settings.rpn_anchor_generator.num_anchors_per_location()
-            trainable &= torch.cat([_per_anchor(*level) for level in zip(cells, counts, strict=True)], dim=1)
-        return trainable
-
-    def flatten(self, output: HeadOutput) -> tuple[Tensor, Tensor]:
-        """Logits [B, K, L] and offsets [B, K, 4] in the anchors' order."""
-        return _by_anchor(output.logits, self.logits_per_anchor), _by_anchor(output.deltas, 4)
-
     @torch.no_grad()
-    def assign(
-        self, anchors: Tensor, sizes: Tensor, targets: Targets, cells: list[Tensor] | None = None
-    ) -> AnchorTargets:
-        """Label the anchors by their overlap with the ground truth and sample those that train.
+    def assign_targets(self, anchors: Tensor, sizes: Tensor, targets: Targets) -> AnchorTargets:
+        """Label `anchors` [K, 4] by their IoU with the ground truth, sample those that are trained on, encode.
 
-        `cells` as in `propose`.
+        Section 3.1.2: positive from `rpn_fg_iou_thresh` on, or the best of a ground-truth box; negative below
+        `rpn_bg_iou_thresh`. `sizes` int64 [B, 2] is (height, width) of each image.
         """
         settings = self.settings
-        trainable = self.trainable_anchors(anchors, sizes, cells)
+        if settings.rpn_anchors_inside_only:
+            valid = anchor_boxes.inside(anchors, sizes)
+        else:
+            valid = torch.ones(len(sizes), len(anchors), dtype=torch.bool, device=anchors.device)
         matches = ops.match(
             anchors,
             targets.boxes,
@@ -153,12 +177,12 @@ class RegionProposalNetwork(nn.Module):
             high=settings.rpn_fg_iou_thresh,
             low=settings.rpn_bg_iou_thresh,
             allow_low_quality=True,
-            valid=trainable,
+            valid=valid,
             **targets.ignored(settings.ignore_iof_thresh),
         )
         num_samples = settings.rpn_batch_size_per_image
         sampled = ops.sample(matches.label, num_samples, int(num_samples * settings.rpn_positive_fraction))
-        # Free slots write into one column more than there are anchors, which is cut off again.
+        # Empty slots are written into one column beyond the anchors, which is cut off again.
         batch, count = matches.label.shape
         slot = torch.where(sampled.weight > 0, sampled.index, count)
         labels = torch.full((batch, count + 1), -1, dtype=torch.int64, device=anchors.device)
@@ -166,43 +190,41 @@ class RegionProposalNetwork(nn.Module):
         return AnchorTargets(labels, matches.deltas)
 
     @torch.no_grad()
-    def propose(
+    def generate_proposals(
         self,
-        output: HeadOutput,
-        sizes: Tensor,
-        scales: Tensor,
-        image_size: Size,
+        logit_levels: Sequence[Tensor],
+        delta_levels: Sequence[Tensor],
+        strides: Sequence[Size],
+        batch: Batch,
         training: bool,
-        cells: list[Tensor] | None = None,
     ) -> Proposals:
-        """The best boxes after suppression, with the numbers of training or of evaluation.
+        """Decode, clip, drop small boxes, take the top n of each level, suppress within it, take the top n of all.
 
-        `cells`: for each level bool [B, H, W], the cells whose anchors count; None: all.
+        Args:
+            logit_levels, delta_levels: as `RPNHead` gives them.
+            strides: of each level (vertical, horizontal), in pixels.
+            batch: its sizes clip the boxes, its scales turn original pixels into those of the resized image.
+            training: by the hyperparameters of training or of evaluation.
         """
         settings = self.settings
         pre_nms = settings.rpn_pre_nms_top_n_train if training else settings.rpn_pre_nms_top_n_test
         post_nms = settings.rpn_post_nms_top_n_train if training else settings.rpn_post_nms_top_n_test
         original_pixels = settings.rpn_min_size_in_original_pixels
-        min_side = settings.rpn_min_size * (scales if original_pixels else torch.ones_like(scales))
+        min_side = settings.rpn_min_size * (batch.scales if original_pixels else torch.ones_like(batch.scales))
         boxes, scores = [], []
-        for k, (cell, logits, deltas, stride) in enumerate(
-            zip(self.cell_anchors, output.logits, output.deltas, self.strides(output, image_size), strict=True)
-        ):
+        for cell, logits, deltas, stride in zip(self.cell_anchors, logit_levels, delta_levels, strides, strict=True):
             decoded = ops.decode(
                 deltas,
                 logits,
                 cell,
-                sizes,
+                batch.sizes,
                 stride=stride,
                 min_side=min_side if settings.rpn_min_size_before_top_n else None,
                 clamp=settings.bbox_xform_clip,
             )
-            score = decoded.scores
-            if cells is not None:
-                score = score.masked_fill(~_per_anchor(cells[k], len(cell)), -math.inf)
-            top = score.topk(min(pre_nms, score.shape[1]), dim=1)
+            top = decoded.scores.topk(min(pre_nms, decoded.scores.shape[1]), dim=1)
             scores.append(top.values)
-            boxes.append(decoded.boxes.gather(1, top.indices[..., None].expand(-1, -1, 4)))
+            boxes.append(_gather_boxes(decoded.boxes, top.indices))
         # One group an image and level, levels padded to the longest.
         level_boxes = _stack_padded(boxes, 0.0)
         level_scores = _stack_padded(scores, -math.inf)
@@ -212,52 +234,56 @@ class RegionProposalNetwork(nn.Module):
         if not settings.rpn_min_size_before_top_n:
             width, height = box_algebra.sides(level_boxes)
             valid &= torch.minimum(width, height) >= min_side[:, None, None]
-        batch, levels, length = level_scores.shape
+        batch_size, levels, length = level_scores.shape
+        group_boxes, group_scores = level_boxes.flatten(0, 1), level_scores.flatten(0, 1)
         kept = ops.nms_padded(
-            level_boxes.flatten(0, 1),
-            level_scores.flatten(0, 1),
+            group_boxes,
+            group_scores,
             settings.rpn_nms_thresh,
             min(post_nms, length),
             valid.flatten(0, 1),
             presorted=True,
         )
-        taken = torch.arange(kept.index.shape[1], device=sizes.device) < kept.count[:, None]
-        best_boxes = level_boxes.flatten(0, 1).gather(1, kept.index[..., None].expand(-1, -1, 4))
-        best_scores = torch.where(taken, level_scores.flatten(0, 1).gather(1, kept.index), -math.inf)
-        best_boxes = torch.where(taken[..., None], best_boxes, 0.0).unflatten(0, (batch, levels)).flatten(1, 2)
-        best_scores = best_scores.unflatten(0, (batch, levels)).flatten(1, 2)
+        best_scores = torch.where(kept.valid, group_scores.gather(1, kept.index), -math.inf)
+        best_boxes = torch.where(kept.valid[..., None], _gather_boxes(group_boxes, kept.index), 0.0)
+        best_scores = best_scores.unflatten(0, (batch_size, levels)).flatten(1, 2)
+        best_boxes = best_boxes.unflatten(0, (batch_size, levels)).flatten(1, 2)
         if levels > 1:
             top = best_scores.topk(min(post_nms, best_scores.shape[1]), dim=1)
-            best_scores, best_boxes = top.values, best_boxes.gather(1, top.indices[..., None].expand(-1, -1, 4))
+            best_scores, best_boxes = top.values, _gather_boxes(best_boxes, top.indices)
         return Proposals(best_boxes, best_scores, (best_scores > -math.inf).sum(1))
 
-    def losses(self, logits: Tensor, locs: Tensor, targets: AnchorTargets) -> dict[str, Tensor]:
-        """`logits` [B, K, L] and `locs` [B, K, 4], as `flatten` gives them."""
-        return {
-            "loss_objectness": losses.objectness(logits, targets),
-            "loss_rpn_box_reg": losses.rpn_box(locs, targets, self.settings.rpn_smooth_l1_beta),
-        }
+    def _check_channels(self, logit_levels: Sequence[Tensor], delta_levels: Sequence[Tensor]) -> None:
+        """Raises ValueError if the channels of a head that was passed in do not fit the anchors."""
+        counts = self.settings.rpn_anchor_generator.num_anchors_per_location()
+        for name, levels, each in (("logits", logit_levels, self.logits_per_anchor), ("deltas", delta_levels, 4)):
+            expected, found = [count * each for count in counts], [level.shape[1] for level in levels]
+            if len(found) == len(expected) and found != expected:
+                raise ValueError(
+                    f"the RPN's head gives {found} channels of {name} at its levels, but {counts} anchors a cell need "
+                    f"{expected}"
+                )
 
 
-def start_normal(layer: nn.Conv2d | nn.Linear, std: float) -> None:
+def init_normal(layer: nn.Conv2d | nn.Linear, std: float) -> None:
     """Draw the weights from N(0, std) and set the biases to 0, as the paper does for new layers."""
     nn.init.normal_(layer.weight, std=std)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
-def _by_anchor(levels: list[Tensor], values: int) -> Tensor:
-    """[B, A * values, H, W] of each level to [B, all anchors, values]."""
+def _gather_boxes(boxes: Tensor, index: Tensor) -> Tensor:
+    """The rows `index` [B, M] of `boxes` [B, N, 4]: [B, M, 4]."""
+    return boxes.gather(1, index[..., None].expand(-1, -1, 4))
+
+
+def _flatten_levels(levels: Sequence[Tensor], values: int) -> Tensor:
+    """[B, A * values, H, W] of each level to [B, K, values], in the order of the anchors."""
     return torch.cat([level.permute(0, 2, 3, 1).reshape(level.shape[0], -1, values) for level in levels], dim=1)
 
 
-def _per_anchor(cells: Tensor, num_anchors: int) -> Tensor:
-    """bool [B, H, W] of cells as [B, H * W * A] of their anchors."""
-    return cells[..., None].expand(*cells.shape, num_anchors).flatten(1)
-
-
-def _stack_padded(levels: list[Tensor], fill: float) -> Tensor:
-    """Tensors [B, n_level, ...] as one [B, levels, longest, ...], the rest filled."""
+def _stack_padded(levels: Sequence[Tensor], fill: float) -> Tensor:
+    """Tensors [B, n_level, ...] as one [B, levels, longest, ...], padded with `fill`."""
     longest = max(level.shape[1] for level in levels)
     padded = [
         torch.cat([level, level.new_full((level.shape[0], longest - level.shape[1], *level.shape[2:]), fill)], dim=1)

@@ -1,11 +1,13 @@
-"""Every number of the detector in one frozen dataclass, under torchvision's keyword names where it has one."""
+"""Every hyperparameter of the detector in one frozen dataclass, under torchvision's keyword names where it has one."""
 
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from fastdet.models.anchors import AnchorGenerator
+from fastdet.weights.names import DETECTRON2_PIXEL_MEAN, DETECTRON2_PIXEL_STD
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,10 @@ class Settings:
     image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
     # "rgb" takes the image as it comes, 0..1; "bgr255" reverses the channels and multiplies by 255 before the mean.
     image_format: Literal["rgb", "bgr255"] = "rgb"
-    # A batch is padded to multiples of this, or to the smallest bucket (height, width) that holds it.
+    # A batch is padded to multiples of this, or to the smallest bucket (height, width) that holds it. With one bucket
+    # each image is always padded alike, so that its detections do not depend on the images beside it.
     size_divisible: int = 1
     size_buckets: tuple[tuple[int, int], ...] = ()
-    # Make what is found in an image independent of the images beside it in the batch: see `fastdet.padding`.
-    mask_padding: bool = False
     # Background that a box to be ignored covers by at least this share is not trained on; None trains on it.
     ignore_iof_thresh: float | None = 0.5
     # Factors of the four losses, in the order of `fastdet.models.losses.NAMES`.
@@ -92,49 +93,16 @@ class Settings:
     box_min_size: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in _CHOICES:
-            if getattr(self, name) not in _CHOICES[name]:
-                raise ValueError(f"{name} must be one of {_CHOICES[name]}, got {getattr(self, name)!r}")
         for setting in fields(self):
+            accepts, wanted = _RULES[setting.name]
             value = getattr(self, setting.name)
-            if setting.name == "ignore_iof_thresh" and value is None:
-                continue
-            if setting.name.endswith(("_thresh", "_thresh_low", "_fraction")):
-                _require(setting.name, value, _is_number(value) and 0 <= value <= 1, "a number in [0, 1]")
-            elif setting.type is bool:
-                _require(setting.name, value, isinstance(value, bool), "True or False")
-            elif "_nms_top_n_" in setting.name or setting.name in _COUNTS:
-                _require(setting.name, value, _is_count(value), "a positive whole number")
-            elif setting.name in _OPTIONAL_COUNTS:
-                _require(setting.name, value, value is None or _is_count(value), "a positive whole number or None")
-            elif setting.name.endswith(("_beta", "_min_size")):
-                _require(setting.name, value, _is_number(value) and value >= 0, "a number, at least 0")
-        clip, names, buckets = self.bbox_xform_clip, self.box_featmap_names, self.size_buckets
-        _require("bbox_xform_clip", clip, clip is None or (_is_number(clip) and clip > 0), "a positive number or None")
-        weights = self.bbox_reg_weights
-        _require("bbox_reg_weights", weights, _are_positive(weights, 4), "4 positive numbers")
-        for name in ("box_sampling_ratio", "box_num_convs"):
-            count = getattr(self, name)
-            _require(name, count, count == 0 or _is_count(count), "a whole number, at least 0")
-        _require("loss_weights", self.loss_weights, _are_weights(self.loss_weights, 4), "4 numbers, at least 0")
-        deviation = self.box_predictor_std
-        _require("box_predictor_std", deviation, deviation is None or _are_positive(deviation, 2), "2 numbers or None")
-        balance = self.class_weights
-        numbers = isinstance(balance, (tuple, list)) and _are_weights(balance, len(balance)) and any(balance)
-        good = balance is None or numbers
-        _require("class_weights", balance, good, "numbers, at least 0 and not all 0, or None")
-        _require("box_featmap_names", names, names is None or _are(str, names), "names, or None")
-        fit = isinstance(buckets, (tuple, list)) and all(_are(int, pair) and len(pair) == 2 for pair in buckets)
-        _require("size_buckets", buckets, fit, "pairs of height and width")
-        generator = self.rpn_anchor_generator
-        _require("rpn_anchor_generator", generator, isinstance(generator, AnchorGenerator), "an AnchorGenerator")
-        sizes = self.min_size if isinstance(self.min_size, (tuple, list)) else (self.min_size,)
-        _require("min_size", self.min_size, bool(sizes) and all(map(_is_count, sizes)), "whole numbers above 0")
-        _require("max_size", self.max_size, self.max_size >= max(sizes), f"at least min_size ({max(sizes)})")
-        mean, std = self.image_mean, self.image_std
-        numbers = isinstance(mean, (tuple, list)) and len(mean) > 0 and all(map(_is_number, mean))
-        _require("image_mean", mean, numbers, "a number for each channel")
-        _require("image_std", std, _are_positive(std, len(mean)), f"{len(mean)} positive numbers, as image_mean")
+            if not accepts(value):
+                raise ValueError(f"{setting.name} must be {wanted}, got {value!r}")
+        smallest = max(self.min_sizes)
+        if self.max_size < smallest:
+            raise ValueError(f"max_size must be at least min_size ({smallest}), got {self.max_size!r}")
+        if len(self.image_std) != len(self.image_mean):
+            raise ValueError(f"image_std must hold {len(self.image_mean)} numbers, as image_mean, got {self.image_std}")
         for low, high in (
             ("rpn_bg_iou_thresh", "rpn_fg_iou_thresh"),
             ("box_bg_iou_thresh", "box_fg_iou_thresh"),
@@ -142,6 +110,11 @@ class Settings:
         ):
             if getattr(self, low) > getattr(self, high):
                 raise ValueError(f"{low} ({getattr(self, low)}) must not be above {high} ({getattr(self, high)})")
+
+    @property
+    def min_sizes(self) -> tuple[int, ...]:
+        """`min_size`, one or several, as a tuple."""
+        return (self.min_size,) if isinstance(self.min_size, int) else tuple(self.min_size)
 
     def check_classes(self, num_classes: int) -> None:
         """Raises ValueError if there are weights of another number of classes."""
@@ -160,11 +133,10 @@ class Settings:
         return replace(self, **changes)
 
 
-# What a detector's layers are made for, and cannot be changed once it is built.
-MADE_FOR = (
+# Fields that decide layers and buffers, and cannot be changed once the detector is built.
+FIXED_FIELDS = (
     "image_mean",
     "image_std",
-    "mask_padding",
     "rpn_anchor_generator",
     "rpn_objectness",
     "rpn_hidden_channels",
@@ -175,22 +147,6 @@ MADE_FOR = (
     "class_weights",
 )
 
-_CHOICES = {
-    "image_format": ("rgb", "bgr255"),
-    "rpn_objectness": ("softmax", "sigmoid"),
-    "box_pooling": ("max", "align"),
-}
-_COUNTS = (
-    "max_size",
-    "size_divisible",
-    "rpn_batch_size_per_image",
-    "rpn_conv_depth",
-    "box_pool_size",
-    "box_representation_size",
-    "box_batch_size_per_image",
-)
-_OPTIONAL_COUNTS = ("rpn_hidden_channels", "box_detections_per_img")
-
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
@@ -200,33 +156,99 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _are(kind: type, values: object) -> bool:
-    return isinstance(values, (tuple, list)) and all(isinstance(value, kind) for value in values)
-
-
-def _are_positive(values: Any, count: int) -> bool:
-    return _are_weights(values, count) and all(values)
-
-
-def _are_weights(values: Any, count: int) -> bool:
-    """So many numbers, none below 0."""
-    if not isinstance(values, (tuple, list)) or len(values) != count:
+def _is_sequence_of(accepts: Callable[[Any], bool], value: Any, length: int | None = None) -> bool:
+    """A tuple or list, not empty, of `length` items if that is given."""
+    if not isinstance(value, (tuple, list)) or not value or (length is not None and len(value) != length):
         return False
-    return all(_is_number(value) and value >= 0 for value in values)
+    return all(map(accepts, value))
 
 
-def _require(name: str, value: object, good: bool, what: str) -> None:
-    if not good:
-        raise ValueError(f"{name} must be {what}, got {value!r}")
+def _is_weight(value: Any) -> bool:
+    return _is_number(value) and value >= 0
 
 
-def refuse(name: str, settings: dict[str, str]) -> None:
-    """Raise AttributeError for an attribute to be set that is a setting: `settings` are their names by attribute."""
-    if name in settings:
-        setting = settings[name]
-        raise AttributeError(
-            f"{name} is the setting {setting}: model.settings = model.settings.override({setting}=...)"
-        )
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _rule(names: str, accepts: Callable[[Any], bool], wanted: str) -> dict[str, tuple[Callable[[Any], bool], str]]:
+    """Of each of the fields `names`, apart by spaces, what it accepts, in code and in words."""
+    return dict.fromkeys(names.split(), (accepts, wanted))
+
+
+def _choice(name: str, *choices: str) -> dict[str, tuple[Callable[[Any], bool], str]]:
+    return _rule(name, lambda value: value in choices, f"one of {choices}")
+
+
+# Every field has a rule: one that is left out fails at once, in `Settings()`.
+_RULES = {
+    **_choice("image_format", "rgb", "bgr255"),
+    **_choice("rpn_objectness", "softmax", "sigmoid"),
+    **_choice("box_pooling", "max", "align"),
+    **_rule(
+        "rpn_nms_thresh rpn_fg_iou_thresh rpn_bg_iou_thresh rpn_score_thresh rpn_positive_fraction box_fg_iou_thresh "
+        "box_bg_iou_thresh box_bg_iou_thresh_low box_positive_fraction box_score_thresh box_nms_thresh",
+        lambda value: _is_number(value) and 0 <= value <= 1,
+        "a number in [0, 1]",
+    ),
+    **_rule(
+        "ignore_iof_thresh",
+        lambda value: value is None or (_is_number(value) and 0 <= value <= 1),
+        "a number in [0, 1] or None",
+    ),
+    **_rule(
+        "rpn_anchors_inside_only rpn_min_size_in_original_pixels rpn_min_size_before_top_n box_aligned",
+        lambda value: isinstance(value, bool),
+        "True or False",
+    ),
+    **_rule(
+        "max_size size_divisible rpn_conv_depth rpn_pre_nms_top_n_train rpn_pre_nms_top_n_test "
+        "rpn_post_nms_top_n_train rpn_post_nms_top_n_test rpn_batch_size_per_image box_pool_size "
+        "box_representation_size box_batch_size_per_image",
+        _is_count,
+        "a positive whole number",
+    ),
+    **_rule(
+        "rpn_hidden_channels box_detections_per_img",
+        lambda value: value is None or _is_count(value),
+        "a positive whole number or None",
+    ),
+    **_rule(
+        "box_sampling_ratio box_num_convs",
+        lambda value: (value == 0 and not isinstance(value, bool)) or _is_count(value),
+        "a whole number, at least 0",
+    ),
+    **_rule(
+        "rpn_smooth_l1_beta box_smooth_l1_beta rpn_min_size box_min_size", _is_weight, "a finite number, at least 0"
+    ),
+    **_rule("bbox_xform_clip", lambda value: value is None or _is_positive(value), "a positive number or None"),
+    **_rule("bbox_reg_weights", lambda value: _is_sequence_of(_is_positive, value, 4), "4 positive numbers"),
+    **_rule("loss_weights", lambda value: _is_sequence_of(_is_weight, value, 4), "4 numbers, at least 0"),
+    **_rule(
+        "box_predictor_std",
+        lambda value: value is None or _is_sequence_of(_is_positive, value, 2),
+        "2 positive numbers or None",
+    ),
+    **_rule(
+        "class_weights",
+        lambda value: value is None or (_is_sequence_of(_is_weight, value) and any(value)),
+        "numbers, at least 0 and not all 0, or None",
+    ),
+    **_rule(
+        "box_featmap_names",
+        lambda value: value is None or _is_sequence_of(lambda name: isinstance(name, str), value),
+        "names, or None",
+    ),
+    **_rule(
+        "size_buckets",
+        lambda value: value in ((), []) or _is_sequence_of(lambda pair: _is_sequence_of(_is_count, pair, 2), value),
+        "pairs of height and width",
+    ),
+    **_rule("rpn_anchor_generator", lambda value: isinstance(value, AnchorGenerator), "an AnchorGenerator"),
+    **_rule("min_size", lambda value: _is_count(value) or _is_sequence_of(_is_count, value), "whole numbers above 0"),
+    **_rule("image_mean", lambda value: _is_sequence_of(_is_number, value), "a number for each channel"),
+    **_rule("image_std", lambda value: _is_sequence_of(_is_positive, value), "a positive number for each channel"),
+}
 
 
 VGG16 = Settings()
@@ -262,8 +284,8 @@ TORCHVISION = Settings(
 # The Faster R-CNN with a feature pyramid of detectron2's model zoo. Its images are BGR in 0..255.
 DETECTRON2 = TORCHVISION.override(
     image_format="bgr255",
-    image_mean=(103.53, 116.28, 123.675),
-    image_std=(1.0, 1.0, 1.0),
+    image_mean=DETECTRON2_PIXEL_MEAN,
+    image_std=DETECTRON2_PIXEL_STD,
     min_size=(640, 672, 704, 736, 768, 800),
     rpn_anchor_generator=replace(TORCHVISION.rpn_anchor_generator, rounded=False, strides=(4, 8, 16, 32, 64)),
     rpn_pre_nms_top_n_train=2000,

@@ -19,8 +19,13 @@ from fastdet.ops.cpu.nms import FEW, fp32_below, nms_cpu
 class Kept(NamedTuple):
     """`index` int64 [groups, max_keep], padded with 0; `count` int64 [groups]."""
 
-    index: Tensor  # type: ignore[assignment]
-    count: Tensor  # type: ignore[assignment]
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
+
+    @property
+    def valid(self) -> Tensor:
+        """bool [groups, max_keep]: the rows that are not padding."""
+        return torch.arange(self.index.shape[1], device=self.count.device) < self.count[:, None]
 
 
 def nms_cuda(boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int) -> tuple[Tensor, Tensor]:

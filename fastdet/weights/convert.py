@@ -12,10 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdet.models.settings import DETECTRON2
 from fastdet.weights import files
 from fastdet.weights import names as tables
-from fastdet.weights.names import PREDICTOR, TRACKED
+from fastdet.weights.names import DETECTRON2_PIXEL_MEAN, DETECTRON2_PIXEL_STD, PREDICTOR, TRACKED
 
 # How simple-faster-rcnn-pytorch feeds its models, as settings of `fastdet.FasterRCNN`: those that began with
 # torchvision's VGG16, and those that began with Caffe's.
@@ -85,7 +84,7 @@ def load(
     else:
         name, state = os.fspath(weights), files.read_state_dict(weights)
     own = model.state_dict()
-    state = _with_present_names(state, own)
+    rename_former(state, own)
     # A frozen BatchNorm has statistics, but no count.
     steps = [key for key in state if key.endswith(f".{TRACKED}") and key not in own]
     dropped = {key for key in steps if key.removesuffix(TRACKED) + "running_mean" in own}
@@ -150,8 +149,8 @@ def to_simple_faster_rcnn(state: State, *, dropout: bool = False) -> dict[str, T
 def from_detectron2(
     state: State,
     *,
-    pixel_mean: Sequence[float] = DETECTRON2.image_mean,
-    pixel_std: Sequence[float] = DETECTRON2.image_std,
+    pixel_mean: Sequence[float] = DETECTRON2_PIXEL_MEAN,
+    pixel_std: Sequence[float] = DETECTRON2_PIXEL_STD,
 ) -> dict[str, Tensor]:
     """The weights of detectron2's Faster R-CNN on a ResNet-18 to 152 with FPN, under torchvision's names.
 
@@ -194,10 +193,23 @@ def to_detectron2(state: State) -> dict[str, Tensor]:
     )
 
 
-# What torchvision's detectors called these before version 0.13, and what they are called now.
+def rename_former(state: dict[str, Any], own: State) -> None:
+    """Give the entries of `state` that have the names of torchvision's detectors before version 0.13 the present ones.
+
+    In place, and only where `own`, the model's state, has the present name and not the former. The names may have a
+    prefix.
+    """
+    for name in [name for name in state if name not in own]:
+        for pattern, replacement in _FORMER_NAMES.items():
+            present = re.sub(pattern, replacement, name)
+            if present != name and present in own and present not in state:
+                state[present] = state.pop(name)
+
+
+# The names in torchvision's detectors before version 0.13, and the present ones.
 _FORMER_NAMES = {
-    r"rpn\.head\.conv\.(weight|bias)": r"rpn.head.conv.0.0.\1",
-    r"backbone\.fpn\.(inner|layer)_blocks\.(\d+)\.(weight|bias)": r"backbone.fpn.\1_blocks.\2.0.\3",
+    r"rpn\.head\.conv\.(weight|bias)$": r"rpn.head.conv.0.0.\1",
+    r"backbone\.fpn\.(inner|layer)_blocks\.(\d+)\.(weight|bias)$": r"backbone.fpn.\1_blocks.\2.0.\3",
 }
 
 
@@ -261,18 +273,6 @@ def _check_detectron2_settings(settings: State, mean: Sequence[float], std: Sequ
                     "the state dict was made for anchors of several sizes a level, whose order is not fastdet's "
                     f"({name} has areas from {area.min():.0f} to {area.max():.0f})"
                 )
-
-
-def _with_present_names(state: dict[str, Tensor], own: State) -> dict[str, Tensor]:
-    """The state with torchvision's former names, where the model does not have them, replaced by its present ones."""
-    renamed = {}
-    for name, value in state.items():
-        present = name
-        for pattern, replacement in _FORMER_NAMES.items():
-            if name not in own and re.fullmatch(pattern, name):
-                present = re.sub(pattern, replacement, name)
-        renamed[present if present in own and present not in state else name] = value
-    return renamed
 
 
 def _require_fit(

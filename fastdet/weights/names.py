@@ -42,6 +42,8 @@ _DETECTRON2_LAYERS = {
     "roi_heads.box_predictor.cls_score": "roi_heads.box_predictor.cls_score",
     "roi_heads.box_predictor.bbox_pred": "roi_heads.box_predictor.bbox_pred",
 }
+# MODEL.PIXEL_MEAN and PIXEL_STD of its model zoo: BGR in 0..255.
+DETECTRON2_PIXEL_MEAN, DETECTRON2_PIXEL_STD = (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)
 DETECTRON2_SETTINGS = r"pixel_mean|pixel_std|proposal_generator\.anchor_generator\.cell_anchors\.\d+"
 
 # Blocks in the four stages of ResNet-18; 34 and 50; 101; 152.

@@ -28,13 +28,13 @@ def test_a_fault_is_told_and_exits_with_one(monkeypatch, capsys):
 
 def test_probe_sees_what_is_not_finite(monkeypatch):
     assert doctor.probe(torch.device("cpu")) is None
-    original = FasterRCNN.core
+    original = FasterRCNN.forward_padded
 
     def broken(self, *args, **kwargs):
         losses, detections = original(self, *args, **kwargs)
         return losses and {name: loss * torch.nan for name, loss in losses.items()}, detections
 
-    monkeypatch.setattr(FasterRCNN, "core", broken)
+    monkeypatch.setattr(FasterRCNN, "forward_padded", broken)
     assert "loss_objectness" in doctor.probe(torch.device("cpu"))
 
 
@@ -56,7 +56,9 @@ def test_frozen_first_layers_record_no_gradient():
     model.backbone[0].requires_grad_(False)
     seen = []
     model.backbone[0].register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
-    model.core(torch.rand(1, 3, 64, 64), torch.tensor([[64, 64]]), want_losses=False, want_detections=True)
+    model.forward_padded(
+        torch.rand(1, 3, 64, 64), torch.tensor([[64, 64]]), compute_losses=False, compute_detections=True
+    )
     assert seen == [False]
 
 

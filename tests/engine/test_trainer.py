@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, Subset
 from fastdet.data import DataError, Shapes
 from fastdet.engine import checkpoint
 from fastdet.engine.checkpoint import CheckpointError
-from fastdet.engine.recipes import optimizer_of
+from fastdet.engine.recipes import build_optimizer
 from fastdet.engine.trainer import (
     COLUMNS,
     LOSSES,
@@ -354,7 +354,7 @@ def test_no_epochs_write_no_picture(tmp_path, shapes):
 def test_optimizers_are_torchs(name, kind):
     layer = torch.nn.Linear(3, 2)
     settings = TrainSettings(optimizer_name=name, lr=0.5, weight_decay=0.25, bias_weight_decay=0.0)
-    optimizer = optimizer_of(layer, settings)
+    optimizer = build_optimizer(layer, settings)
     assert type(optimizer) is kind
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.5, 0.25), (0.5, 0.0)]
     assert not optimizer.defaults["fused"], "which is for GPUs"

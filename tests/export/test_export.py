@@ -57,14 +57,13 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
             "image_std": (50.0, 60.0, 70.0),
         },
     ),
-    "pyramid, max": (
+    "pyramid, max on one level": (
         TinyPyramid,
         {
             "rpn_anchor_generator": _anchors((12, 20), (32, 48)),
             "box_pooling": "max",
+            "box_featmap_names": ("1",),
             "box_num_convs": 1,
-            "mask_padding": True,
-            "size_divisible": 16,
         },
     ),
     "pyramid, align": (

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdet import AnchorGenerator, FasterRCNN
+from fastdet import VGG16, AnchorGenerator, FasterRCNN
 
 NUM_CLASSES = 4
 
@@ -38,7 +38,7 @@ class TinyBackbone(nn.Sequential):
 
 def small_detector(seed: int = 0, **overrides: Any) -> FasterRCNN:
     torch.manual_seed(seed)
-    model = FasterRCNN(TinyBackbone(), NUM_CLASSES, **{**SMALL_NUMBERS, **overrides})
+    model = FasterRCNN(TinyBackbone(), NUM_CLASSES, **{"settings": VGG16, **SMALL_NUMBERS, **overrides})
     # As initialised every box scores alike; stronger heads make the steps decide something.
     for name, parameter in model.named_parameters():
         if name.endswith("weight") and ("rpn.head" in name or "box_predictor" in name):

@@ -35,14 +35,14 @@ def test_two_graphs_serve_batches_of_one_to_eight(build, training):
     model = build().train(training)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model.core, fullgraph=True, backend=counter)
+    compiled = torch.compile(model.forward_padded, fullgraph=True, backend=counter)
     for batch in range(1, 9):
         images, sizes, targets, scales = padded(batch)
         with torch.set_grad_enabled(training):
             torch.manual_seed(batch)
             losses, detections = compiled(images, sizes, targets if training else None, scales)
             torch.manual_seed(batch)
-            expected_losses, expected = model.core(images, sizes, targets if training else None, scales)
+            expected_losses, expected = model.forward_padded(images, sizes, targets if training else None, scales)
         if training:
             sum(losses.values()).backward()
             torch.testing.assert_close(losses, expected_losses)
@@ -59,18 +59,24 @@ def test_a_compiled_core_serves_the_models_call(training):
     expected = model(images, targets if training else None)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    model.core = torch.compile(model.core, fullgraph=True, backend=counter)
+    model.compile(fullgraph=True, backend=counter)
     torch.manual_seed(2)
     torch.testing.assert_close(model(images, targets if training else None), expected)
     assert counter.frame_count == 1
-    assert "features" in model.eval()(images, return_features=True)[0]
+    detections = model.eval()(images)
+    with_features = model(images, return_features=True, return_class_scores=True)
+    assert counter.frame_count == 3 - (not training), "each set of outputs is a graph"
+    for one, other in zip(with_features, detections, strict=True):
+        torch.testing.assert_close(one["boxes"], other["boxes"])
+        assert one["features"].shape == (len(one["boxes"]), 16)
+        torch.testing.assert_close(one["class_scores"].amax(1) >= one["scores"] - 1e-5, one["scores"] > 0)
 
 
 def test_a_copy_of_a_compiled_model_runs_its_own_weights():
     model = small_detector().eval()
     images, _ = small_scene()
     expected = model(images)
-    model.core = torch.compile(model.core, backend="eager", fullgraph=True)
+    model.compile(backend="eager", fullgraph=True)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         for one, other in zip(copied(images), expected, strict=True):
             assert torch.equal(one["scores"], other["scores"])
@@ -78,17 +84,5 @@ def test_a_copy_of_a_compiled_model_runs_its_own_weights():
             for parameter in copied.parameters():
                 parameter.zero_()
         assert {score for each in copied(images) for score in each["scores"].tolist()} == {0.25}
-    assert "core" in model.__dict__, "which stays compiled"
-
-
-def test_a_copy_of_a_compiled_call_runs_its_own_weights():
-    """`nn.Module.compile` keeps its own in the module too."""
-    model = small_detector().eval()
-    model.compile(backend="eager")
-    copied = copy.deepcopy(model)
-    pickle.dumps(model)
-    with torch.no_grad():
-        for parameter in copied.parameters():
-            parameter.zero_()
-    images, _ = small_scene()
-    assert {score for each in copied(images) for score in each["scores"].tolist()} == {0.25}
+        assert copied.compiled_step is None
+    assert model.compiled_step is not None, "which stays compiled"

@@ -8,6 +8,8 @@ from torch import nn
 
 import fastdet
 from fastdet.models.preprocessing import resized_size, unbatch
+from fastdet.models.rpn import RPNHead
+from fastdet.structures import Batch, Proposals
 from tests.helpers.detectors import NUM_CLASSES, TinyBackbone, small_detector, small_scene
 
 LOSSES = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
@@ -34,22 +36,22 @@ def test_the_numbers_of_vgg16_in_training(vgg16, photograph):
     assert seen["features"].shape == (1, 512, 37, 56)
     assert seen["anchors"].shape == (18648, 4)
     assert int(seen["anchors_inside"].sum()) == 6928
-    assert seen["rpn_locs"].shape == (1, 18648, 4)
-    assert seen["rpn_scores"].shape == (1, 18648, 2)
+    assert seen["rpn_deltas"].shape == (1, 18648, 4)
+    assert seen["rpn_logits"].shape == (1, 18648, 2)
     assert seen["proposals"].boxes.shape == (1, 2000, 4)
     labels = seen["anchor_labels"]
     assert int((labels >= 0).sum()) == 256
     assert 1 <= int((labels == 1).sum()) <= 128
     assert (labels[~seen["anchors_inside"]] == -1).all()
-    assert (seen["anchor_locs"][~seen["anchors_inside"]] == 0).all()
+    assert (seen["anchor_deltas"][~seen["anchors_inside"]] == 0).all()
     samples = seen["samples"]
     assert samples.boxes.shape == (1, 128, 4)
     # An untrained RPN proposes too few boxes that overlap something to fill every slot.
     positive = (samples.labels > 0) & (samples.weight > 0)
     assert 2 <= int(positive.sum()) <= 32, "the ground truth itself is among the positives"
     assert seen["pooled"].shape == (1, 128, 512, 7, 7)
-    assert seen["cls_locs"].shape == (1, 128, 84)
-    assert seen["cls_scores"].shape == (1, 128, 21)
+    assert seen["box_deltas"].shape == (1, 128, 84)
+    assert seen["class_logits"].shape == (1, 128, 21)
     assert set(seen["losses"]) == LOSSES
 
 
@@ -58,8 +60,8 @@ def test_the_numbers_of_vgg16_in_evaluation(vgg16, photograph):
         seen = vgg16.eval().inspect([photograph[0]])
     assert seen["proposals"].boxes.shape == (1, 300, 4)
     assert int(seen["proposals"].count[0]) == 300
-    assert seen["cls_locs"].shape == (1, 300, 84)
-    assert seen["cls_scores"].shape == (1, 300, 21)
+    assert seen["box_deltas"].shape == (1, 300, 84)
+    assert seen["class_logits"].shape == (1, 300, 21)
     assert seen["detections"].boxes.shape == (1, 300 * 20, 4)
     assert seen["detections"].scores.shape == (1, 300 * 20)
 
@@ -141,7 +143,7 @@ def test_evaluation_gives_detections_in_pixels_of_the_images_as_given():
     assert small["boxes"][:, 2].max() <= 80
     # An image twice as large goes through the network at the same size, so the boxes come out twice as large.
     sizes = torch.tensor([[64, 80]])
-    _, found = model.core(model.inspect([images[0]])["images"], sizes)
+    _, found = model.forward_padded(model.inspect([images[0]])["images"], sizes)
     count = int(found.count[0])
     [large] = unbatch(found, [(128, 160)], sizes, {})
     torch.testing.assert_close(large["boxes"], 2 * found.boxes[0, :count])
@@ -174,14 +176,14 @@ def test_core_is_what_the_call_runs():
     model = small_detector().eval()
     images, _ = small_scene()
     seen = model.inspect([images[0]])
-    losses, detections = model.core(seen["images"], torch.tensor([[64, 80]]))
+    losses, detections = model.forward_padded(seen["images"], torch.tensor([[64, 80]]))
     assert losses is None
     assert torch.equal(detections.boxes, seen["detections"].boxes)
     with pytest.raises(ValueError, match="targets are needed"):
-        model.core(seen["images"], torch.tensor([[64, 80]]), want_losses=True)
+        model.forward_padded(seen["images"], torch.tensor([[64, 80]]), compute_losses=True)
     none = fastdet.Targets(torch.zeros(1, 0, 4), torch.zeros(1, 0).long(), torch.zeros(1, 0).bool())
     with pytest.raises(ValueError, match="at least one row"):
-        model.core(seen["images"], torch.tensor([[64, 80]]), none, want_losses=True)
+        model.forward_padded(seen["images"], torch.tensor([[64, 80]]), none, compute_losses=True)
 
 
 def test_minimum_side_is_in_pixels_of_the_original_image():
@@ -191,8 +193,7 @@ def test_minimum_side_is_in_pixels_of_the_original_image():
     pixels, sizes = model.inspect([images[0]])["images"], torch.tensor([[64, 80]])
     counts = []
     for scale in (1.0, 3.0):
-        output = model.rpn([model.backbone(pixels)])
-        proposals = model.rpn.propose(output, sizes, torch.tensor([scale]), (64, 80), training=True)
+        proposals = model.rpn([model.backbone(pixels)], Batch(pixels, sizes, torch.tensor([scale]))).proposals
         boxes = proposals.boxes[0, : int(proposals.count[0])]
         assert (boxes[:, 2:] - boxes[:, :2]).min() >= 8 * scale
         counts.append(len(boxes))
@@ -288,7 +289,7 @@ def test_several_levels_and_torchvisions_settings(pooling):
     torch.manual_seed(0)
     generator = fastdet.AnchorGenerator(sizes=((16,), (32,)), aspect_ratios=((0.5, 1.0, 2.0),))
     numbers = {"min_size": 64, "max_size": 96, "box_pooling": pooling, "rpn_post_nms_top_n_test": 30}
-    numbers["box_featmap_names"] = None
+    numbers["box_featmap_names"] = None if pooling == "align" else ("coarse",)
     settings = fastdet.TORCHVISION.override(rpn_anchor_generator=generator, **numbers)
     model = fastdet.FasterRCNN(TwoLevels(), 3, settings=settings)
     images, targets = small_scene()
@@ -297,13 +298,17 @@ def test_several_levels_and_torchvisions_settings(pooling):
     assert seen["images"].shape[-2:] == (96, 96), "padded to a multiple of 32"
     assert len(seen["features"]) == 2
     assert seen["anchors"].shape == (3 * (12 * 12 + 6 * 6), 4)
-    assert seen["rpn_scores"].shape[-1] == 1
+    assert seen["rpn_logits"].shape[-1] == 1
     sum(seen["losses"].values()).backward()
     assert model.backbone.fine.weight.grad.abs().sum() > 0
     with torch.no_grad():
         assert model.eval().inspect(images)["proposals"].boxes.shape == (3, 30, 4)
-    with pytest.raises(ValueError, match=r"anchors are for 1 feature levels .* gives 2"):
+    with pytest.raises(ValueError, match=r"anchors are for 5 feature levels .* gives 2"):
         fastdet.FasterRCNN(TwoLevels(), 3, min_size=64, max_size=96)(images, targets)
+    if pooling == "max":
+        model.settings = model.settings.override(box_featmap_names=None)
+        with pytest.raises(ValueError, match=r"'max' pools from one level, not from \['fine', 'coarse'\]"):
+            model(images)
 
 
 def test_anchors_and_pooling_use_the_backbones_stride():
@@ -312,28 +317,26 @@ def test_anchors_and_pooling_use_the_backbones_stride():
     assert model.settings.rpn_anchor_generator.strides == (8,)
     # A feature map of one row says nothing about the stride.
     low = fastdet.FasterRCNN("mobilenet_v2", 3, min_size=17, max_size=400).eval()
-    seen = low._look(torch.rand(1, 3, 17, 400), torch.tensor([[17, 400]]))
-    assert seen.pooled_scales == [1 / 16]
-    assert low.rpn.anchors(seen.output, seen.image_size)[-1].tolist() == pytest.approx(
-        low.rpn.anchors(seen.output, seen.image_size)[8].add(torch.tensor([24 * 16, 16, 24 * 16, 16])).tolist()
+    inspected = low.inspect([torch.rand(3, 17, 400)])
+    moved = torch.tensor([24 * 16, 16, 24 * 16, 16])
+    torch.testing.assert_close(inspected["anchors"][-1], inspected["anchors"][8] + moved)
+    expected = fastdet.ops.batched_roi_pool(
+        inspected["features"], inspected["proposals"].boxes, 7, 1 / 16, inspected["proposals"].valid
     )
+    assert torch.equal(inspected["pooled"], expected)
     with pytest.raises(ValueError, match="leaves no features"):
         fastdet.AnchorGenerator().level_strides((8, 8), [(0, 0)])
-
-
-def test_large_boxes_are_pooled_from_coarse_levels():
-    boxes = torch.tensor([[[0.0, 0, 20, 20], [0, 0, 112, 112], [0, 0, 224, 224], [0, 0, 900, 900], [0, 0, 0, 0]]])
-    level = fastdet.roi_heads._level_of(boxes, [1 / 4, 1 / 8, 1 / 16, 1 / 32])
-    assert level.tolist() == [[0, 1, 2, 3, 0]]
 
 
 def test_roi_align_under_autocast_keeps_boxes_in_fp32():
     model = small_detector(box_pooling="align")
     feature = torch.arange(128.0).sub(64).expand(1, 4, 3, 128).contiguous()
-    boxes, valid = torch.tensor([[[1027.0, 4, 1035, 30]]]), torch.ones(1, 1, dtype=torch.bool)
-    expected = model.roi_heads.pool([feature], boxes, valid, [1 / 16])
+    boxes = torch.tensor([[[1027.0, 4, 1035, 30]]])
+    batch = Batch(torch.empty(1, 3, 48, 2048), torch.tensor([[48, 2048]]), torch.ones(1))
+    proposals = Proposals(boxes, torch.zeros(1, 1), torch.ones(1, dtype=torch.int64))
+    expected = model.roi_heads({"0": feature}, proposals, batch).pooled
     with torch.autocast("cpu", torch.bfloat16):
-        found = model.roi_heads.pool([feature.bfloat16()], boxes, valid, [1 / 16])
+        found = model.roi_heads({"0": feature.bfloat16()}, proposals, batch).pooled
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
 
@@ -389,17 +392,52 @@ def test_settings_are_changed_in_one_place():
     found = model(images)
     assert max(len(one["boxes"]) for one in found) <= 3 < max(len(one["boxes"]) for one in before)
     assert all((one["scores"] > 0.4).all() for one in found)
-    with pytest.raises(ValueError, match="rpn_anchor_generator, box_pool_size: the layers are made for the old value"):
+    with pytest.raises(ValueError, match="rpn_anchor_generator, box_pool_size: the layers are built for the old value"):
         model.settings = model.settings.override(rpn_anchor_generator=fastdet.AnchorGenerator(), box_pool_size=5)
     # torchvision's users write these, and would change nothing here.
     for part, name, words in (
         (model.roi_heads, "score_thresh", "box_score_thresh"),
         (model.roi_heads, "detections_per_img", "box_detections_per_img"),
         (model.rpn, "nms_thresh", "rpn_nms_thresh"),
-        (model.rpn, "anchor_generator", "rpn_anchor_generator"),
     ):
         with pytest.raises(AttributeError, match=rf"settings.override\({words}="):
             setattr(part, name, 0.3)
+
+
+def test_one_bucket_makes_detections_independent_of_the_batch():
+    images, _ = small_scene()
+    for buckets, equal in ((((96, 96),), True), ((), False)):
+        model = small_detector(size_buckets=buckets, box_score_thresh=0.2).eval()
+        together = model(images)
+        assert sum(len(one["boxes"]) for one in together) > 10
+        alone = [model([image])[0] for image in images]
+        same = all(
+            len(one["boxes"]) == len(other["boxes"]) and torch.allclose(one["boxes"], other["boxes"], atol=1e-3)
+            for one, other in zip(together, alone, strict=True)
+        )
+        assert same == equal
+
+
+def parts_of(model: nn.Module) -> dict[str, nn.Module]:
+    return {"detector": model, "rpn": model.rpn, "roi_heads": model.roi_heads}
+
+
+def test_every_attribute_of_torchvisions_detector_is_used_or_refused():
+    """What its modules hold, and the methods that they look up on themselves."""
+    model = fastdet.FasterRCNN("mobilenet_v2_fpn", 5)
+    theirs = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+    of_modules = {*dir(nn.Module()), "backbone", "rpn", "roi_heads", "head", "box_head", "box_predictor"}
+    refused = 0
+    for name, part in parts_of(model).items():
+        other = parts_of(theirs)[name]
+        of_theirs = {*vars(other), *other._modules, *(key for kind in type(other).mro()[:-2] for key in vars(kind))}
+        for attribute in of_theirs - of_modules - {"_has_warned", "eager_outputs"} - set(dir(part)):
+            with pytest.raises(AttributeError, match=f"^{attribute} has no effect on fastdet's {type(part).__name__}"):
+                setattr(part, attribute, getattr(other, attribute))
+            refused += 1
+    assert refused > 25
+    model.roi_heads.box_predictor = theirs.roi_heads.box_predictor
+    model.note = "other names are free"
 
 
 def step_losses(**changes):
@@ -423,7 +461,7 @@ def test_classes_are_weighted():
     weights = (0.5, 2.0, 1.0, 4.0)
     seen = step_losses(class_weights=weights)
     taken = seen["samples"].weight > 0
-    scores, labels = seen["cls_scores"][taken], seen["samples"].labels[taken]
+    scores, labels = seen["class_logits"][taken], seen["samples"].labels[taken]
     assert len(labels.unique()) > 2
     expected = nn.functional.cross_entropy(scores, labels, torch.tensor(weights))
     torch.testing.assert_close(seen["losses"]["loss_classifier"], expected)
@@ -511,7 +549,7 @@ def test_images_of_bytes():
 
 
 def test_heads_that_do_not_fit_the_anchors_are_told_apart():
-    head = fastdet.rpn.RPNHead(4, 8, num_anchors=3, logits_per_anchor=2)
+    head = RPNHead(4, 8, num_anchors=3, logits_per_anchor=2)
     model = small_detector(rpn_head=head).eval()
     with pytest.raises(ValueError, match=r"gives \[6\] channels of logits .* \[6\] anchors a cell need \[12\]"):
         model([torch.rand(3, 64, 64)])
@@ -558,11 +596,11 @@ def test_unknown_settings_are_refused_with_the_near_names():
         ({"box_sampling_ratio": -3}, "box_sampling_ratio"),
         ({"box_num_convs": 1.5}, "box_num_convs"),
         ({"rpn_conv_depth": 0}, "rpn_conv_depth"),
-        ({"ignore_iof_thresh": 2}, r"ignore_iof_thresh .*\[0, 1\], got 2"),
+        ({"ignore_iof_thresh": 2}, r"ignore_iof_thresh .*\[0, 1\] or None, got 2"),
         ({"loss_weights": (1, 1, 1)}, "loss_weights must be 4 numbers"),
         ({"class_weights": (0, 0)}, "class_weights must be numbers"),
         ({"class_weights": 3}, "class_weights must be numbers"),
-        ({"mask_padding": 1}, "mask_padding must be True or False"),
+        ({"box_aligned": 1}, "box_aligned must be True or False"),
         ({"size_buckets": (64, 64)}, "size_buckets must be pairs"),
         ({"box_featmap_names": 5}, "box_featmap_names"),
         ({"rpn_anchor_generator": None}, "rpn_anchor_generator must be an AnchorGenerator"),
@@ -632,8 +670,8 @@ def test_a_default_device_does_not_take_the_hosts_part():
     """Such as `torch.set_default_device("cuda")`: what is padded on the host goes there from pinned memory."""
     images, targets = small_scene()
     model = small_detector().train()
-    batch, padded, _ = model._open(images, targets, True)
+    batch, padded, _ = model.preprocess(images, targets)
     with torch.device("meta"):
-        again, again_padded, _ = model._open(images, targets, True)
+        again, again_padded, _ = model.preprocess(images, targets)
     for one, other in zip((*batch, *padded), (*again, *again_padded), strict=True):
         assert torch.equal(one, other)

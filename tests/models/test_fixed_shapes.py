@@ -17,7 +17,7 @@ from tests.helpers.host_sync import Refuse
 
 def padded_inputs(model: FasterRCNN) -> tuple[torch.Tensor, torch.Tensor, Targets, torch.Tensor]:
     images, targets = small_scene()
-    batch, padded, _ = model._open(images[:2], targets[:2], True)
+    batch, padded, _ = model.preprocess(images[:2], targets[:2])
     return batch.images, batch.sizes, padded, batch.scales
 
 
@@ -28,7 +28,7 @@ def test_training_step_on_the_cpu(pooling):
     inputs = padded_inputs(model)
     assert len(set(map(tuple, inputs[1].tolist()))) == 2, "two sizes"
     with Refuse():
-        losses, _ = model.core(*inputs)
+        losses, _ = model.forward_padded(*inputs)
         sum(losses.values()).backward()
         optimizer.step()
 
@@ -38,7 +38,7 @@ def test_inference_step_on_the_cpu(cap):
     model = small_detector(box_detections_per_img=cap).eval()
     images, sizes, _, scales = padded_inputs(model)
     with Refuse(), torch.no_grad():
-        model.core(images, sizes, None, scales)
+        model.forward_padded(images, sizes, None, scales)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -51,7 +51,7 @@ def test_forward_on_a_fake_gpu(settings, training):
         images, sizes, boxes, labels, scales = (torch.empty(shape) for shape in shapes)
         inputs = images, sizes.long(), Targets(boxes, labels.long(), labels > 0), scales
         with Refuse():
-            losses, detections = model.core(*inputs, want_losses=True, want_detections=True)
+            losses, detections = model.forward_padded(*inputs, compute_losses=True, compute_detections=True)
         assert losses["loss_classifier"].device.type == "cuda"
         assert detections.boxes.device.type == "cuda"
         assert detections.boxes.ndim == 3
@@ -67,7 +67,6 @@ PYRAMID = {
     "box_num_convs": 1,
     "class_weights": (1.0, 2.0, 3.0, 4.0),
     "loss_weights": (1.0, 2.0, 3.0, 4.0),
-    "mask_padding": True,
 }
 
 
@@ -76,7 +75,9 @@ def test_a_pyramid_with_all_options_on_the_cpu(training):
     model = FasterRCNN("resnet18_fpn", NUM_CLASSES, **PYRAMID).train(training)
     images, sizes, targets, scales = padded_inputs(model)
     with Refuse():
-        losses, detections = model.core(images, sizes, targets, scales, want_losses=True, want_detections=True)
+        losses, detections = model.forward_padded(
+            images, sizes, targets, scales, compute_losses=True, compute_detections=True
+        )
         sum(losses.values()).backward()
     assert detections.boxes.shape == (2, 60, 4)
 
@@ -88,8 +89,8 @@ def test_a_pyramid_with_all_options_on_a_fake_gpu():
             torch.empty(shape) for shape in [(2, 3, 64, 96), (2, 2), (2, 3, 4), (2, 3), (2,)]
         )
         with Refuse():
-            losses, detections = model.core(
-                images, sizes.long(), Targets(boxes, labels.long(), labels > 0), scales, want_detections=True
+            losses, detections = model.forward_padded(
+                images, sizes.long(), Targets(boxes, labels.long(), labels > 0), scales, compute_detections=True
             )
         assert losses["loss_box_reg"].device.type == detections.boxes.device.type == "cuda"
 
@@ -99,14 +100,14 @@ def test_the_step_is_one_graph(training):
     model = small_detector().train(training)
     images, sizes, targets, scales = padded_inputs(model)
     torch._dynamo.reset()
-    compiled = torch.compile(model.core, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model.forward_padded, fullgraph=True, backend="aot_eager")
     torch.manual_seed(2)
     losses, detections = compiled(images, sizes, targets, scales)
     if training:
         sum(losses.values()).backward()
         assert torch.isfinite(model.rpn.head.bbox_pred.weight.grad).all()
     else:
-        _, expected = model.core(images, sizes, None, scales)
+        _, expected = model.forward_padded(images, sizes, None, scales)
         assert torch.equal(detections.labels, expected.labels)
         torch.testing.assert_close(detections.boxes, expected.boxes)
 
@@ -135,7 +136,9 @@ def test_shapes_do_not_depend_on_the_data():
     images, sizes, targets, scales = padded_inputs(model)
     shapes = []
     for content in (images, torch.zeros_like(images), torch.full_like(images, torch.nan)):
-        losses, detections = model.core(content, sizes, targets, scales, want_losses=True, want_detections=True)
+        losses, detections = model.forward_padded(
+            content, sizes, targets, scales, compute_losses=True, compute_detections=True
+        )
         shapes.append([tuple(tensor.shape) for tensor in (*losses.values(), *detections)])
         assert torch.isfinite(detections.boxes).all()
     assert shapes[0] == shapes[1] == shapes[2]

@@ -4,21 +4,20 @@ import pytest
 import torch
 from torch import nn
 
-from fastdet.models.norms import FrozenBatchNorm2d, RowBatchNorm2d
+from fastdet.models.norms import FrozenBatchNorm2d, MaskedBatchNorm2d
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_rows_that_do_not_count_leave_no_trace(momentum):
     x = torch.randn(7, 3, 2, 4) * 3 + 1
     rows = torch.tensor([True, False, True, True, False, True, False])
-    ours, theirs = RowBatchNorm2d(3, momentum=momentum), nn.BatchNorm2d(3, momentum=momentum)
+    ours, theirs = MaskedBatchNorm2d(3, momentum=momentum), nn.BatchNorm2d(3, momentum=momentum)
     for norm in (ours, theirs):
         nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(2))
     for _ in range(2):
         noisy = torch.where(rows[:, None, None, None], x, torch.full_like(x, torch.nan)).requires_grad_()
         plain = x[rows].requires_grad_()
-        ours.rows = rows
-        found, expected = ours(noisy), theirs(plain)
+        found, expected = ours(noisy, rows), theirs(plain)
         torch.testing.assert_close(found[rows], expected)
         (found[rows] ** 3).sum().backward()
         (expected**3).sum().backward()
@@ -34,10 +33,9 @@ def test_rows_that_do_not_count_leave_no_trace(momentum):
 
 def test_without_rows_it_is_torchs():
     x = torch.randn(4, 3, 2, 2)
-    torch.testing.assert_close(RowBatchNorm2d(3)(x), nn.BatchNorm2d(3)(x))
-    norm = RowBatchNorm2d(3)
-    norm.rows = torch.zeros(4, dtype=torch.bool)
-    assert torch.isfinite(norm(x)).all(), "no row at all"
+    torch.testing.assert_close(MaskedBatchNorm2d(3)(x), nn.BatchNorm2d(3)(x))
+    norm = MaskedBatchNorm2d(3)
+    assert torch.isfinite(norm(x, torch.zeros(4, dtype=torch.bool))).all(), "no row at all"
     assert torch.isfinite(norm.running_var).all()
 
 

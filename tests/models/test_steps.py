@@ -61,13 +61,13 @@ def test_anchor_targets(seen):
         anchors = found["anchors"].double().numpy()
         labels, locs = oracle.anchor_targets(anchors, truth, *sizes[i], model.settings)
         assert found["anchor_labels"][i].tolist() == labels.tolist()
-        close(found["anchor_locs"][i], locs)
+        close(found["anchor_deltas"][i], locs)
     assert {-1, 0, 1} == set(found["anchor_labels"].flatten().tolist()) or not model.settings.rpn_anchors_inside_only
 
 
 def test_proposals(seen):
     model, _, originals, sizes, found = seen
-    scores, locs = found["rpn_scores"].detach().double().numpy(), found["rpn_locs"].detach().double().numpy()
+    scores, locs = found["rpn_logits"].detach().double().numpy(), found["rpn_deltas"].detach().double().numpy()
     for i in range(3):
         scale = min(64 / min(originals[i]), 96 / max(originals[i]))
         expected = oracle.proposals(
@@ -94,7 +94,7 @@ def test_roi_targets(seen):
         assert int(taken.sum()) == len(expected)
         close(samples.boxes[i][taken], np.array([row[0] for row in expected]).reshape(-1, 4))
         assert samples.labels[i][taken].tolist() == [row[1] for row in expected]
-        close(samples.locs[i][taken], np.array([row[2] for row in expected]).reshape(-1, 4), 1e-3)
+        close(samples.deltas[i][taken], np.array([row[2] for row in expected]).reshape(-1, 4), 1e-3)
         assert (samples.boxes[i][~taken] == 0).all()
         assert (samples.labels[i][~taken] == 0).all()
         kinds |= set(samples.labels[i][taken].tolist())
@@ -103,18 +103,18 @@ def test_roi_targets(seen):
 
 def test_losses(seen):
     model, _, _, _, found = seen
-    numbers = {name: found[name].detach().double().numpy() for name in ("rpn_scores", "rpn_locs")}
+    numbers = {name: found[name].detach().double().numpy() for name in ("rpn_logits", "rpn_deltas")}
     labels = found["anchor_labels"].numpy().reshape(-1)
-    locs = found["anchor_locs"].double().numpy().reshape(-1, 4)
+    locs = found["anchor_deltas"].double().numpy().reshape(-1, 4)
     objectness, rpn_box = oracle.rpn_losses(
-        numbers["rpn_scores"].reshape(-1, 2), numbers["rpn_locs"].reshape(-1, 4), labels, locs, model.settings
+        numbers["rpn_logits"].reshape(-1, 2), numbers["rpn_deltas"].reshape(-1, 4), labels, locs, model.settings
     )
     taken = found["samples"].weight > 0
     classifier, box = oracle.roi_losses(
-        found["cls_scores"][taken].detach().double().numpy(),
-        found["cls_locs"][taken].detach().double().numpy(),
+        found["class_logits"][taken].detach().double().numpy(),
+        found["box_deltas"][taken].detach().double().numpy(),
         found["samples"].labels[taken].numpy(),
-        found["samples"].locs[taken].double().numpy(),
+        found["samples"].deltas[taken].double().numpy(),
         model.settings,
     )
     losses = found["losses"]
@@ -137,8 +137,8 @@ def test_detections(cap):
         count = int(found["proposals"].count[i])
         expected = oracle.detections(
             found["proposals"].boxes[i, :count].double().numpy(),
-            found["cls_locs"][i, :count].detach().double().numpy(),
-            found["cls_scores"][i, :count].detach().double().numpy(),
+            found["box_deltas"][i, :count].detach().double().numpy(),
+            found["class_logits"][i, :count].detach().double().numpy(),
             *sizes[i],
             model.settings,
         )

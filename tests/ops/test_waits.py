@@ -65,7 +65,7 @@ def padded_inputs(device: torch.device) -> tuple[Tensor, Tensor, Targets, Tensor
 
 
 def detections(model: FasterRCNN, images: Tensor, sizes: Tensor, scales: Tensor) -> Detections:
-    found = model.core(images, sizes, None, scales)[1]
+    found = model.forward_padded(images, sizes, None, scales)[1]
     assert found is not None
     return found
 
@@ -107,7 +107,7 @@ def test_training_step(gpu: torch.device, backbone: str) -> None:
     inputs = padded_inputs(gpu)
 
     def step() -> None:
-        losses, _ = model.core(*inputs)
+        losses, _ = model.forward_padded(*inputs)
         assert losses is not None
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
