@@ -1,6 +1,7 @@
 """torchvision's objects in fastdet's terms: its modules as settings, its enums of weights as tensors."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,24 +19,22 @@ Weights: TypeAlias = WeightsEnum | str | os.PathLike[str]
 _NONE_IS_DEFAULT = ("rpn_anchor_generator", "image_mean", "image_std", "bbox_reg_weights")
 
 
-def settings_arguments(overrides: dict[str, Any], box_roi_pool: MultiScaleRoIAlign | None) -> dict[str, Any]:
-    """The `overrides` of settings and what `box_roi_pool` says; of torchvision's anchor generator the arguments, as a
-    dict."""
+def settings_arguments(
+    overrides: dict[str, Any], box_roi_pool: MultiScaleRoIAlign | None, make_anchors: Callable[..., Any]
+) -> dict[str, Any]:
+    """Settings by name: `overrides`, and before them those of `box_roi_pool`.
+
+    torchvision's anchor generator becomes `make_anchors(sizes, aspect_ratios)`. Raises ValueError for a subclass of
+    it, whose anchors may be others.
+    """
     given = {name: value for name, value in overrides.items() if value is not None or name not in _NONE_IS_DEFAULT}
-    generator = given.get("rpn_anchor_generator")
-    if isinstance(generator, AnchorGenerator):
-        given = {**given, "rpn_anchor_generator": _anchor_arguments(generator)}
+    anchors = given.get("rpn_anchor_generator")
+    if isinstance(anchors, AnchorGenerator):
+        if type(anchors) is not AnchorGenerator:
+            raise ValueError(f"rpn_anchor_generator is a subclass of torchvision's: {type(anchors).__name__}")
+        tuples = (tuple(map(tuple, levels)) for levels in (anchors.sizes, anchors.aspect_ratios))
+        given = {**given, "rpn_anchor_generator": make_anchors(*tuples)}
     return given if box_roi_pool is None else {**_pooling_settings(box_roi_pool), **given}
-
-
-def _anchor_arguments(generator: AnchorGenerator) -> dict[str, Any]:
-    """Raises ValueError for a subclass, whose anchors may be others."""
-    if type(generator) is not AnchorGenerator:
-        raise ValueError(f"rpn_anchor_generator must be torchvision's AnchorGenerator, got {type(generator).__name__}")
-    return {
-        "sizes": tuple(map(tuple, generator.sizes)),
-        "aspect_ratios": tuple(map(tuple, generator.aspect_ratios)),
-    }
 
 
 def _pooling_settings(pool: MultiScaleRoIAlign) -> dict[str, Any]:

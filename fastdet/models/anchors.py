@@ -1,7 +1,8 @@
 """Anchors: boxes of a few sizes and shapes around every cell of a feature map (Ren et al. 2015, section 3.1.1)."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +44,10 @@ class AnchorGenerator:
                 raise ValueError(f"strides has {len(self.strides)} levels, sizes has {len(sizes)}")
         object.__setattr__(self, "sizes", sizes)
         object.__setattr__(self, "aspect_ratios", ratios)
+
+    def with_default_strides(self, strides: Sequence[int] | None) -> "AnchorGenerator":
+        """With `strides` where this generator has none of its own."""
+        return self if strides is None or self.strides is not None else replace(self, strides=tuple(strides))
 
     def num_anchors_per_location(self) -> list[int]:
         return [len(sizes) * len(ratios) for sizes, ratios in zip(self.sizes, self.aspect_ratios, strict=True)]

@@ -95,6 +95,12 @@ class Backbone(nn.Sequential):
         self.strides = (stride,)
 
 
+def default_settings(backbone: str | nn.Module) -> Settings:
+    """Those of a named backbone; torchvision's for a module."""
+    named = NAMED.get(backbone) if isinstance(backbone, str) else None
+    return TORCHVISION if named is None else named.settings
+
+
 def build(
     name: str,
     weights: Weights | None = None,

@@ -1,4 +1,4 @@
-"""Detectors by name. Those of torchvision have its builders' signatures, and give its numbers with its weights."""
+"""Detectors by name. Those of torchvision have its builders' signatures, and give its results with its weights."""
 
 import os
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 import torchvision
 from torch import Tensor
-from torchvision.models._api import WeightsEnum
+from torchvision.models import WeightsEnum
 from torchvision.models.detection import (
     FasterRCNN_MobileNet_V3_Large_320_FPN_Weights,
     FasterRCNN_MobileNet_V3_Large_FPN_Weights,
@@ -14,16 +14,15 @@ from torchvision.models.detection import (
     FasterRCNN_ResNet50_FPN_Weights,
 )
 
-from fastdet import weights as weights_of_others
+from fastdet import weights as weight_files
 from fastdet.interop.torchvision_objects import Weights, read_weights
 from fastdet.models import backbones
 from fastdet.models.backbones import NAMED
 from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.models.norms import FrozenBatchNorm2d
 from fastdet.models.settings import DETECTRON2
-from fastdet.weights import files
 
-_PREDICTOR = "roi_heads.box_predictor.cls_score.weight"
+_CLASS_SCORES = "roi_heads.box_predictor.cls_score.weight"
 _COCO_CLASSES = 91
 
 
@@ -52,18 +51,8 @@ def fasterrcnn_vgg16(
     Raises:
         ValueError: a file that cannot be read, or whose names or shapes do not fit.
     """
-    return _pretrained(
-        "vgg16",
-        None,
-        weights,
-        progress,
-        num_classes,
-        weights_backbone,
-        trainable_backbone_layers,
-        replace_predictor,
-        overrides,
-        usual_classes=21,
-    )[0]
+    arguments = weights, progress, num_classes, weights_backbone, trainable_backbone_layers, replace_predictor
+    return _build("vgg16", None, *arguments, default_classes=21, **overrides)[0]
 
 
 def fasterrcnn_resnet50_fpn(
@@ -92,18 +81,9 @@ def fasterrcnn_resnet50_fpn(
         ValueError: a file that cannot be read, or whose names or shapes do not fit; another number of classes than
             `weights` has.
     """
-    model, named = _pretrained(
-        "resnet50_fpn",
-        FasterRCNN_ResNet50_FPN_Weights,
-        weights,
-        progress,
-        num_classes,
-        weights_backbone,
-        trainable_backbone_layers,
-        replace_predictor,
-        overrides,
-    )
-    if named is FasterRCNN_ResNet50_FPN_Weights.COCO_V1:
+    arguments = weights, progress, num_classes, weights_backbone, trainable_backbone_layers, replace_predictor
+    model, member = _build("resnet50_fpn", FasterRCNN_ResNet50_FPN_Weights, *arguments, **overrides)
+    if member is FasterRCNN_ResNet50_FPN_Weights.COCO_V1:
         # These were trained with an eps of 0.
         for layer in model.modules():
             if isinstance(layer, FrozenBatchNorm2d):
@@ -123,17 +103,8 @@ def fasterrcnn_resnet50_fpn_v2(
 ) -> FasterRCNN:
     """torchvision's detector of this name, after Li et al. 2021 (arXiv:2111.11429): BatchNorm that trains, two
     convolutions in the RPN and four in the box head. Arguments as of `fasterrcnn_resnet50_fpn`."""
-    return _pretrained(
-        "resnet50_fpn_v2",
-        FasterRCNN_ResNet50_FPN_V2_Weights,
-        weights,
-        progress,
-        num_classes,
-        weights_backbone,
-        trainable_backbone_layers,
-        replace_predictor,
-        overrides,
-    )[0]
+    arguments = weights, progress, num_classes, weights_backbone, trainable_backbone_layers, replace_predictor
+    return _build("resnet50_fpn_v2", FasterRCNN_ResNet50_FPN_V2_Weights, *arguments, **overrides)[0]
 
 
 def fasterrcnn_mobilenet_v3_large_fpn(
@@ -147,17 +118,8 @@ def fasterrcnn_mobilenet_v3_large_fpn(
     **overrides: Any,
 ) -> FasterRCNN:
     """torchvision's detector of this name, on MobileNetV3. Arguments as of `fasterrcnn_resnet50_fpn`."""
-    return _pretrained(
-        "mobilenet_v3_large_fpn",
-        FasterRCNN_MobileNet_V3_Large_FPN_Weights,
-        weights,
-        progress,
-        num_classes,
-        weights_backbone,
-        trainable_backbone_layers,
-        replace_predictor,
-        overrides,
-    )[0]
+    arguments = weights, progress, num_classes, weights_backbone, trainable_backbone_layers, replace_predictor
+    return _build("mobilenet_v3_large_fpn", FasterRCNN_MobileNet_V3_Large_FPN_Weights, *arguments, **overrides)[0]
 
 
 def fasterrcnn_mobilenet_v3_large_320_fpn(
@@ -172,16 +134,9 @@ def fasterrcnn_mobilenet_v3_large_320_fpn(
 ) -> FasterRCNN:
     """torchvision's detector of this name: `fasterrcnn_mobilenet_v3_large_fpn` on images of 320 pixels."""
     sizes = {"min_size": 320, "max_size": 640, "rpn_pre_nms_top_n_test": 150, "rpn_post_nms_top_n_test": 150}
-    return _pretrained(
-        "mobilenet_v3_large_fpn",
-        FasterRCNN_MobileNet_V3_Large_320_FPN_Weights,
-        weights,
-        progress,
-        num_classes,
-        weights_backbone,
-        trainable_backbone_layers,
-        replace_predictor,
-        {**sizes, **overrides},
+    arguments = weights, progress, num_classes, weights_backbone, trainable_backbone_layers, replace_predictor
+    return _build(
+        "mobilenet_v3_large_fpn", FasterRCNN_MobileNet_V3_Large_320_FPN_Weights, *arguments, **{**sizes, **overrides}
     )[0]
 
 
@@ -210,27 +165,27 @@ def fasterrcnn_resnet50_fpn_detectron2(
     state = None
     _require_weights(weights, replace_predictor)
     if weights is not None:
-        with weights_of_others.naming(weights):
-            state = weights_of_others.from_detectron2(
-                files.read_state_dict(weights),
+        with weight_files.naming(weights):
+            state = weight_files.from_detectron2(
+                weight_files.read_state_dict(weights),
                 pixel_mean=overrides.get("image_mean", DETECTRON2.image_mean),
                 pixel_std=overrides.get("image_std", DETECTRON2.image_std),
             )
     trainable = NAMED["resnet50_fpn"].trainable_layers(trainable_backbone_layers, state is not None)
     model = FasterRCNN(
         "resnet50_fpn",
-        _classes(num_classes, state, 81),
+        _choose_num_classes(num_classes, state, 81),
         trainable_backbone_layers=trainable,
         **{"settings": DETECTRON2, "freeze_batchnorm": state is not None, **overrides},
     )
     if stride_in_1x1:
         backbones.move_stride_to_first_convolution(model.backbone)
     if state is not None:
-        weights_of_others.load(model, state, replace_predictor=replace_predictor, name=str(weights))
+        weight_files.load(model, state, replace_predictor=replace_predictor, name=str(weights))
     return model
 
 
-def _pretrained(
+def _build(
     name: str,
     enum: type[WeightsEnum] | None,
     weights: Weights | None,
@@ -239,35 +194,36 @@ def _pretrained(
     weights_backbone: Weights | None,
     trainable_backbone_layers: int | None,
     replace_predictor: bool,
-    overrides: dict[str, Any],
-    usual_classes: int = _COCO_CLASSES,
+    /,
+    default_classes: int = _COCO_CLASSES,
+    **overrides: Any,
 ) -> tuple[FasterRCNN, WeightsEnum | None]:
-    """The detector of a named backbone with its weights; and which of torchvision's they are, None for a file's."""
+    """The detector of a named backbone with its weights; and their member of `enum`, None for a file's."""
     _require_weights(weights, replace_predictor)
-    named, state = (None, None) if weights is None else read_weights("weights", enum, weights, progress)
+    member, state = (None, None) if weights is None else read_weights("weights", enum, weights, progress)
     if state is not None:
         weights_backbone = None
     pretrained = state is not None or weights_backbone is not None
     model = FasterRCNN(
         name,
-        _classes(num_classes, state, usual_classes),
+        _choose_num_classes(num_classes, state, default_classes),
         weights_backbone=weights_backbone,
         progress=progress,
         trainable_backbone_layers=NAMED[name].trainable_layers(trainable_backbone_layers, pretrained),
         **{"freeze_batchnorm": NAMED[name].freezes_batchnorm(pretrained), **overrides},
     )
     if state is not None:
-        weights_of_others.load(model, state, replace_predictor=replace_predictor, name=str(weights))
-    return model, named
+        weight_files.load(model, state, replace_predictor=replace_predictor, name=str(weights))
+    return model, member
 
 
 def _require_weights(weights: Weights | None, replace_predictor: bool) -> None:
     if replace_predictor and weights is None:
-        raise ValueError("replace_predictor says what to do with weights, but there are none")
+        raise ValueError("replace_predictor is for weights to be loaded, but there are none")
 
 
-def _classes(given: int | None, state: Mapping[str, Tensor] | None, usual: int) -> int:
-    """The number of classes asked for, or that of the weights, or the usual one."""
+def _choose_num_classes(given: int | None, state: Mapping[str, Tensor] | None, default: int) -> int:
+    """As given, or of the weights, or the default."""
     if given is not None:
         return given
-    return usual if state is None or _PREDICTOR not in state else len(state[_PREDICTOR])
+    return default if state is None or _CLASS_SCORES not in state else len(state[_CLASS_SCORES])

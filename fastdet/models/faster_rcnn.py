@@ -1,7 +1,6 @@
 """The two-stage detector: a backbone, the region proposal network and the RoI heads."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from fastdet.interop.attributes import DETECTOR_ATTRIBUTES, RefuseAttributes
 from fastdet.interop.torchvision_objects import Weights, settings_arguments
 from fastdet.models import backbones, losses, preprocessing
 from fastdet.models.anchors import AnchorGenerator, Size, inside
-from fastdet.models.roi_heads import RoIHeads
+from fastdet.models.roi_heads import RoIHeads, count_classes
 from fastdet.models.rpn import RegionProposalNetwork
-from fastdet.models.settings import FIXED_FIELDS, TORCHVISION, Settings
+from fastdet.models.settings import FIXED_FIELDS, Settings
 from fastdet.structures import Batch, Detections, Targets
 from fastdet.weights.convert import rename_former
 
@@ -38,11 +37,11 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         overrides: any field of `Settings` by name, e.g. `rpn_post_nms_top_n_test=500`. As `rpn_anchor_generator`,
             torchvision's own is taken too.
 
-    Images have as many channels as `image_mean` has numbers; a named backbone is made for that many.
+    Images have as many channels as `image_mean` has numbers; a named backbone is built for that many.
 
     Raises:
         TypeError: an unknown setting (the message lists similar names).
-        ValueError: a number out of range.
+        ValueError: an argument or setting out of range.
     """
 
     refused_attributes = DETECTOR_ATTRIBUTES
@@ -66,30 +65,23 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         **overrides: Any,
     ) -> None:
         super().__init__()
-        if settings is None:
-            named = backbones.NAMED.get(backbone) if isinstance(backbone, str) else None
-            settings = TORCHVISION if named is None else named.settings
-        overrides = settings_arguments(overrides, box_roi_pool)
-        if isinstance(overrides.get("rpn_anchor_generator"), dict):
-            overrides["rpn_anchor_generator"] = AnchorGenerator(**overrides["rpn_anchor_generator"])
-        settings = settings.override(**overrides)
+        settings = settings or backbones.default_settings(backbone)
+        settings = settings.override(**settings_arguments(overrides, box_roi_pool, AnchorGenerator))
+        num_classes = count_classes(num_classes, box_predictor)
+        settings.check_classes(num_classes)
         choices = weights_backbone, trainable_backbone_layers, freeze_batchnorm
         if isinstance(backbone, str):
             channels = len(settings.image_mean)
             backbone, named_head = backbones.build(backbone, *choices, in_channels=channels, progress=progress)
             box_head = named_head if box_head is None else box_head
         elif choices != (None, None, None):
-            raise ValueError(
-                "weights_backbone, trainable_backbone_layers and freeze_batchnorm are for a backbone given by name; "
-                "a module comes with its own weights"
-            )
+            names = "weights_backbone, trainable_backbone_layers and freeze_batchnorm"
+            raise ValueError(f"{names} are for a backbone given by name; a module comes with its own weights")
         out_channels = getattr(backbone, "out_channels", None)
         if not isinstance(out_channels, int):
             raise ValueError(f"backbone must have an integer attribute out_channels, got {out_channels!r}")
-        strides = getattr(backbone, "strides", None)
-        if settings.rpn_anchor_generator.strides is None and strides is not None:
-            anchors = replace(settings.rpn_anchor_generator, strides=tuple(strides))
-            settings = settings.override(rpn_anchor_generator=anchors)
+        anchors = settings.rpn_anchor_generator.with_default_strides(getattr(backbone, "strides", None))
+        settings = settings.override(rpn_anchor_generator=anchors)
         self._settings = settings
         self._compiled_step: Callable[..., Step] | None = None
         self.backbone = backbone
@@ -99,16 +91,13 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         for parameter in self.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        self.register_buffer("_image_mean", torch.tensor(settings.image_mean), persistent=False)
-        self.register_buffer("_image_std", torch.tensor(settings.image_std), persistent=False)
+        for name in ("image_mean", "image_std"):
+            self.register_buffer(f"_{name}", torch.tensor(getattr(settings, name)), persistent=False)
 
     @property
     def settings(self) -> Settings:
-        """Every hyperparameter. `model.settings = model.settings.override(box_score_thresh=0.3)` changes some later.
-
-        Raises:
-            ValueError: on a change of what the layers were built for.
-        """
+        """Every hyperparameter. `model.settings = model.settings.override(box_score_thresh=0.3)` changes some; a change
+        of what the layers were built for raises ValueError."""
         return self._settings
 
     @settings.setter
@@ -153,16 +142,13 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         """
         compute_losses, compute_detections = self.training or return_losses, not self.training or return_losses
         if not compute_detections and (return_features or return_class_scores):
-            raise ValueError(
-                "return_features and return_class_scores are of detections: in training, return_losses too"
-            )
+            raise ValueError("return_features, return_class_scores: of detections; in training, return_losses too")
         if compute_losses and targets is None:
-            preprocessing.check_images(images, len(self.settings.image_mean))
             raise ValueError("targets are needed for the losses")
         batch, padded, original_sizes = self.preprocess(images, targets if compute_losses else None)
-        weighted, detections, by_proposal = self._run_step(
-            batch, padded, compute_losses, compute_detections, return_features, return_class_scores
-        )
+        step = self._compiled_step or self._step
+        outputs = step(batch, padded, compute_losses, compute_detections, return_features, return_class_scores)
+        weighted, detections, by_proposal = outputs
         if detections is None:
             return weighted
         results = preprocessing.unbatch(detections, original_sizes, batch.sizes, by_proposal)
@@ -183,26 +169,23 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         Args:
             images: fp32 [B, C, H, W], normalized and padded.
             sizes: int64 [B, 2], (height, width) of each image inside the padding.
-            targets: ground truth, needed for the losses.
+            targets: ground truth, needed for the losses with at least one row (else ValueError).
             scales: fp32 [B], by how much each image was resized; None: 1.
             compute_losses, compute_detections: by default losses in training, detections in evaluation.
 
         Returns:
             The dict of losses (by the hyperparameters of training) and the Detections (by those of evaluation), None
             for what is not computed.
-
-        Raises:
-            ValueError: losses are to be computed, but there are no targets, or no row of them.
         """
         compute_losses = self.training if compute_losses is None else compute_losses
         compute_detections = not self.training if compute_detections is None else compute_detections
         if scales is None:
             scales = torch.ones(images.shape[0], device=images.device)
-        batch = Batch(images, sizes, scales)
-        return self._run_step(batch, targets, compute_losses, compute_detections, False, False)[:2]
+        step = self._compiled_step or self._step
+        return step(Batch(images, sizes, scales), targets, compute_losses, compute_detections)[:2]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the padded step, for `forward_padded` and `model(...)` alike; the arguments are `torch.compile`'s.
+        """Compile the step behind `forward_padded` and `model(...)`; the arguments are `torch.compile`'s.
 
         `fullgraph=True` works. Copies and pickles of the model are not compiled.
         """
@@ -218,12 +201,11 @@ class FasterRCNN(RefuseAttributes, nn.Module):
     ) -> tuple[Batch, Targets | None, list[Size]]:
         """Check lists of images and targets, as `forward` takes them, and make padded tensors on the model's device.
 
-        Returns:
-            The batch and the targets, as `forward_padded` takes them, and the (height, width) of the images as given.
+        Returns the batch and the targets for `forward_padded`, and the (height, width) of the images as given.
 
         Raises:
             TypeError: the model is not in float32.
-            ValueError: an image or target is not valid; names its index, and the box's index and values.
+            ValueError: naming the image's index, and the box's index and values.
         """
         if self._image_mean.dtype != torch.float32:
             raise TypeError(f"the model must be in float32, got {self._image_mean.dtype}; for less, use torch.autocast")
@@ -280,17 +262,14 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
         return dict(features) if isinstance(features, Mapping) else {"0": features}
 
-    def _run_step(self, *args: Any) -> Step:
-        return (self._compiled_step or self._step)(*args)
-
     def _step(
         self,
         batch: Batch,
         targets: Targets | None,
         compute_losses: bool,
         compute_detections: bool,
-        return_features: bool,
-        return_class_scores: bool,
+        return_features: bool = False,
+        return_class_scores: bool = False,
     ) -> Step:
         """Losses and detections, None for what is not computed, and what `unbatch` gathers by proposal."""
         if compute_losses and (targets is None or targets.boxes.shape[1] == 0):

@@ -56,13 +56,9 @@ class RoIHeads(RefuseAttributes, nn.Module):
 
     Args:
         in_channels: of the pooled features.
-        num_classes: with the background; None takes those of `box_predictor`.
+        num_classes: with the background.
         settings: of the detector.
         box_head, box_predictor: in place of torchvision's `TwoMLPHead` (or `ConvFCHead`) and `FastRCNNPredictor`.
-
-    Raises:
-        ValueError: there are fewer than two classes, or the number is another than that of `box_predictor` or of
-            `class_weights`.
     """
 
     refused_attributes = ROI_HEADS_ATTRIBUTES
@@ -71,14 +67,12 @@ class RoIHeads(RefuseAttributes, nn.Module):
     def __init__(
         self,
         in_channels: int,
-        num_classes: int | None,
+        num_classes: int,
         settings: Settings,
         box_head: nn.Module | None = None,
         box_predictor: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        num_classes = _count_classes(num_classes, box_predictor)
-        settings.check_classes(num_classes)
         self.settings = settings
         self._num_classes = num_classes
         self.box_head = _build_box_head(in_channels, settings) if box_head is None else box_head
@@ -246,8 +240,12 @@ def _classes_of(box_predictor: nn.Module | None) -> int | None:
     return None if classes is None else int(classes)
 
 
-def _count_classes(num_classes: int | None, box_predictor: nn.Module | None) -> int:
-    """As given, or as the predictor has it."""
+def count_classes(num_classes: int | None, box_predictor: nn.Module | None) -> int:
+    """The number of classes with the background: as given, or of the predictor.
+
+    Raises:
+        ValueError: there are fewer than two, or the two disagree.
+    """
     found = _classes_of(box_predictor)
     number = found if num_classes is None else num_classes
     if not isinstance(number, int) or number < 2:

@@ -288,10 +288,7 @@ DETECTRON2 = TORCHVISION.override(
     image_std=DETECTRON2_PIXEL_STD,
     min_size=(640, 672, 704, 736, 768, 800),
     rpn_anchor_generator=replace(TORCHVISION.rpn_anchor_generator, rounded=False, strides=(4, 8, 16, 32, 64)),
-    rpn_pre_nms_top_n_train=2000,
-    rpn_pre_nms_top_n_test=1000,
     rpn_post_nms_top_n_train=1000,
-    rpn_post_nms_top_n_test=1000,
     # It drops what has no area at all.
     rpn_min_size=1e-12,
     rpn_smooth_l1_beta=0.0,

@@ -332,7 +332,7 @@ def test_weights_of_another_network_are_refused(hub):
             call()
     with pytest.raises(ValueError, match="weights: no file 'COCO_V2', and not one of COCO_V1, DEFAULT"):
         fastdet.fasterrcnn_resnet50_fpn(weights="COCO_V2")
-    with pytest.raises(ValueError, match="replace_predictor says what to do with weights"):
+    with pytest.raises(ValueError, match="replace_predictor is for weights to be loaded"):
         fastdet.fasterrcnn_mobilenet_v3_large_fpn(weights_backbone=None, replace_predictor=True)
 
 
