@@ -31,7 +31,7 @@ def settings_arguments(
     anchors = given.get("rpn_anchor_generator")
     if isinstance(anchors, AnchorGenerator):
         if type(anchors) is not AnchorGenerator:
-            raise ValueError(f"rpn_anchor_generator is a subclass of torchvision's: {type(anchors).__name__}")
+            raise ValueError(f"rpn_anchor_generator must be torchvision's own, got {type(anchors).__name__}")
         tuples = (tuple(map(tuple, levels)) for levels in (anchors.sizes, anchors.aspect_ratios))
         given = {**given, "rpn_anchor_generator": make_anchors(*tuples)}
     return given if box_roi_pool is None else {**_pooling_settings(box_roi_pool), **given}

@@ -20,15 +20,15 @@ from fastdet.weights.convert import WeightsError, load
 
 
 @dataclass(frozen=True)
-class Named:
-    """What is known of a backbone before it is built.
+class NamedBackbone:
+    """The properties of a backbone that are fixed by its name.
 
     Attributes:
-        strides: pixels between the cells of its levels, a number a level.
+        strides: pixels between the cells of each level.
         trainable: how many of its last blocks of layers train by default when its weights are pretrained.
-        settings: of the detector that is made of it, unless others are given.
-        network: the name of torchvision's classifier that it comes from, None if it has none.
-        batchnorm_trains: also when its weights are pretrained.
+        settings: the default ones of a detector with this backbone.
+        network: the name of torchvision's classifier that it is part of, None if there is none.
+        batchnorm_trains: BatchNorm trains when the weights are pretrained too.
     """
 
     strides: tuple[int, ...]
@@ -38,7 +38,7 @@ class Named:
     batchnorm_trains: bool = False
 
     def trainable_layers(self, given: int | None, pretrained: bool) -> int | None:
-        """How many of the last blocks train if so many are asked for; None: all."""
+        """How many of the last blocks train, None being all; `given` None takes the default."""
         return self.trainable if given is None and pretrained else given
 
     def freezes_batchnorm(self, pretrained: bool) -> bool:
@@ -54,21 +54,21 @@ def _pyramid(pooled: int, sizes: tuple[tuple[float, ...], ...], **changes: Any) 
 _RESNET_STRIDES = (4, 8, 16, 32, 64)
 
 NAMED = {
-    "vgg16": Named((16,), 3, VGG16, "vgg16"),
-    "mobilenet_v2": Named((16,), 3, VGG16, "mobilenet_v2"),
-    "small": Named((8,), 6, VGG16, None),
-    **{f"resnet{n}_fpn": Named(_RESNET_STRIDES, 3, TORCHVISION, f"resnet{n}") for n in (18, 34, 50, 101)},
+    "vgg16": NamedBackbone((16,), 3, VGG16, "vgg16"),
+    "mobilenet_v2": NamedBackbone((16,), 3, VGG16, "mobilenet_v2"),
+    "small": NamedBackbone((8,), 6, VGG16, None),
+    **{f"resnet{n}_fpn": NamedBackbone(_RESNET_STRIDES, 3, TORCHVISION, f"resnet{n}") for n in (18, 34, 50, 101)},
     # Li et al. 2021 (arXiv:2111.11429), section 3, as torchvision builds it.
-    "resnet50_fpn_v2": Named(
+    "resnet50_fpn_v2": NamedBackbone(
         _RESNET_STRIDES, 3, TORCHVISION.override(rpn_conv_depth=2, box_num_convs=4), "resnet50", batchnorm_trains=True
     ),
-    "mobilenet_v2_fpn": Named(
+    "mobilenet_v2_fpn": NamedBackbone(
         (8, 16, 32, 64),
         3,
         _pyramid(3, ((32,), (64,), (128,), (256,)), box_representation_size=256),
         "mobilenet_v2",
     ),
-    "mobilenet_v3_large_fpn": Named(
+    "mobilenet_v3_large_fpn": NamedBackbone(
         (32, 32, 64),
         3,
         _pyramid(2, ((32, 64, 128, 256, 512),) * 3, rpn_score_thresh=0.05),
@@ -76,7 +76,7 @@ NAMED = {
     ),
 }
 
-# The layers kept, and where each block of layers begins.
+# How many layers are used, and the index of the first layer of each block.
 _VGG16_LAYERS, _VGG16_BLOCKS = 30, (0, 5, 10, 17, 24)
 _MOBILENET_V2_LAYERS, _MOBILENET_V2_BLOCKS = 14, (0, 2, 4, 7)
 _MOBILENET_V2_FPN_LAYERS, _MOBILENET_V2_FPN_BLOCKS = 18, (0, 2, 4, 7, 14)
@@ -119,7 +119,7 @@ def build(
         freeze_batchnorm: use the stored statistics and never update them; by default so with `weights`, but for
             "resnet50_fpn_v2".
         in_channels: of the images. The first convolution's pretrained weights are repeated over the channels (channel
-            c takes those of c mod 3) and scaled by 3 / in_channels, which keeps the size of its answers.
+            c has those of c mod 3) and scaled by 3 / in_channels, which keeps the scale of its output.
         progress: show the download of named weights.
 
     Raises:
@@ -136,10 +136,10 @@ def build(
         network, head = _vgg16(state)
         layers: Any = network.features[:_VGG16_LAYERS]
         backbone: nn.Module = Backbone(list(layers), 512, 16)
-        blocks = _blocks_of(layers, _VGG16_BLOCKS)
+        blocks = _split_blocks(layers, _VGG16_BLOCKS)
     elif name == "small":
         layers = backbone = _small(norm)
-        blocks = _blocks_of(layers, range(len(layers)))
+        blocks = _split_blocks(layers, range(len(layers)))
     elif name.startswith("resnet"):
         layers = _classifier(name, norm)
         del layers.fc
@@ -148,7 +148,7 @@ def build(
         layers = _classifier(name, norm).features
         backbone, layers, blocks = _mobilenet(name, layers)
     if state is not None:
-        _load(layers, _features_of(layers, state, f"{str(weights)!r} is not a state dict of {name}"))
+        _load(layers, _select_features(layers, state, f"{str(weights)!r} is not a state dict of {name}"))
     if in_channels != 3:
         _widen_first_convolution(layers, in_channels, pretrained=state is not None)
     _freeze(name, blocks, trainable_layers, pretrained=weights is not None)
@@ -156,9 +156,9 @@ def build(
 
 
 def move_stride_to_first_convolution(backbone: nn.Module) -> None:
-    """Turn the bottlenecks of a ResNet into those of He et al. 2015, that stride in the first, 1x1 convolution.
+    """Turn the bottlenecks of a ResNet into those of He et al. 2015, with the stride in the first, 1x1 convolution.
 
-    The weights of the first release, which detectron2's models start from, are made for these.
+    The weights of that release, which detectron2's models start from, need these.
     """
     for block in backbone.modules():
         if isinstance(block, torchvision.models.resnet.Bottleneck):
@@ -171,7 +171,7 @@ def _classifier(name: str, norm: type[nn.Module]) -> Any:
 
 def _vgg16(state: Mapping[str, Tensor] | None) -> tuple[Any, TwoMLPHead]:
     network = torchvision.models.vgg16(weights=None)
-    # The head takes over the classifier's layers, so its own need no memory.
+    # The head gets the classifier's layers, so its own need no memory.
     with torch.device("meta"):
         head = TwoMLPHead(512 * 7 * 7, 4096)
     head.fc6, head.fc7 = network.classifier[0], network.classifier[3]
@@ -204,17 +204,17 @@ def _mobilenet(name: str, features: nn.Sequential) -> tuple[nn.Module, nn.Sequen
     """The backbone, the layers of `features` that it is made of, and these in blocks."""
     if name == "mobilenet_v2":
         layers = features[:_MOBILENET_V2_LAYERS]
-        return Backbone(list(layers), 96, NAMED[name].strides[0]), layers, _blocks_of(layers, _MOBILENET_V2_BLOCKS)
+        return Backbone(list(layers), 96, NAMED[name].strides[0]), layers, _split_blocks(layers, _MOBILENET_V2_BLOCKS)
     if name == "mobilenet_v2_fpn":
         layers, firsts = features[:_MOBILENET_V2_FPN_LAYERS], list(_MOBILENET_V2_FPN_BLOCKS)
         levels, channels, width = {"6": "0", "13": "1", "17": "2"}, [32, 96, 320], _LIGHT_FPN_CHANNELS
     else:
         layers, firsts = features, list(_MOBILENET_V3_BLOCKS)
         levels, channels, width = {"13": "0", "16": "1"}, [160, 960], _FPN_CHANNELS
-    return BackboneWithFPN(layers, levels, channels, width, LastLevelMaxPool()), layers, _blocks_of(layers, firsts)
+    return BackboneWithFPN(layers, levels, channels, width, LastLevelMaxPool()), layers, _split_blocks(layers, firsts)
 
 
-def _blocks_of(layers: nn.Sequential, firsts: Sequence[int]) -> list[list[nn.Module]]:
+def _split_blocks(layers: nn.Sequential, firsts: Sequence[int]) -> list[list[nn.Module]]:
     """The layers of a Sequential in blocks that begin at `firsts`."""
     return [list(layers)[first:end] for first, end in zip(firsts, (*firsts[1:], len(layers)), strict=True)]
 
@@ -230,23 +230,23 @@ def _freeze(name: str, blocks: list[list[nn.Module]], trainable_layers: int | No
             layer.requires_grad_(False)
 
 
-def _features_of(layers: nn.Module, state: Mapping[str, Tensor], complaint: str) -> dict[str, Tensor]:
-    """What of a classifier's state dict, or of that of its features alone, belongs to `layers`."""
+def _select_features(layers: nn.Module, state: Mapping[str, Tensor], error: str) -> dict[str, Tensor]:
+    """The entries for `layers` in the state dict of a classifier, or of its features alone."""
     features = {key.removeprefix("features."): value for key, value in state.items() if not _CLASSIFIER.match(key)}
     if not isinstance(layers, nn.Sequential):
         return features
     for key in features:
         if not re.match(r"\d+\.", key):
-            raise ValueError(f"weights_backbone: {complaint}: it holds {key!r}")
+            raise ValueError(f"weights_backbone: {error}: it holds {key!r}")
     return {key: value for key, value in features.items() if int(key.split(".")[0]) < len(layers)}
 
 
 def _widen_first_convolution(layers: nn.Module, in_channels: int, pretrained: bool) -> None:
-    """Make the first convolution one of `in_channels`, its pretrained weights repeated over them."""
+    """Give the first convolution `in_channels`, its pretrained weights repeated over them."""
     first = next(layer for layer in layers.modules() if isinstance(layer, nn.Conv2d))
     weight = first.weight.detach()[:, torch.arange(in_channels) % 3] * (3 / in_channels)
     if not pretrained:
-        # As torchvision's networks start; the seed's repetition would give channels that never differ.
+        # As torchvision initializes its networks; repeated random weights would give channels that never differ.
         nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
     first.in_channels, first.weight = in_channels, nn.Parameter(weight)
 
