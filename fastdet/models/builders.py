@@ -210,7 +210,7 @@ def fasterrcnn_resnet50_fpn_detectron2(
     state = None
     _require_weights(weights, replace_predictor)
     if weights is not None:
-        with weights_of_others.naming(weights):
+        with weights_of_others.prefix_errors(weights):
             state = weights_of_others.from_detectron2(
                 files.read_state_dict(weights),
                 pixel_mean=overrides.get("image_mean", DETECTRON2.image_mean),
