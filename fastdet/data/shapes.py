@@ -145,14 +145,14 @@ def _is_inside(x: np.ndarray, y: np.ndarray, name: str, radius: float, angle: fl
 def _find_place(rng: np.random.Generator, shape: tuple[int, ...], size: int, boxes: list[Box]) -> Box | None:
     """A random box for a shape [h, w] that hardly covers any of `boxes`; None if no try gives one."""
     height, width = shape
+    x1, y1, x2, y2 = np.array(boxes, dtype=np.int64).reshape(-1, 4).T
+    smaller = np.minimum((x2 - x1) * (y2 - y1), width * height)
     for _ in range(_PLACEMENT_TRIES):
         left, top = int(rng.integers(0, size - width + 1)), int(rng.integers(0, size - height + 1))
-        box = left, top, left + width, top + height
-        x1, y1, x2, y2 = np.array(boxes, dtype=np.int64).reshape(-1, 4).T
-        inter_w, inter_h = np.minimum(x2, box[2]) - np.maximum(x1, left), np.minimum(y2, box[3]) - np.maximum(y1, top)
-        smaller = np.minimum((x2 - x1) * (y2 - y1), width * height)
+        right, bottom = left + width, top + height
+        inter_w, inter_h = np.minimum(x2, right) - np.maximum(x1, left), np.minimum(y2, bottom) - np.maximum(y1, top)
         if (inter_w.clip(min=0) * inter_h.clip(min=0) / smaller <= _MAX_COVER).all():
-            return box
+            return left, top, right, bottom
     return None
 
 

@@ -74,22 +74,21 @@ class VOC(Dataset[Item]):
         labels = {name: k for k, name in enumerate(self.class_names, start=1)}
 
         dropped: list[str] = []
-        self._image_paths: list[Path] = []
         # NumPy, not tensors: each tensor of a dataset costs a file descriptor when it is sent to a loader's worker.
-        self._targets: list[dict[str, np.ndarray]] = []
-        for stem, annotation in zip(self.ids, annotations, strict=True):
-            self._image_paths.append(_find_image(self.root / "JPEGImages", stem, annotation))
-            self._targets.append(_make_target(annotation, labels, dropped))
+        self._records = [
+            (_find_image(self.root / "JPEGImages", stem, annotation), _make_target(annotation, labels, dropped))
+            for stem, annotation in zip(self.ids, annotations, strict=True)
+        ]
         if dropped:
             shown = ", ".join(dropped[:_REPORTED]) + (", ..." if len(dropped) > _REPORTED else "")
             message = f"{len(dropped)} box(es) left out, empty, not finite or outside the image: {shown}"
             warnings.warn(f"{self.root} ({split}): {message}", stacklevel=2)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> Item:
-        path, target = self._image_paths[index], self._targets[index]
+        path, target = self._records[index]
         image = read_image(path)
         # What the size in the XML did not show to lie outside the image.
         height, width = image.shape[-2:]
@@ -102,7 +101,7 @@ class VOC(Dataset[Item]):
 
     def image_path(self, index: int) -> Path:
         """The image file of item `index`."""
-        return self._image_paths[index]
+        return self._records[index][0]
 
 
 def _read_split(root: Path, split: str) -> tuple[str, ...]:

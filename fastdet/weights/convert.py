@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastdet.weights import files
 from fastdet.weights import names as tables
+from fastdet.weights.files import StrPath
 from fastdet.weights.names import DETECTRON2_PIXEL_MEAN, DETECTRON2_PIXEL_STD, PREDICTOR, TRACKED
 
 # How simple-faster-rcnn-pytorch feeds its models, as settings of `fastdet.FasterRCNN`: those that began with
@@ -54,11 +55,7 @@ class WeightsError(ValueError):
 
 
 def load(
-    model: nn.Module,
-    weights: str | os.PathLike[str] | State,
-    *,
-    replace_predictor: bool = False,
-    name: str = "the state dict",
+    model: nn.Module, weights: StrPath | State, *, replace_predictor: bool = False, name: str = "the state dict"
 ) -> None:
     """Load weights into a model, all of them or, if any does not fit, none.
 
@@ -125,7 +122,7 @@ def rename_former(state: dict[str, Any], names: Collection[str]) -> None:
 
 
 @contextmanager
-def prefix_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+def prefix_errors(path: StrPath) -> Iterator[None]:
     """Let the message of a WeightsError begin with the file that the state dict came from."""
     try:
         yield

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fastdet.weights import array_pickles
 
+StrPath = str | os.PathLike[str]
+
 # How torch's files begin: the newer are zip archives, the older have this number in their first bytes.
 _ZIP = b"PK\x03\x04"
 _OLD_TORCH = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
@@ -24,7 +26,7 @@ class TensorFileError(ValueError):
     """A file of tensors cannot be read or written; the message is one line naming the file."""
 
 
-def read(path: str | os.PathLike[str], *, kind: str = "file of tensors") -> Any:
+def read(path: StrPath, *, kind: str = "file of tensors") -> Any:
     """Read a file of tensors and plain values onto the CPU. Nothing in the file can run code.
 
     It may be a file of torch (`weights_only=True`), of safetensors, or a plain pickle of NumPy arrays, which become
@@ -68,7 +70,7 @@ def read(path: str | os.PathLike[str], *, kind: str = "file of tensors") -> Any:
         raise TensorFileError(f"{path}: not a {kind}, or cut short: {one_line(error)}") from error
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_state_dict(path: StrPath) -> dict[str, Tensor]:
     """Read names and tensors: a state dict, or one that a checkpoint holds as its "model" or "state_dict".
 
     That is how fastdet, torchvision's reference scripts, detectron2 and simple-faster-rcnn-pytorch lay out their
@@ -109,7 +111,7 @@ def describe_problem(content: object) -> str:
     return "" if content else "it is empty"
 
 
-def write_state_dict(path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
+def write_state_dict(path: StrPath, state: Mapping[str, Tensor]) -> None:
     """Write names and tensors: as safetensors if the name ends in .safetensors, else as torch does.
 
     Tensors that share memory are written each for itself into safetensors, a format without sharing.
@@ -133,9 +135,7 @@ def write_state_dict(path: str | os.PathLike[str], state: Mapping[str, Tensor]) 
     write(path, lambda file: file.write(data), kind="state dict")
 
 
-def write(
-    path: str | os.PathLike[str], content: Callable[[BinaryIO], object], *, kind: str = "file of tensors"
-) -> None:
+def write(path: StrPath, content: Callable[[BinaryIO], object], *, kind: str = "file of tensors") -> None:
     """Write a file so that it is either the old one or the new one, never a part.
 
     The bytes go to a temporary file in the same folder, are forced to the disk, and then take the file's name in one
@@ -195,7 +195,7 @@ def _unshare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-def _load_torch(path: str | os.PathLike[str]) -> Any:
+def _load_torch(path: StrPath) -> Any:
     # Checkpoints with a metric beside the weights have it as a number of NumPy.
     stand_ins: list[Any] = [(value, name) for name, value in array_pickles.STAND_INS.items()]
     with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
