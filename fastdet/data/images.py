@@ -1,7 +1,5 @@
 """Image files as tensors."""
 
-from __future__ import annotations
-
 import struct
 import zlib
 from pathlib import Path
@@ -10,10 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastdet.data.errors import DataError
-
 # Pillow's decoders let these through on damaged files, besides the OSError of its documentation.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+
+
+class DataError(ValueError):
+    """A file of data is missing, unreadable or holds something impossible; the message is one line naming it."""
 
 
 def read_image(path: str | Path) -> torch.Tensor:
@@ -34,8 +34,8 @@ def read_image(path: str | Path) -> torch.Tensor:
         with Image.open(path) as picture:
             if picture.mode.startswith("I;16"):
                 # Pillow's own conversion would cut off at 255 what reaches to 65535.
-                grey = np.array(picture).astype(np.float32) / 65535
-                return torch.from_numpy(grey).expand(3, -1, -1).contiguous()
+                gray = np.array(picture).astype(np.float32) / 65535
+                return torch.from_numpy(gray).expand(3, -1, -1).contiguous()
             if picture.mode in ("I", "F"):
                 raise DataError(f"{path}: the image's pixels (Pillow's mode {picture.mode!r}) have no known range")
             pixels = np.array(picture.convert("RGB"))

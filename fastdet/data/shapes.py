@@ -1,7 +1,5 @@
 """Pictures of shapes, drawn on the fly: a detection dataset with nothing to download."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -14,9 +12,11 @@ from fastdet.data.transforms import Item
 _SMALLEST, _LARGEST = 0.16, 0.45  # diameter of the circle around a shape, as a share of the picture's side
 _SUPERSAMPLING = 3
 _PLACEMENT_TRIES = 20
-_MAX_COVER = 0.1  # of the smaller of two boxes
+_MAX_COVER = 0.1  # intersection over the smaller of two boxes: unlike IoU, it counts a small shape in a large one
 _MIN_CONTRAST = 0.35  # distance in RGB between a shape and the mean of what it is drawn on
 _SIDES = {"square": 4, "triangle": 3, "star": 5}
+
+Box = tuple[int, int, int, int]
 
 
 class Drawing(NamedTuple):
@@ -52,15 +52,11 @@ class Shapes(Dataset[Item]):
     class_names: tuple[str, ...] = ("circle", "square", "triangle", "star")
 
     def __init__(self, length: int, *, size: int = 128, seed: int = 0, max_shapes: int = 4) -> None:
-        for name, value, least in (("length", length, 0), ("size", size, 32), ("seed", seed, 0)):
+        minimum = {"length": (length, 0), "size": (size, 32), "seed": (seed, 0), "max_shapes": (max_shapes, 1)}
+        for name, (value, least) in minimum.items():
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
-        if max_shapes < 1:
-            raise ValueError(f"max_shapes must be at least 1, not {max_shapes}")
-        self.length = length
-        self.size = size
-        self.seed = seed
-        self.max_shapes = max_shapes
+        self.length, self.size, self.seed, self.max_shapes = length, size, seed, max_shapes
 
     def __len__(self) -> int:
         return self.length
@@ -83,44 +79,38 @@ class Shapes(Dataset[Item]):
         if not -self.length <= index < self.length:
             raise IndexError(f"index {index} is out of range for {self.length} items")
         rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(index % self.length,)))
-        return _draw(rng, self.size, int(rng.integers(1, self.max_shapes + 1)), self.class_names)
+        count = int(rng.integers(1, self.max_shapes + 1))
+        picture = _draw_background(rng, self.size)
+        shape_of_pixel = np.full((self.size, self.size), -1, dtype=np.int64)
+        boxes: list[Box] = []
+        labels: list[int] = []
+        for _ in range(count):
+            label = int(rng.integers(1, len(self.class_names) + 1))
+            coverage = _draw_coverage(rng, self.class_names[label - 1], self.size)
+            box = _find_place(rng, coverage.shape, self.size, boxes)
+            if box is not None:
+                left, top, right, bottom = box
+                _paint(rng, picture[:, top:bottom, left:right], coverage)
+                shape_of_pixel[top:bottom, left:right][coverage > 0] = len(boxes)
+                boxes.append(box)
+                labels.append(label)
+        # A last grain over everything, so that a shape is no flatter than what it lies on.
+        picture += rng.normal(0, 0.02, picture.shape).astype(np.float32)
+        np.clip(picture, 0, 1, out=picture)
+        masks = shape_of_pixel == np.arange(len(boxes))[:, None, None]
+        return Drawing(picture, masks, _find_extents(masks), np.array(labels, dtype=np.int64))
 
 
-def _draw(rng: np.random.Generator, size: int, count: int, class_names: tuple[str, ...]) -> Drawing:
-    picture = _background(rng, size)
-    owner = np.full((size, size), -1, dtype=np.int64)
-    boxes: list[tuple[int, int, int, int]] = []
-    labels: list[int] = []
-    for _ in range(count):
-        label = int(rng.integers(1, len(class_names) + 1))
-        coverage = _coverage(rng, class_names[label - 1], size)
-        place = _find_place(rng, coverage.shape, size, boxes)
-        if place is None:
-            continue
-        left, top, right, bottom = place
-        area = (slice(top, bottom), slice(left, right))
-        _paint(rng, picture[(slice(None), *area)], coverage)
-        owner[area][coverage > 0] = len(boxes)
-        boxes.append(place)
-        labels.append(label)
-    # A last grain over everything, so that a shape is no flatter than what it lies on.
-    picture += rng.normal(0, 0.02, picture.shape).astype(np.float32)
-    np.clip(picture, 0, 1, out=picture)
-    masks = owner == np.arange(len(boxes))[:, None, None]
-    return Drawing(picture, masks, _extents(masks), np.array(labels, dtype=np.int64))
-
-
-def _extents(masks: np.ndarray) -> np.ndarray:
+def _find_extents(masks: np.ndarray) -> np.ndarray:
     """The tight box [N, 4] of each mask [N, H, W], which must not be empty."""
-    columns = masks.max(axis=1)
-    rows = masks.max(axis=2)
+    columns, rows = masks.max(axis=1), masks.max(axis=2)
     x1, y1 = columns.argmax(axis=1), rows.argmax(axis=1)
     x2 = columns.shape[1] - columns[:, ::-1].argmax(axis=1)
     y2 = rows.shape[1] - rows[:, ::-1].argmax(axis=1)
     return np.stack((x1, y1, x2, y2), axis=1).astype(np.float32)
 
 
-def _coverage(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
+def _draw_coverage(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
     """How much of each pixel a randomly sized and turned shape covers, cropped to the shape: float32 [h, w] in 0..1."""
     radius = 0.5 * size * rng.uniform(_SMALLEST, _LARGEST)
     angle = rng.uniform(0, 2 * math.pi)
@@ -128,24 +118,22 @@ def _coverage(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
     side = 2 * math.ceil(radius) + 2
     axis = (np.arange(side * _SUPERSAMPLING, dtype=np.float32) + 0.5) / _SUPERSAMPLING - side / 2
     x, y = (axis - (offset[0] - 0.5)).astype(np.float32), (axis - (offset[1] - 0.5)).astype(np.float32)[:, None]
-    if name == "circle":
-        inside = x * x + y * y <= np.float32(radius * radius)
-    else:
-        inside = _in_polygon(x, y, name, radius, angle)
-    fine = inside.reshape(side, _SUPERSAMPLING, side, _SUPERSAMPLING)
-    coverage = fine.mean(axis=(1, 3), dtype=np.float32)
-    x1, y1, x2, y2 = _extents(coverage[None] > 0)[0].astype(int)
+    inside = _is_inside(x, y, name, radius, angle)
+    samples = inside.reshape(side, _SUPERSAMPLING, side, _SUPERSAMPLING)
+    coverage = samples.mean(axis=(1, 3), dtype=np.float32)
+    x1, y1, x2, y2 = _find_extents(coverage[None] > 0)[0].astype(int)
     return coverage[y1:y2, x1:x2]
 
 
-def _in_polygon(x: np.ndarray, y: np.ndarray, name: str, radius: float, angle: float) -> np.ndarray:
-    """Which points lie in a regular polygon or a five-pointed star with its points at `radius`.
+def _is_inside(x: np.ndarray, y: np.ndarray, name: str, radius: float, angle: float) -> np.ndarray:
+    """Whether points lie in a circle, or in a regular polygon or a five-pointed star with its points at `radius`.
 
     A polygon is where all its sides' half-planes meet. The star is bounded by the same kind of half-planes, those of
-    the pentagon at its heart: the pentagon is where all five meet, and a point of the star is where four do.
+    the pentagon at its center: the pentagon is where all five meet, and a point of the star is where four do.
     """
-    sides = _SIDES[name]
-    star = name == "star"
+    if name == "circle":
+        return x * x + y * y <= np.float32(radius * radius)
+    sides, star = _SIDES[name], name == "star"
     apothem = np.float32(radius * math.cos((2 if star else 1) * math.pi / sides))
     met = np.zeros(np.broadcast_shapes(x.shape, y.shape), dtype=np.uint8)
     for k in range(sides):
@@ -154,59 +142,54 @@ def _in_polygon(x: np.ndarray, y: np.ndarray, name: str, radius: float, angle: f
     return met >= (sides - 1 if star else sides)
 
 
-def _find_place(
-    rng: np.random.Generator, shape: tuple[int, ...], size: int, taken: list[tuple[int, int, int, int]]
-) -> tuple[int, int, int, int] | None:
+def _find_place(rng: np.random.Generator, shape: tuple[int, ...], size: int, boxes: list[Box]) -> Box | None:
+    """A random box for a shape [h, w] that hardly covers any of `boxes`; None if no try gives one."""
     height, width = shape
+    x1, y1, x2, y2 = np.array(boxes, dtype=np.int64).reshape(-1, 4).T
+    smaller = np.minimum((x2 - x1) * (y2 - y1), width * height)
     for _ in range(_PLACEMENT_TRIES):
         left, top = int(rng.integers(0, size - width + 1)), int(rng.integers(0, size - height + 1))
-        box = left, top, left + width, top + height
-        if all(_cover(box, other) <= _MAX_COVER for other in taken):
-            return box
+        right, bottom = left + width, top + height
+        inter_w, inter_h = np.minimum(x2, right) - np.maximum(x1, left), np.minimum(y2, bottom) - np.maximum(y1, top)
+        if (inter_w.clip(min=0) * inter_h.clip(min=0) / smaller <= _MAX_COVER).all():
+            return left, top, right, bottom
     return None
 
 
-def _cover(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float:
-    """Intersection over the smaller area: unlike IoU, it sees a small shape inside a large one."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    smaller = min((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
-    return max(width, 0) * max(height, 0) / smaller
-
-
 def _paint(rng: np.random.Generator, area: np.ndarray, coverage: np.ndarray) -> None:
-    """Blend a shape of one random colour, lit from one side, into `area` [3, h, w] in place."""
+    """Blend a shape of one random color, lit from one side, into `area` [3, h, w] in place."""
     ground = area.mean(axis=(1, 2))
-    colour = rng.uniform(0, 1, 3)
-    while np.linalg.norm(colour - ground) < _MIN_CONTRAST:
-        colour = rng.uniform(0, 1, 3)
+    color = rng.uniform(0, 1, 3)
+    while np.linalg.norm(color - ground) < _MIN_CONTRAST:
+        color = rng.uniform(0, 1, 3)
     light = np.linspace(-0.08, 0.08, area.shape[2], dtype=np.float32) * np.float32(rng.uniform(-1, 1))
-    area += coverage * (colour.astype(np.float32)[:, None, None] + light - area)
+    area += coverage * (color.astype(np.float32)[:, None, None] + light - area)
 
 
-def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A gradient between two colours with stripes and noise at several scales: float32 [3, size, size]."""
+def _draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A gradient between two colors with stripes and noise at several scales: float32 [3, size, size]."""
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     start, end = rng.uniform(0.15, 0.85, (2, 3, 1, 1)).astype(np.float32)
-    picture = start + (end - start) * (0.5 + 0.35 * _ramp(axis, rng.uniform(0, 2 * math.pi)))
+    picture = start + (end - start) * (0.5 + 0.35 * _make_ramp(axis, rng.uniform(0, 2 * math.pi)))
     if rng.random() < 0.5:
         cycles = rng.uniform(2, 14)
-        wave = np.sin(math.pi * cycles * _ramp(axis, rng.uniform(0, 2 * math.pi)) + rng.uniform(0, 2 * math.pi))
+        wave = np.sin(math.pi * cycles * _make_ramp(axis, rng.uniform(0, 2 * math.pi)) + rng.uniform(0, 2 * math.pi))
         picture += rng.uniform(-0.12, 0.12, (3, 1, 1)).astype(np.float32) * wave.astype(np.float32)
     for cells in (4, 9, 20, 48):
         strength = rng.uniform(0, 0.1)
-        # Mostly grey, with a tint: noise that is independent in the three channels looks like confetti.
+        # Mostly gray, with a tint: noise that is independent in the three channels looks like confetti.
         grid = rng.normal(0, strength, (1, cells, cells)) + rng.normal(0, 0.4 * strength, (3, cells, cells))
-        picture += _stretched(_stretched(grid.astype(np.float32), size).swapaxes(1, 2), size).swapaxes(1, 2)
+        picture += _stretch(_stretch(grid.astype(np.float32), size).swapaxes(1, 2), size).swapaxes(1, 2)
     return picture
 
 
-def _ramp(axis: np.ndarray, angle: float) -> np.ndarray:
+def _make_ramp(axis: np.ndarray, angle: float) -> np.ndarray:
     return np.float32(math.cos(angle)) * axis + np.float32(math.sin(angle)) * axis[:, None]
 
 
-def _stretched(grid: np.ndarray, size: int) -> np.ndarray:
-    """The last axis interpolated linearly to `size` values."""
-    # By indices and not by a matrix: NumPy would give the small product to all cores, which costs more than it saves.
+def _stretch(grid: np.ndarray, size: int) -> np.ndarray:
+    """Interpolate the last axis linearly to `size` values."""
+    # By indices and not by a matrix: NumPy would run the small product on all cores, which costs more than it saves.
     position = np.linspace(0, grid.shape[-1] - 1, size, dtype=np.float32)
     left = np.minimum(position.astype(np.intp), grid.shape[-1] - 2)
     share = position - left.astype(np.float32)

@@ -1,7 +1,5 @@
 """Pure functions on the items of a detection dataset."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch
@@ -28,7 +26,7 @@ def flip_horizontal(image: torch.Tensor, target: Target) -> Item:
 
     Args:
         image: [..., H, W], any dtype.
-        target: "boxes" [N, 4] x1, y1, x2, y2 in pixels; every other entry is handed on as it is.
+        target: "boxes" [N, 4] x1, y1, x2, y2 in pixels; every other entry is kept as it is.
 
     Returns:
         The mirrored image, and a new target with boxes W - x2, y1, W - x1, y2.

@@ -1,7 +1,5 @@
 """Datasets in the folder layout of Pascal VOC."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import warnings
@@ -14,12 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fastdet.data.errors import DataError
-from fastdet.data.images import read_image
+from fastdet.data.images import DataError, read_image
 from fastdet.data.transforms import Item
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
-_CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _REPORTED = 5
 
 
@@ -32,17 +28,9 @@ class _Object(NamedTuple):
 class _Annotation(NamedTuple):
     path: Path
     filename: str
-    width: float  # infinite where the file does not say
+    width: float  # infinite where the file does not give it
     height: float
     objects: list[_Object]
-
-
-class _Record(NamedTuple):
-    # NumPy, not tensors: each tensor of a dataset costs a file descriptor when it is sent to a loader's worker.
-    image_path: Path
-    boxes: np.ndarray
-    labels: np.ndarray
-    ignore: np.ndarray
 
 
 class VOC(Dataset[Item]):
@@ -54,7 +42,7 @@ class VOC(Dataset[Item]):
     The file's corners are 1-based pixels, both ends inside the box; an item's boxes are continuous:
     (xmin - 1, ymin - 1, xmax, ymax). Boxes that reach over the image's border stay as they are. Boxes with
     xmax <= xmin or ymax <= ymin in the file, that are not finite, or that lie wholly outside the image are left out;
-    one warning says how many.
+    one warning gives their number and the first of them.
 
     An item is `(image, target)`: image float32 [3, H, W] in 0..1, decoded on access; target "boxes" float32 [N, 4]
     x1, y1, x2, y2 in pixels, "labels" int64 [N] from 1 (0 is background), "ignore" bool [N], VOC's `difficult`.
@@ -78,38 +66,42 @@ class VOC(Dataset[Item]):
         self.split = split
         self.ids = _read_split(self.root, split)
         annotations = [_read_annotation(self.root / "Annotations" / f"{stem}.xml") for stem in self.ids]
-        self.class_names = _names(annotations) if class_names is None else tuple(class_names)
+        if class_names is None:
+            class_names = sorted({item.name for annotation in annotations for item in annotation.objects})
+        self.class_names = tuple(class_names)
         if len(set(self.class_names)) < len(self.class_names):
             raise DataError(f"class_names repeats a name: {', '.join(self.class_names)}")
         labels = {name: k for k, name in enumerate(self.class_names, start=1)}
 
-        self._records: list[_Record] = []
         dropped: list[str] = []
-        for stem, annotation in zip(self.ids, annotations, strict=True):
-            image_path = _find_image(self.root / "JPEGImages", stem, annotation)
-            record, bad = _to_record(image_path, annotation, labels)
-            self._records.append(record)
-            dropped.extend(bad)
+        # NumPy, not tensors: each tensor of a dataset costs a file descriptor when it is sent to a loader's worker.
+        self._records = [
+            (_find_image(self.root / "JPEGImages", stem, annotation), _make_target(annotation, labels, dropped))
+            for stem, annotation in zip(self.ids, annotations, strict=True)
+        ]
         if dropped:
-            warnings.warn(_describe_dropped(self.root, split, dropped), stacklevel=2)
+            shown = ", ".join(dropped[:_REPORTED]) + (", ..." if len(dropped) > _REPORTED else "")
+            message = f"{len(dropped)} box(es) left out, empty, not finite or outside the image: {shown}"
+            warnings.warn(f"{self.root} ({split}): {message}", stacklevel=2)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Item:
-        record = self._records[index]
-        image = read_image(record.image_path)
-        _check_inside(record.boxes, image.shape[-2], image.shape[-1], record.image_path)
-        target = {
-            "boxes": torch.from_numpy(record.boxes.copy()),
-            "labels": torch.from_numpy(record.labels.copy()),
-            "ignore": torch.from_numpy(record.ignore.copy()),
-        }
-        return image, target
+        path, target = self._records[index]
+        image = read_image(path)
+        # What the size in the XML did not show to lie outside the image.
+        height, width = image.shape[-2:]
+        x1, y1, x2, y2 = target["boxes"].T
+        outside = (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0)
+        if outside.any():
+            corners = ", ".join(f"{x:g}" for x in target["boxes"][outside.argmax()])
+            raise DataError(f"{path}: a box lies outside its {height} x {width} pixels: ({corners})")
+        return image, {name: torch.from_numpy(values.copy()) for name, values in target.items()}
 
     def image_path(self, index: int) -> Path:
         """The image file of item `index`."""
-        return self._records[index].image_path
+        return self._records[index][0]
 
 
 def _read_split(root: Path, split: str) -> tuple[str, ...]:
@@ -140,13 +132,11 @@ def _read_annotation(path: Path) -> _Annotation:
         root = ElementTree.parse(path).getroot()
     except FileNotFoundError:
         raise DataError(f"{path}: no such annotation") from None
-    # ValueError covers forbidden entities (defusedxml) and encodings that expat does not know.
+    # ValueError covers forbidden entities (defusedxml) and encodings that expat does not support.
     except (ParseError, ValueError, LookupError, OSError) as error:
         raise DataError(f"{path}: the XML does not parse: {error}") from error
     size = root.find("size")
-    width = height = math.inf
-    if size is not None:
-        width, height = (_number(size, field, path) for field in ("width", "height"))
+    width, height = (0.0, 0.0) if size is None else (_read_number(size, field, path) for field in ("width", "height"))
     if not (width > 0 and height > 0):
         width = height = math.inf
     objects = [_read_object(element, path) for element in root.findall("object")]
@@ -160,12 +150,12 @@ def _read_object(element: Element, path: Path) -> _Object:
     box = element.find("bndbox")
     if box is None:
         raise DataError(f"{path}: an object '{name}' has no <bndbox>")
-    corners = tuple(_number(box, field, path) for field in _CORNERS)
-    difficult = element.find("difficult") is not None and _number(element, "difficult", path) != 0
+    corners = tuple(_read_number(box, field, path) for field in ("xmin", "ymin", "xmax", "ymax"))
+    difficult = element.find("difficult") is not None and _read_number(element, "difficult", path) != 0
     return _Object(name, corners, difficult)
 
 
-def _number(parent: Element, field: str, path: Path) -> float:
+def _read_number(parent: Element, field: str, path: Path) -> float:
     text = parent.findtext(field)
     if text is None:
         raise DataError(f"{path}: <{parent.tag}> has no <{field}>")
@@ -175,65 +165,39 @@ def _number(parent: Element, field: str, path: Path) -> float:
         raise DataError(f"{path}: <{field}> is not a number: {text.strip()!r}") from None
 
 
-def _names(annotations: Sequence[_Annotation]) -> tuple[str, ...]:
-    return tuple(sorted({item.name for annotation in annotations for item in annotation.objects}))
-
-
 def _find_image(folder: Path, stem: str, annotation: _Annotation) -> Path:
-    named = annotation.filename
+    name = annotation.filename
     # Only a bare name: a path written on another machine means nothing here, and must not lead out of the folder.
-    if named and Path(named).name == named and (folder / named).is_file():
-        return folder / named
-    for suffix in _SUFFIXES:
-        path = folder / (stem + suffix)
+    names = [name] if Path(name).name == name else []
+    for path in (folder / name for name in (*names, *(stem + suffix for suffix in _SUFFIXES))):
         if path.is_file():
             return path
     raise DataError(f"{folder / stem}: no image with {', '.join(_SUFFIXES)}, for {annotation.path}")
 
 
-def _to_record(image_path: Path, annotation: _Annotation, labels: dict[str, int]) -> tuple[_Record, list[str]]:
+def _make_target(annotation: _Annotation, labels: dict[str, int], dropped: list[str]) -> dict[str, np.ndarray]:
+    """The target of an item, as NumPy arrays; descriptions of the boxes left out are appended to `dropped`."""
     kept: list[_Object] = []
-    dropped: list[str] = []
     for item in annotation.objects:
         if item.name not in labels:
             raise DataError(_describe_unknown(item.name, labels, annotation.path))
-        if _is_usable(item.corners, annotation.width, annotation.height):
+        xmin, ymin, xmax, ymax = item.corners
+        valid = all(map(math.isfinite, item.corners)) and 0 < xmax > xmin and 0 < ymax > ymin
+        if valid and xmin - 1 < annotation.width and ymin - 1 < annotation.height:
             kept.append(item)
         else:
             dropped.append(f"{annotation.path.name} {item.name} ({', '.join(f'{x:g}' for x in item.corners)})")
     boxes = np.array([item.corners for item in kept], dtype=np.float32).reshape(-1, 4)
-    boxes -= np.array([1, 1, 0, 0], dtype=np.float32)
-    names = np.array([labels[item.name] for item in kept], dtype=np.int64)
-    return _Record(image_path, boxes, names, np.array([item.difficult for item in kept], dtype=np.bool_)), dropped
-
-
-def _is_usable(corners: tuple[float, ...], width: float, height: float) -> bool:
-    xmin, ymin, xmax, ymax = corners
-    if not all(map(math.isfinite, corners)) or xmax <= xmin or ymax <= ymin:
-        return False
-    return xmax > 0 and ymax > 0 and xmin - 1 < width and ymin - 1 < height
-
-
-def _check_inside(boxes: np.ndarray, height: int, width: int, image_path: Path) -> None:
-    """Raises DataError for a box that the size written in the XML did not show to lie outside the image."""
-    outside = (boxes[:, 0] >= width) | (boxes[:, 1] >= height) | (boxes[:, 2] <= 0) | (boxes[:, 3] <= 0)
-    if outside.any():
-        corners = ", ".join(f"{x:g}" for x in boxes[outside.argmax()])
-        raise DataError(f"{image_path}: a box lies outside its {height} x {width} pixels: ({corners})")
+    return {
+        "boxes": boxes - np.array([1, 1, 0, 0], dtype=np.float32),
+        "labels": np.array([labels[item.name] for item in kept], dtype=np.int64),
+        "ignore": np.array([item.difficult for item in kept], dtype=np.bool_),
+    }
 
 
 def _describe_unknown(name: str, labels: dict[str, int], path: Path) -> str:
-    near = difflib.get_close_matches(name, labels)
-    if not near:
-        by_lower = {known.lower(): known for known in labels}
-        near = [by_lower[name.lower()]] if name.lower() in by_lower else []
-    hint = f"near: {', '.join(near)}" if near else f"known: {', '.join(labels)}"
-    return f"{path}: class '{name}' is not among the {len(labels)} class names ({hint})"
-
-
-def _describe_dropped(root: Path, split: str, dropped: Sequence[str]) -> str:
-    more = ", ..." if len(dropped) > _REPORTED else ""
-    return (
-        f"{root} ({split}): {len(dropped)} box(es) left out, empty, not finite or outside the image: "
-        f"{', '.join(dropped[:_REPORTED])}{more}"
+    similar = (
+        difflib.get_close_matches(name, labels) or [known for known in labels if known.lower() == name.lower()][-1:]
     )
+    hint = f"similar: {', '.join(similar)}" if similar else f"known: {', '.join(labels)}"
+    return f"{path}: class '{name}' is not among the {len(labels)} class names ({hint})"

@@ -1,7 +1,5 @@
 """Average precision as COCO defines it, computed by pycocotools."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Sequence
@@ -9,9 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastdet.metrics.inputs import Arrays, Detected, Truth, to_numpy
-
-_EVERY_AREA = [0.0, 1e10]
+from fastdet.metrics.common import Arrays, Detected, Truth, mean_of_known, to_numpy
 
 
 class COCOResult(NamedTuple):
@@ -51,56 +47,39 @@ def coco_average_precision(
         raise ImportError("COCO's average precision needs pycocotools: pip install 'fastdet[eval]'") from error
     detected, truths = to_numpy(predictions, targets, num_classes)
 
-    def index(annotations: list[dict[str, Any]]) -> Any:
+    def index(images: Sequence[Detected | Truth]) -> Any:
         coco = COCO()
         coco.dataset = {
-            "images": [{"id": image} for image in range(len(truths))],
+            "images": [{"id": image} for image in range(len(images))],
             "categories": [{"id": label} for label in range(1, num_classes)],
-            "annotations": annotations,
+            "annotations": _to_annotations(images),
         }
         coco.createIndex()
         return coco
 
     with contextlib.redirect_stdout(io.StringIO()):
         # Both sides are indexed by hand: `loadRes` fails on an empty list.
-        evaluation = COCOeval(index(_truth_annotations(truths)), index(_detection_annotations(detected)), "bbox")
+        evaluation = COCOeval(index(truths), index(detected), "bbox")
         evaluation.params.maxDets = [max_detections]
-        evaluation.params.areaRng = [_EVERY_AREA]
+        evaluation.params.areaRng = [[0.0, 1e10]]
         evaluation.params.areaRngLbl = ["all"]
         evaluation.evaluate()
         evaluation.accumulate()
     precision = evaluation.eval["precision"][..., 0, 0]  # [thresholds, recalls, classes], -1 without ground truth
     ap = np.where(precision > -1, precision, np.nan).mean(axis=1)
-    return COCOResult(_mean(ap), _mean(ap[0]), _mean(ap[5]), ap.mean(axis=0), ap[0])
+    return COCOResult(mean_of_known(ap), mean_of_known(ap[0]), mean_of_known(ap[5]), ap.mean(axis=0), ap[0])
 
 
-def _mean(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else float("nan")
-
-
-def _truth_annotations(truths: Sequence[Truth]) -> list[dict[str, Any]]:
-    return _number(
-        {**_box(box, label, image), "iscrowd": int(ignore)}
-        for image, truth in enumerate(truths)
-        for box, label, ignore in zip(*truth, strict=True)
-    )
-
-
-def _detection_annotations(detected: Sequence[Detected]) -> list[dict[str, Any]]:
-    return _number(
-        {**_box(box, label, image), "iscrowd": 0, "score": float(score)}
-        for image, found in enumerate(detected)
-        for box, score, label in zip(*found, strict=True)
-    )
-
-
-def _box(box: np.ndarray, label: int, image: int) -> dict[str, Any]:
-    x1, y1, x2, y2 = box.tolist()
-    width, height = max(x2 - x1, 0.0), max(y2 - y1, 0.0)  # a negative area would be out of range, and not count
-    return {"image_id": image, "category_id": int(label), "bbox": [x1, y1, width, height], "area": width * height}
-
-
-def _number(annotations: Any) -> list[dict[str, Any]]:
-    # From 1: pycocotools writes the id of the match, and reads 0 as unmatched.
-    return [{**annotation, "id": k} for k, annotation in enumerate(annotations, start=1)]
+def _to_annotations(images: Sequence[Detected | Truth]) -> list[dict[str, Any]]:
+    annotations: list[dict[str, Any]] = []
+    for image, found in enumerate(images):
+        name, values = ("score", found.scores) if isinstance(found, Detected) else ("iscrowd", found.ignore.astype(int))
+        for (x1, y1, x2, y2), label, value in zip(
+            found.boxes.tolist(), found.labels.tolist(), values.tolist(), strict=True
+        ):
+            width, height = max(x2 - x1, 0.0), max(y2 - y1, 0.0)  # a negative area would be out of range, and not count
+            annotation = {"image_id": image, "category_id": label, "bbox": [x1, y1, width, height]}
+            # From 1: pycocotools writes the id of the match, and reads 0 as unmatched.
+            annotation |= {"id": len(annotations) + 1, "area": width * height, "iscrowd": 0, name: value}
+            annotations.append(annotation)
+    return annotations

@@ -4,14 +4,12 @@ Everingham et al., The PASCAL Visual Object Classes Challenge: A Retrospective (
 development kit's VOCevaldet.m.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from fastdet.metrics.inputs import Arrays, Detected, Truth, to_numpy
+from fastdet.metrics.common import Arrays, Detected, Truth, mean_of_known, to_numpy
 
 
 class VOCResult(NamedTuple):
@@ -37,12 +35,12 @@ def voc_average_precision(
 ) -> VOCResult:
     """Average precision with the matching of the VOC development kit.
 
-    The detections of a class, over all images by falling score (equal scores in the order given), each look at the
-    ground truth of the class in their image with which they have the largest IoU. If that is >= `iou_threshold` (>=
-    as in the kit's VOCevaldet.m; the Python port that came with Fast R-CNN has >), the detection is true if it is the
-    box's first, and false if the box was found before; on an ignored box it counts as neither. All others are false.
-    Ignored boxes are not counted as ground truth either. Unlike the kit, coordinates are continuous: a side is
-    x2 - x1, without + 1.
+    The detections of a class, over all images by falling score (equal scores in the order given), are each compared
+    to the ground truth of the class in their image with which they have the largest IoU. If that is >=
+    `iou_threshold` (>= as in the kit's VOCevaldet.m; the Python port that came with Fast R-CNN has >), the detection
+    is true if it is the box's first, and false if the box was found before; on an ignored box it counts as neither.
+    All others are false. Ignored boxes are not counted as ground truth either. Unlike the kit, coordinates are
+    continuous: a side is x2 - x1, without + 1.
 
     Args:
         predictions: for each image "boxes" [D, 4] x1, y1, x2, y2, "scores" [D], "labels" [D].
@@ -74,8 +72,7 @@ def voc_average_precision(
         recalls.append(recall)
         if count:
             ap[label - 1] = (_area if method == "voc12" else _eleven_points)(precision, recall)
-    known = ap[~np.isnan(ap)]
-    return VOCResult(ap, float(known.mean()) if len(known) else float("nan"), tuple(precisions), tuple(recalls))
+    return VOCResult(ap, mean_of_known(ap), tuple(precisions), tuple(recalls))
 
 
 def _best_matches(detected: Sequence[Detected], truths: Sequence[Truth]) -> tuple[np.ndarray, np.ndarray]:
@@ -83,17 +80,14 @@ def _best_matches(detected: Sequence[Detected], truths: Sequence[Truth]) -> tupl
 
     Ground truths are counted through all images. A detection without any gets index -1 and IoU -1.
     """
-    best, overlap = [np.zeros(0, np.int64)], [np.zeros(0)]
-    first = 0
+    best, overlap, first = [np.zeros(0, np.int64)], [np.zeros(0)], 0
     for found, truth in zip(detected, truths, strict=True):
-        if len(truth.boxes):
-            iou = np.where(found.labels[:, None] == truth.labels, _box_iou(found.boxes, truth.boxes), -1.0)
-            largest = iou.max(axis=1)
-            best.append(np.where(largest >= 0, iou.argmax(axis=1) + first, -1))
-            overlap.append(largest)
-        else:
-            best.append(np.full(len(found.boxes), -1))
-            overlap.append(np.full(len(found.boxes), -1.0))
+        # The first column is that of no ground truth.
+        iou = np.full((len(found.boxes), 1 + len(truth.boxes)), -1.0)
+        np.copyto(iou[:, 1:], _box_iou(found.boxes, truth.boxes), where=found.labels[:, None] == truth.labels)
+        largest = iou.max(axis=1)
+        best.append(np.where(largest >= 0, iou.argmax(axis=1) - 1 + first, -1))
+        overlap.append(largest)
         first += len(truth.boxes)
     return np.concatenate(best), np.concatenate(overlap)
 
@@ -108,7 +102,7 @@ def _box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _curve(best: np.ndarray, hit: np.ndarray, ignore: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Precision and recall after each detection of a class, by falling score.
 
-    `best` [D] is the ground truth that each looks at, `hit` [D] whether it overlaps enough, `ignore` is by ground
+    `best` [D] is the ground truth that each is compared to, `hit` [D] whether it overlaps enough, `ignore` is by ground
     truth, `count` how many ground truths the class has.
     """
     neither = np.zeros(len(best), dtype=np.bool_)
@@ -118,9 +112,7 @@ def _curve(best: np.ndarray, hit: np.ndarray, ignore: np.ndarray, count: int) ->
     true[candidates[np.unique(best[candidates], return_index=True)[1]]] = True
     found, wrong = np.cumsum(true), np.cumsum(~true & ~neither)
     # 0 / 0, as long as all detections lie on ignored boxes, counts as no precision, as in the kit's sums.
-    precision = found / np.maximum(found + wrong, 1)
-    recall = found / count if count else np.full(len(best), np.nan)
-    return precision, recall
+    return found / np.maximum(found + wrong, 1), found / count if count else np.full(len(best), np.nan)
 
 
 def _area(precision: np.ndarray, recall: np.ndarray) -> float:

@@ -165,7 +165,7 @@ def fasterrcnn_resnet50_fpn_detectron2(
     state = None
     _require_weights(weights, replace_predictor)
     if weights is not None:
-        with weight_files.naming(weights):
+        with weight_files.prefix_errors(weights):
             state = weight_files.from_detectron2(
                 weight_files.read_state_dict(weights),
                 pixel_mean=overrides.get("image_mean", DETECTRON2.image_mean),

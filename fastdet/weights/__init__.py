@@ -7,7 +7,7 @@ from fastdet.weights.convert import (
     from_detectron2,
     from_simple_faster_rcnn,
     load,
-    naming,
+    prefix_errors,
     to_detectron2,
     to_simple_faster_rcnn,
 )
@@ -21,7 +21,7 @@ __all__ = [
     "from_detectron2",
     "from_simple_faster_rcnn",
     "load",
-    "naming",
+    "prefix_errors",
     "read_state_dict",
     "to_detectron2",
     "to_simple_faster_rcnn",

@@ -1,6 +1,4 @@
-"""Pickles of NumPy arrays, read without NumPy's own constructors: they can name nothing but the stand-ins below."""
-
-from __future__ import annotations
+"""Pickles of NumPy arrays, read without NumPy's constructors: they can name nothing but the stand-ins below."""
 
 import operator
 import pickle
@@ -13,7 +11,7 @@ from torch import Tensor
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads plain values and NumPy arrays, which `finished` turns into tensors. Other names raise UnpicklingError."""
+    """Reads plain values and NumPy arrays, for `arrays_to_tensors` to convert. Other names raise UnpicklingError."""
 
     def find_class(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}"
@@ -38,7 +36,7 @@ class _Callable:
 
 
 class _Dict(dict[Any, Any]):
-    """Stands in for OrderedDict. The attributes that a state dict notes its modules' versions in are dropped."""
+    """Stands in for OrderedDict. Its attributes, in which a state dict has its modules' versions, are dropped."""
 
     __slots__ = ()
 
@@ -47,7 +45,7 @@ class _Dict(dict[Any, Any]):
 
 
 class _Dtype:
-    """Stands in for numpy.dtype: numbers and truth values alone, no objects, records or strings."""
+    """Stands in for numpy.dtype: numbers and booleans alone, no objects, records or strings."""
 
     __slots__ = ("_code", "_order")
 
@@ -74,10 +72,10 @@ class _Array:
 
     def __setstate__(self, state: Sequence[Any]) -> None:
         shape, dtype, fortran, data = state[-4:]
-        self.tensor = _tensor(data, dtype, shape, "F" if fortran else "C")
+        self.tensor = _make_tensor(data, dtype, shape, "F" if fortran else "C")
 
 
-def _tensor(data: bytes | str, dtype: _Dtype, shape: Iterable[int], order: Any) -> Tensor:
+def _make_tensor(data: bytes | str, dtype: _Dtype, shape: Iterable[int], order: Any) -> Tensor:
     content, sizes = data.encode("latin1") if isinstance(data, str) else data, tuple(shape)
     if any(size < 0 for size in sizes):
         raise pickle.UnpicklingError(f"an array of shape {sizes}")
@@ -85,49 +83,40 @@ def _tensor(data: bytes | str, dtype: _Dtype, shape: Iterable[int], order: Any) 
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
 
 
-def _array_from_buffer(data: bytes, dtype: _Dtype, shape: Iterable[int], order: str, axes: Any = None) -> _Array:
-    array = _Array()
-    array.tensor = _tensor(data, dtype, shape, "C" if order == "K" else order)
-    if axes is not None:
-        array.tensor = array.tensor.permute(tuple(axes)).contiguous()
+def _make_array(data: bytes, dtype: _Dtype, shape: Iterable[int], order: str, axes: Any = None) -> _Array:
+    array, tensor = _Array(), _make_tensor(data, dtype, shape, "C" if order == "K" else order)
+    array.tensor = tensor if axes is None else tensor.permute(tuple(axes)).contiguous()
     return array
 
 
-def _scalar(dtype: _Dtype, data: bytes | str) -> float | int | bool:
-    return _tensor(data, dtype, (), "C").item()
+def _make_scalar(dtype: _Dtype, data: bytes | str) -> float | int | bool:
+    return _make_tensor(data, dtype, (), "C").item()
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """Stands in for the function that pickles of an old protocol make bytes with, always in this encoding."""
+    """Stands in for _codecs.encode, with which pickles of an old protocol make bytes, always in this encoding."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"GLOBAL _codecs.encode to {encoding!r} is refused")
     return text.encode("latin1")
 
 
-def _no_bytes() -> bytes:
-    """Stands in for the class of bytes, which pickles of an old protocol call where there are none."""
-    return b""
-
-
-# What a file names -> what it gets. NumPy 2 renamed `core`.
+# What a file names -> what it gets.
 STAND_INS: dict[str, Any] = {
     "collections.OrderedDict": _Dict,
     "numpy.ndarray": _Array,
     "numpy.dtype": _Dtype,
     "_codecs.encode": _encode,
-    "builtins.bytes": _no_bytes,
-    "__builtin__.bytes": _no_bytes,
-    "numpy.core.multiarray._reconstruct": _Array,
-    "numpy._core.multiarray._reconstruct": _Array,
-    "numpy.core.multiarray.scalar": _scalar,
-    "numpy._core.multiarray.scalar": _scalar,
-    "numpy.core.numeric._frombuffer": _array_from_buffer,
-    "numpy._core.numeric._frombuffer": _array_from_buffer,
+    # Pickles of an old protocol call the class for empty bytes.
+    **dict.fromkeys(("builtins.bytes", "__builtin__.bytes"), lambda: b""),
+    # NumPy 2 renamed `core`.
+    **{f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray.scalar": _make_scalar for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric._frombuffer": _make_array for core in ("core", "_core")},
 }
 
 
-def finished(value: Any) -> Any:
-    """The value with its arrays as tensors; dicts and lists are changed in place."""
+def arrays_to_tensors(value: Any) -> Any:
+    """What an unpickler gave, with its arrays as tensors; dicts and lists are changed in place."""
     if isinstance(value, _Array):
         if value.tensor is None:
             raise pickle.UnpicklingError("an array without content")
@@ -136,10 +125,10 @@ def finished(value: Any) -> Any:
         raise pickle.UnpicklingError("GLOBAL of NumPy that is no array is refused")
     if isinstance(value, dict):
         for key, item in value.items():
-            value[key] = finished(item)
+            value[key] = arrays_to_tensors(item)
     elif isinstance(value, list):
-        value[:] = [finished(item) for item in value]
+        value[:] = [arrays_to_tensors(item) for item in value]
     elif isinstance(value, tuple):
-        items = [finished(item) for item in value]
+        items = [arrays_to_tensors(item) for item in value]
         return value if all(map(operator.is_, items, value)) else tuple(items)
     return value

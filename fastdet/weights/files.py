@@ -1,7 +1,5 @@
 """Files of tensors, in and out: read without ever running what is in them, written whole or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
@@ -17,7 +15,9 @@ from torch import Tensor
 
 from fastdet.weights import array_pickles
 
-# How torch's files begin: the newer are zip archives, the older hold this number in their first bytes.
+StrPath = str | os.PathLike[str]
+
+# How torch's files begin: the newer are zip archives, the older have this number in their first bytes.
 _ZIP = b"PK\x03\x04"
 _OLD_TORCH = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
@@ -26,11 +26,11 @@ class TensorFileError(ValueError):
     """A file of tensors cannot be read or written; the message is one line naming the file."""
 
 
-def read(path: str | os.PathLike[str], *, kind: str = "file of tensors") -> Any:
+def read(path: StrPath, *, kind: str = "file of tensors") -> Any:
     """Read a file of tensors and plain values onto the CPU. Nothing in the file can run code.
 
-    Known are torch's files (`weights_only=True`), safetensors, and plain pickles of NumPy arrays, which become
-    tensors. The content decides which of them a file is; a name only where it says .safetensors.
+    It may be a file of torch (`weights_only=True`), of safetensors, or a plain pickle of NumPy arrays, which become
+    tensors. The content decides which of them it is; the name only where it ends in .safetensors.
 
     Args:
         path: the file.
@@ -44,13 +44,15 @@ def read(path: str | os.PathLike[str], *, kind: str = "file of tensors") -> Any:
             start = file.read(32)
             file.seek(0)
             if start.startswith(_ZIP) or _OLD_TORCH in start:
-                return array_pickles.finished(_load_torch(path))
-            if _is_safetensors(start) or Path(path).suffix == ".safetensors":
+                return array_pickles.arrays_to_tensors(_load_torch(path))
+            # They begin with the length of the header, of at most the format's 100 MB, and the header's brace.
+            has_header = int.from_bytes(start[:8], "little") <= 100_000_000 and start[8:9] == b"{"
+            if has_header or Path(path).suffix == ".safetensors":
                 from safetensors.torch import load
 
                 return load(file.read())
             # Written by Python 2, the bytes of an array are a string.
-            return array_pickles.finished(array_pickles.ArrayUnpickler(file, encoding="latin1").load())
+            return array_pickles.arrays_to_tensors(array_pickles.ArrayUnpickler(file, encoding="latin1").load())
     except FileNotFoundError:
         raise TensorFileError(f"{path}: no such {kind}") from None
     except OSError as error:
@@ -68,7 +70,7 @@ def read(path: str | os.PathLike[str], *, kind: str = "file of tensors") -> Any:
         raise TensorFileError(f"{path}: not a {kind}, or cut short: {one_line(error)}") from error
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_state_dict(path: StrPath) -> dict[str, Tensor]:
     """Read names and tensors: a state dict, or one that a checkpoint holds as its "model" or "state_dict".
 
     That is how fastdet, torchvision's reference scripts, detectron2 and simple-faster-rcnn-pytorch lay out their
@@ -81,22 +83,21 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if isinstance(content, Mapping):
         inner = [content[name] for name in ("model", "state_dict") if isinstance(content.get(name), Mapping)]
         content = inner[0] if inner else content
-    problem = not_a_state_dict(content)
-    if problem:
+    if problem := describe_problem(content):
         raise TensorFileError(f"{path}: not a state dict: {problem}")
-    return unwrapped(content)
+    return unwrap_prefixes(content)
 
 
-def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes that DistributedDataParallel and torch.compile put before every name."""
+def unwrap_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take off the prefixes that DistributedDataParallel and torch.compile put before every name."""
     for prefix in ("module.", "_orig_mod."):
         if state and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return dict(state)
 
 
-def not_a_state_dict(content: object) -> str:
-    """What keeps an object from being a mapping of names to tensors; empty if nothing does."""
+def describe_problem(content: object) -> str:
+    """Why an object is not a mapping of names to tensors; empty if it is one."""
     if not isinstance(content, Mapping):
         return f"it is a {type(content).__name__}, not a mapping of names to tensors"
     for name, value in content.items():
@@ -105,21 +106,20 @@ def not_a_state_dict(content: object) -> str:
         if not isinstance(value, Tensor):
             return f"its entry {name!r} is a {type(value).__name__}, not a tensor"
         if value.layout != torch.strided or value.is_quantized:
-            kind = "quantised" if value.is_quantized else str(value.layout)
+            kind = "quantized" if value.is_quantized else str(value.layout)
             return f"its entry {name!r} is {kind}, not a plain tensor"
     return "" if content else "it is empty"
 
 
-def write_state_dict(path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
+def write_state_dict(path: StrPath, state: Mapping[str, Tensor]) -> None:
     """Write names and tensors: as safetensors if the name ends in .safetensors, else as torch does.
 
-    Tensors that share memory are written each for itself into safetensors, which knows no sharing.
+    Tensors that share memory are written each for itself into safetensors, a format without sharing.
 
     Raises:
         TensorFileError: the file cannot be written, or `state` is not a mapping of names to tensors.
     """
-    problem = not_a_state_dict(state)
-    if problem:
+    if problem := describe_problem(state):
         raise TensorFileError(f"{path}: the state dict cannot be written: {problem}")
     tensors = {name: value.detach().cpu() for name, value in state.items()}
     if Path(path).suffix != ".safetensors":
@@ -129,15 +129,13 @@ def write_state_dict(path: str | os.PathLike[str], state: Mapping[str, Tensor]) 
         # Others' loaders look for the word "pt".
         from safetensors.torch import save
 
-        data = save(_unshared(tensors), metadata={"format": "pt"})
+        data = save(_unshare(tensors), metadata={"format": "pt"})
     except Exception as error:
         raise TensorFileError(f"{path}: the state dict cannot be written: {one_line(error)}") from error
     write(path, lambda file: file.write(data), kind="state dict")
 
 
-def write(
-    path: str | os.PathLike[str], content: Callable[[BinaryIO], object], *, kind: str = "file of tensors"
-) -> None:
+def write(path: StrPath, content: Callable[[BinaryIO], object], *, kind: str = "file of tensors") -> None:
     """Write a file so that it is either the old one or the new one, never a part.
 
     The bytes go to a temporary file in the same folder, are forced to the disk, and then take the file's name in one
@@ -162,60 +160,45 @@ def write(
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        if os.name == "posix":  # Windows cannot open folders.
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     # On a full disk torch's writer raises a RuntimeError of its own.
     except (OSError, RuntimeError) as error:
-        # Interrupted, the writer cannot close its archive either, and says so in place of the interruption.
+        # Interrupted, the writer cannot close its archive either, and raises that in place of the interruption.
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
         raise TensorFileError(f"{path}: the {kind} cannot be written: {one_line(error)}") from error
     finally:
-        # Gone already after the move; what else is left here is a part. It must not hide the error.
-        _remove(temporary)
+        # Gone already after the move; what else is left here is a part. Its removal must not hide the error.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error with its line breaks and length taken out."""
+    """The message of an error without line breaks, at most 300 characters of it, or the name of its class."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force the move itself to the disk, where the system can: Windows cannot open folders."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor contiguous and in memory of its own."""
-    taken: set[int] = set()
-    apart = {}
+def _unshare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make every tensor contiguous, in memory that no other one has."""
+    pointers: set[int] = set()
+    separate = {}
     for name, value in tensors.items():
-        whole = value.contiguous()
-        memory = whole.untyped_storage().data_ptr()
-        apart[name] = whole.clone() if memory in taken else whole
-        taken.add(memory)
-    return apart
+        contiguous = value.contiguous()
+        pointer = contiguous.untyped_storage().data_ptr()
+        separate[name] = contiguous.clone() if pointer in pointers else contiguous
+        pointers.add(pointer)
+    return separate
 
 
-def _is_safetensors(start: bytes) -> bool:
-    """Whether bytes are the length of a header, of at most the format's 100 MB, and the brace that begins it."""
-    return int.from_bytes(start[:8], "little") <= 100_000_000 and start[8:9] == b"{"
-
-
-def _load_torch(path: str | os.PathLike[str]) -> Any:
-    # NumPy's numbers stand beside the weights in checkpoints that note a metric.
+def _load_torch(path: StrPath) -> Any:
+    # Checkpoints with a metric beside the weights have it as a number of NumPy.
     stand_ins: list[Any] = [(value, name) for name, value in array_pickles.STAND_INS.items()]
     with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
-        # It warns of foreign files before it refuses them.
+        # torch warns of foreign files before it refuses them.
         warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -10,13 +10,14 @@ from torch import Tensor
 TRACKED = "num_batches_tracked"
 PREDICTOR = "roi_heads.box_predictor."
 
-# Layers with their rows for each anchor (logits, offsets) and each class (scores, offsets), in fastdet's names.
-ROWS = (
-    "rpn.head.cls_logits",
-    "rpn.head.bbox_pred",
-    f"{PREDICTOR}cls_score",
-    f"{PREDICTOR}bbox_pred",
-)
+# Layers with their rows for each anchor (logits, deltas) and each class (scores, deltas), in fastdet's names.
+ROWS = ("rpn.head.cls_logits", "rpn.head.bbox_pred", f"{PREDICTOR}cls_score", f"{PREDICTOR}bbox_pred")
+
+# The names in torchvision's detectors before version 0.13, and the present ones.
+FORMER_NAMES = {
+    r"(rpn\.head\.conv)\.(weight|bias)$": r"\1.0.0.\2",
+    r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$": r"\1.0.\2",
+}
 
 # Theirs to ours; all have a weight and a bias.
 _SIMPLE_LAYERS = {
@@ -29,6 +30,7 @@ _SIMPLE_LAYERS = {
     "head.score": "roi_heads.box_predictor.cls_score",
     "head.cls_loc": "roi_heads.box_predictor.bbox_pred",
 }
+SIMPLE_ROWS = tuple(theirs for theirs, ours in _SIMPLE_LAYERS.items() if ours in ROWS)
 
 # Theirs to ours; all but the convolutions of the ResNet have a weight and a bias.
 _DETECTRON2_LAYERS = {
@@ -42,6 +44,7 @@ _DETECTRON2_LAYERS = {
     "roi_heads.box_predictor.cls_score": "roi_heads.box_predictor.cls_score",
     "roi_heads.box_predictor.bbox_pred": "roi_heads.box_predictor.bbox_pred",
 }
+DETECTRON2_ROWS = tuple(theirs for theirs, ours in _DETECTRON2_LAYERS.items() if ours in ROWS)
 # MODEL.PIXEL_MEAN and PIXEL_STD of its model zoo: BGR in 0..255.
 DETECTRON2_PIXEL_MEAN, DETECTRON2_PIXEL_STD = (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)
 DETECTRON2_SETTINGS = r"pixel_mean|pixel_std|proposal_generator\.anchor_generator\.cell_anchors\.\d+"
@@ -49,50 +52,47 @@ DETECTRON2_SETTINGS = r"pixel_mean|pixel_std|proposal_generator\.anchor_generato
 # Blocks in the four stages of ResNet-18; 34 and 50; 101; 152.
 _RESNETS = ((2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3))
 
-
-def _xy_and_yx(rows: Tensor) -> Tensor:
-    """Rows in fours of (dy, dx, dh, dw) as (dx, dy, dw, dh), and back."""
-    return rows.unflatten(0, (-1, 4))[:, [1, 0, 3, 2]].flatten(0, 1)
-
-
-def _last_to_front(rows: Tensor) -> Tensor:
-    return torch.cat([rows[-1:], rows[:-1]])
-
-
-def _front_to_last(rows: Tensor) -> Tensor:
-    return torch.cat([rows[1:], rows[:1]])
-
-
-def _with_background(rows: Tensor) -> Tensor:
-    return torch.cat([torch.zeros_like(rows[:4]), rows])
-
-
-def _without_background(rows: Tensor) -> Tensor:
-    return rows[4:]
-
-
-# What happens to the tensors of some layers, by fastdet's name or by the other one's.
+# How the tensors of some layers change, by the layer's name in the state dict that is converted.
 Changes = dict[str, Callable[[Tensor], Tensor]]
-SWAPPED: Changes = dict.fromkeys(("rpn.loc", "head.cls_loc", ROWS[1], ROWS[3]), _xy_and_yx)
-BACKGROUND_FIRST: Changes = {ROWS[2]: _last_to_front, ROWS[3]: _with_background}
-BACKGROUND_LAST: Changes = {ROWS[2]: _front_to_last, ROWS[3]: _without_background}
+# Rows in fours of (dy, dx, dh, dw) as (dx, dy, dw, dh), and back.
+SWAP_XY: Changes = dict.fromkeys(
+    (SIMPLE_ROWS[1], SIMPLE_ROWS[3], ROWS[1], ROWS[3]),
+    lambda rows: rows.unflatten(0, (-1, 4))[:, [1, 0, 3, 2]].flatten(0, 1),
+)
+# The background as the first class with deltas of zero, or as the last class without deltas.
+BACKGROUND_FIRST: Changes = {
+    DETECTRON2_ROWS[2]: lambda rows: torch.cat([rows[-1:], rows[:-1]]),
+    DETECTRON2_ROWS[3]: lambda rows: torch.cat([torch.zeros_like(rows[:4]), rows]),
+}
+BACKGROUND_LAST: Changes = {
+    ROWS[2]: lambda rows: torch.cat([rows[1:], rows[:1]]),
+    ROWS[3]: lambda rows: rows[4:],
+}
 
 
 def simple_names(dropout: bool) -> dict[str, str]:
-    # Dropout stands between the two layers, and so moves the second one's number.
-    layers = {
-        ("head.classifier.3" if dropout and old == "head.classifier.2" else old): new
-        for old, new in _SIMPLE_LAYERS.items()
-    }
-    return _leaves(layers, ("weight", "bias"))
+    """Their names and ours. Dropout stands between the two linear layers, and so moves the second one's index."""
+    moved = {"head.classifier.2": "head.classifier.3"} if dropout else {}
+    return _add_leaves({moved.get(old, old): new for old, new in _SIMPLE_LAYERS.items()}, ("weight", "bias"))
 
 
-def detectron2_names(blocks: Sequence[int], bottleneck: bool) -> dict[str, str]:
-    """Their names and ours for a ResNet of so many blocks in each stage."""
+def detectron2_names(state: Iterable[str], stages: str, first: int) -> dict[str, str]:
+    """Their names and ours, for the smallest ResNet that has all the blocks of `state`, in the names of either.
+
+    In the names of `state`, the pattern `stages` precedes the number of a stage, and `first` is the lowest number.
+    """
+    blocks, bottleneck = [0, 0, 0, 0], False
+    for name in state:
+        match = re.match(rf"{stages}(\d)\.(\d+)\.(conv3\.)?", name)
+        if match and 0 <= int(match[1]) - first < 4:
+            stage = int(match[1]) - first
+            blocks[stage] = max(blocks[stage], int(match[2]) + 1)
+            bottleneck = bottleneck or match[3] is not None
+    fitting = [resnet for resnet in _RESNETS if all(map(int.__ge__, resnet, blocks))]
     theirs, ours = "backbone.bottom_up", "backbone.body"
     convolutions = {f"{theirs}.stem.conv1": f"{ours}.conv1"}
     norms = {f"{theirs}.stem.conv1.norm": f"{ours}.bn1"}
-    for stage, count in enumerate(blocks, start=1):
+    for stage, count in enumerate((fitting or _RESNETS[-1:])[0], start=1):
         for block in range(count):
             old, new = f"{theirs}.res{stage + 1}.{block}", f"{ours}.layer{stage}.{block}"
             for i in range(1, 4 if bottleneck else 3):
@@ -103,23 +103,11 @@ def detectron2_names(blocks: Sequence[int], bottleneck: bool) -> dict[str, str]:
                 convolutions[f"{old}.shortcut"] = f"{new}.downsample.0"
                 norms[f"{old}.shortcut.norm"] = f"{new}.downsample.1"
     return {
-        **_leaves(convolutions, ("weight",)),
-        **_leaves(norms, ("weight", "bias", "running_mean", "running_var", TRACKED)),
-        **_leaves(_DETECTRON2_LAYERS, ("weight", "bias")),
+        **_add_leaves(convolutions, ("weight",)),
+        **_add_leaves(norms, ("weight", "bias", "running_mean", "running_var", TRACKED)),
+        **_add_leaves(_DETECTRON2_LAYERS, ("weight", "bias")),
     }
 
 
-def _leaves(layers: Mapping[str, str], leaves: Sequence[str]) -> dict[str, str]:
+def _add_leaves(layers: Mapping[str, str], leaves: Sequence[str]) -> dict[str, str]:
     return {f"{old}.{leaf}": f"{new}.{leaf}" for old, new in layers.items() for leaf in leaves}
-
-
-def blocks_of(names: Iterable[str], pattern: str, first: int) -> Sequence[int]:
-    """How many blocks the stages of the smallest ResNet have that has all the blocks that are named."""
-    found = [0, 0, 0, 0]
-    for name in names:
-        match = re.match(pattern, name)
-        if match and 0 <= int(match[1]) - first < 4:
-            stage = int(match[1]) - first
-            found[stage] = max(found[stage], int(match[2]) + 1)
-    fitting = [blocks for blocks in _RESNETS if all(have >= need for have, need in zip(blocks, found, strict=True))]
-    return (fitting or _RESNETS[-1:])[0]

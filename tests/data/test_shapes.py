@@ -1,4 +1,4 @@
-"""Drawn shapes: the same everywhere, boxed exactly, told apart by their form, seen on their background."""
+"""Drawn shapes: the same everywhere, boxed exactly, distinct in their form, visible on their background."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_shapes_masks_are_the_pixels_that_are_painted(monkeypatch: pytest.Monkey
         area[:, coverage > 0] = 9
 
     monkeypatch.setattr(shapes, "_paint", mark)
-    monkeypatch.setattr(shapes, "_background", lambda rng, size: np.zeros((3, size, size), dtype=np.float32))
+    monkeypatch.setattr(shapes, "_draw_background", lambda rng, size: np.zeros((3, size, size), dtype=np.float32))
     data = Shapes(20)
     for k in range(20):
         drawing = data.draw(k)
@@ -59,7 +59,7 @@ def test_shapes_masks_are_the_pixels_that_are_painted(monkeypatch: pytest.Monkey
 
 
 def test_shapes_stand_out() -> None:
-    """Inside a mask the colour is nearly one, and far from the background just around the box."""
+    """Inside a mask the color is nearly one, and unlike the background just around the box."""
     data = Shapes(80, max_shapes=1)
     gaps = []
     for k in range(80):
@@ -77,7 +77,7 @@ def test_shapes_stand_out() -> None:
 
 
 def test_shapes_fill_their_boxes_as_their_class_does() -> None:
-    """The share of its box that a mask fills tells the classes apart, whatever the turn."""
+    """The share of its box that a mask fills separates the classes, at any angle."""
     data = Shapes(300, size=256, max_shapes=1)
     fill: dict[str, list[float]] = {name: [] for name in data.class_names}
     for k in range(300):

@@ -1,4 +1,4 @@
-"""Datasets: what they return, and what they say about files that are wrong."""
+"""Datasets: what they return, and what they report of files that are wrong."""
 
 import warnings
 from collections.abc import Sequence
@@ -136,9 +136,9 @@ def test_voc_box_outside_an_image_of_another_size_than_written(root: Path, size:
 
 
 def test_read_image_keeps_the_range_of_16_bits(tmp_path: Path) -> None:
-    grey = np.array([[0, 257], [32768, 65535]], dtype=np.uint16)
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    image = read_image(tmp_path / "grey.png")
+    gray = np.array([[0, 257], [32768, 65535]], dtype=np.uint16)
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    image = read_image(tmp_path / "gray.png")
     assert image.shape == (3, 2, 2)
     torch.testing.assert_close(image[1], torch.tensor([[0.0, 1 / 255], [32768 / 65535, 1.0]]))
     Image.fromarray(np.zeros((2, 2), dtype=np.float32)).save(tmp_path / "float.tiff")
@@ -188,7 +188,7 @@ def test_voc_broken_xml(root: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("<xmin>11</xmin>", "", "xmin"),
         ("<xmin>11</xmin>", "<xmin>eleven\n</xmin>", "'eleven'"),
@@ -199,13 +199,13 @@ def test_voc_broken_xml(root: Path, text: str) -> None:
         ("<bndbox><xmin>11</xmin><ymin>6</ymin><xmax>20</xmax><ymax>15</ymax></bndbox>", "", "'cat' has no <bndbox>"),
     ],
 )
-def test_voc_broken_field(root: Path, old: str, new: str, said: str) -> None:
+def test_voc_broken_field(root: Path, old: str, new: str, message: str) -> None:
     path = root / "Annotations/a.xml"
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(DataError) as error:
         VOC(root, "train")
-    one_line(error, "a.xml", said)
+    one_line(error, "a.xml", message)
 
 
 def test_voc_difficult_may_be_absent(root: Path) -> None:
@@ -217,10 +217,10 @@ def test_voc_difficult_may_be_absent(root: Path) -> None:
 def test_voc_unknown_class(root: Path) -> None:
     with pytest.raises(DataError) as error:
         VOC(root, "train", ["dog", "cats", "horse"])
-    one_line(error, "a.xml", "'cat'", "near: cats")
+    one_line(error, "a.xml", "'cat'", "similar: cats")
     with pytest.raises(DataError) as error:
         VOC(root, "train", ["DOG", "cat"])
-    one_line(error, "a.xml", "'dog'", "near: DOG")
+    one_line(error, "a.xml", "'dog'", "similar: DOG")
     with pytest.raises(DataError) as error:
         VOC(root, "train", ["dog", "horse"])
     one_line(error, "'cat'", "known: dog, horse")
@@ -240,8 +240,8 @@ def test_damaged_image(root: Path, keep: int) -> None:
 
 
 def test_read_image_makes_rgb_of_other_modes(tmp_path: Path) -> None:
-    Image.new("LA", (5, 4), (102, 0)).save(tmp_path / "grey.png")
-    assert torch.equal(read_image(tmp_path / "grey.png"), torch.full((3, 4, 5), 0.4))
+    Image.new("LA", (5, 4), (102, 0)).save(tmp_path / "gray.png")
+    assert torch.equal(read_image(tmp_path / "gray.png"), torch.full((3, 4, 5), 0.4))
     with pytest.raises(DataError, match=r"none\.png: no such image"):
         read_image(tmp_path / "none.png")
 

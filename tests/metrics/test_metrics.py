@@ -72,7 +72,7 @@ def test_equal_scores_keep_their_order() -> None:
 
 
 def test_a_second_detection_is_false_even_where_another_box_is_free() -> None:
-    # Both look at the first box first; the second box, at IoU 0.54 with the detections' 0.82 rival, stays unfound.
+    # The first box is the best match of both (IoU 0.82 with the second one); the other box, at IoU 0.54, stays unfound.
     predictions = [predicted((0.9, box(0)), (0.8, box(1)))]
     targets = [truth(box(0), box(4))]
     result = voc_average_precision(predictions, targets, 2)
@@ -129,7 +129,7 @@ def test_no_predictions_is_zero_and_perfect_ones_are_one() -> None:
     assert result.ap_per_class.tolist() == pytest.approx([1, 1])
 
 
-def test_boxes_that_are_not_numbers_are_false() -> None:
+def test_boxes_that_are_not_finite_are_false() -> None:
     nan, inf = float("nan"), float("inf")
     bad: list[list[float]] = [[nan, 0, 10, 10], [-inf, -inf, inf, inf], [10.0, 0, 0, 10], [5, 5, 5, 5]]
     predictions = [predicted(*((0.9, corners) for corners in bad), (0.5, box(0)))]
@@ -137,7 +137,7 @@ def test_boxes_that_are_not_numbers_are_false() -> None:
     assert coco_average_precision(predictions, [truth(box(0))], 2).ap == pytest.approx(1 / 5)
 
 
-def test_half_precision_arrays_and_gradients_are_taken() -> None:
+def test_half_precision_arrays_and_gradients_are_accepted() -> None:
     prediction = predicted((0.9, box(0)))
     prediction["scores"] = prediction["scores"].bfloat16().requires_grad_()
     prediction["boxes"] = prediction["boxes"].numpy()
@@ -154,7 +154,7 @@ def broken(**changes: Any) -> tuple[list[Image], list[Image]]:
 
 @pytest.mark.parametrize("metric", [voc_average_precision, coco_average_precision])
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "message"),
     [
         ("p_scores", torch.ones(2), r"predictions\[0\]\['scores'\]"),
         ("p_labels", torch.ones(2), r"predictions\[0\]\['labels'\]"),
@@ -164,8 +164,8 @@ def broken(**changes: Any) -> tuple[list[Image], list[Image]]:
         ("t_ignore", torch.ones(3), r"targets\[0\]\['ignore'\]"),
     ],
 )
-def test_wrong_inputs(metric: Any, key: str, value: torch.Tensor, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_wrong_inputs(metric: Any, key: str, value: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         metric(*broken(**{key: value}), 2)
 
 
@@ -233,9 +233,9 @@ def random_case(rng: np.random.Generator, images: int, classes: int) -> tuple[li
         ignore = torch.tensor(rng.random(g) < 0.25, dtype=torch.bool)
         targets.append({"boxes": torch.tensor(boxes).float(), "labels": torch.tensor(labels), "ignore": ignore})
         # Most detections are a ground truth, moved by up to a pixel; the others, and all of an empty image, are not.
-        near = rng.integers(0, g, d) if g else np.zeros(d, dtype=np.int64)
-        sources = boxes[near] if g else np.tile([0, 0, 5, 5], (d, 1))
-        names = np.where(rng.random(d) < 0.8, labels[near], rng.integers(1, classes, d)) if g else 1 + near
+        source = rng.integers(0, g, d) if g else np.zeros(d, dtype=np.int64)
+        sources = boxes[source] if g else np.tile([0, 0, 5, 5], (d, 1))
+        names = np.where(rng.random(d) < 0.8, labels[source], rng.integers(1, classes, d)) if g else 1 + source
         moved = torch.tensor(sources + rng.integers(-1, 2, (d, 4)) * rng.integers(0, 2, (d, 1))).float()
         scores = torch.tensor(rng.integers(0, 6, d) / 5).float()
         predictions.append({"boxes": moved, "scores": scores, "labels": torch.tensor(names)})
@@ -257,7 +257,7 @@ def test_against_the_slow_loop(method: Any, threshold: float) -> None:
 
 
 def test_voc_and_coco_agree_where_their_rules_do() -> None:
-    """Boxes far apart and distinct scores: the areas differ only by COCO's 101 points."""
+    """Boxes without overlap and distinct scores: the areas differ only by COCO's 101 points."""
     rng = np.random.default_rng(3)
     for _ in range(5):
         predictions, targets = [], []
@@ -309,7 +309,7 @@ def test_coco_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-def test_coco_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coco_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     with pytest.raises(ImportError, match=r"pip install 'fastdet\[eval\]'"):
         coco_average_precision([], [], 2)

@@ -11,6 +11,8 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import fastdet
 from fastdet import boxes, weights
+from fastdet.models.rpn import RegionProposalNetwork
+from fastdet.structures import Batch
 from fastdet.weights import files
 from fastdet.weights.convert import WeightsError
 
@@ -33,6 +35,36 @@ def assert_same(found, expected):
     assert set(found) == set(expected)
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+def with_former_names(state):
+    """The names of torchvision's detectors before version 0.13."""
+    return {
+        re.sub(r"(_blocks\.\d)\.0", r"\1", name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")): value
+        for name, value in state.items()
+    }
+
+
+class PyramidOnly(torch.nn.Module):
+    """A backbone that is torchvision's feature pyramid, for its names."""
+
+    out_channels = 4
+
+    def __init__(self):
+        super().__init__()
+        self.fpn = torchvision.ops.FeaturePyramidNetwork([3, 5], self.out_channels)
+
+
+class OneConvolution(torch.nn.Module):
+    """A head of the RPN whose present names are the former ones of torchvision's."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(4, 4, 3)
+
+
+def add_prefix(state):
+    return {f"module.{name}": value for name, value in state.items()}
 
 
 # Loading.
@@ -81,9 +113,9 @@ def test_the_message_names_the_file(tmp_path):
         weights.load(small(), tmp_path / "other.pth")
 
 
-@pytest.mark.parametrize(("state", "said"), [({}, "it is empty"), ({"a": 1}, "its entry 'a' is a int")])
-def test_what_is_no_state_dict(state, said):
-    with pytest.raises(WeightsError, match=f"the state dict is not one: {said}"):
+@pytest.mark.parametrize(("state", "message"), [({}, "it is empty"), ({"a": 1}, "its entry 'a' is a int")])
+def test_what_is_no_state_dict(state, message):
+    with pytest.raises(WeightsError, match=f"the state dict is not one: {message}"):
         weights.load(small(), state)
 
 
@@ -101,7 +133,7 @@ def test_frozen_batchnorm_has_no_count_of_steps(theirs, ours):
     assert all(value == 7 for value in own.values())
 
 
-def test_a_count_of_steps_that_belongs_to_no_batchnorm_is_unexpected():
+def test_a_count_of_steps_of_no_batchnorm_is_unexpected():
     state = {**copied(frozen()), "rpn.head.num_batches_tracked": torch.tensor(1)}
     with pytest.raises(WeightsError) as caught:
         weights.load(frozen(), state)
@@ -159,7 +191,7 @@ def test_replacing_the_predictor_hides_nothing_else():
         assert_same(model.state_dict(), {**same, **kept})
 
 
-def test_names_of_older_torchvision_are_understood():
+def test_the_published_names_of_older_torchvision_are_accepted():
     """Its first detector on COCO was published under these names of the RPN and the pyramid."""
     with torch.device("meta"):
         theirs = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
@@ -179,10 +211,7 @@ def test_names_of_older_torchvision_are_understood():
             if value is not None:
                 module._parameters[name] = torch.nn.Parameter(torch.zeros(len(value), 2))
     state = {name: torch.rand(len(value), 2) for name, value in present.items()}
-    former = {
-        re.sub(r"(_blocks\.\d)\.0", r"\1", name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")): value
-        for name, value in state.items()
-    }
+    former = with_former_names(state)
     assert {"rpn.head.conv.weight", "backbone.fpn.inner_blocks.3.bias"} <= set(former)
     assert len(set(former) - set(state)) == 18
     weights.load(model, former)
@@ -190,6 +219,52 @@ def test_names_of_older_torchvision_are_understood():
     with pytest.raises(WeightsError) as caught:
         weights.load(model, {**former, **state})
     assert sorted(caught.value.unexpected) == sorted(set(former) - set(state))
+
+
+LOADERS = {
+    "load_state_dict": lambda model, state: model.load_state_dict(state),
+    "load_state_dict of a wrapper": lambda model, state: torch.nn.DataParallel(model).load_state_dict(
+        add_prefix(state)
+    ),
+    "load": weights.load,
+    "load with a wrapper's prefix": lambda model, state: weights.load(model, add_prefix(state)),
+}
+
+
+@pytest.mark.parametrize("way", LOADERS)
+def test_former_names_of_torchvision_are_loaded(way):
+    expected, model = (fastdet.FasterRCNN(PyramidOnly(), 4, **SMALL) for _ in range(2))
+    former = with_former_names(copied(expected))
+    names = list(former)
+    assert {"rpn.head.conv.weight", "backbone.fpn.inner_blocks.0.weight"} <= set(names)
+    LOADERS[way](model, former)
+    assert_same(model.state_dict(), expected.state_dict())
+    assert list(former) == names, "the state dict that is given stays as it is"
+
+
+@pytest.mark.parametrize("way", LOADERS)
+def test_a_head_with_the_former_names_keeps_them(way):
+    expected, model = (fastdet.FasterRCNN(PyramidOnly(), 4, rpn_head=OneConvolution(), **SMALL) for _ in range(2))
+    assert "rpn.head.conv.weight" in expected.state_dict()
+    LOADERS[way](model, copied(expected))
+    assert_same(model.state_dict(), expected.state_dict())
+
+
+def test_strict_loading_of_former_names():
+    model = small()
+    state, former = copied(model), with_former_names(copied(model))
+    before = copied(model)
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"rpn\.head\.conv\.(weight|bias)"'):
+        model.load_state_dict({**state, **former})
+    del former["rpn.head.conv.bias"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"rpn\.head\.conv\.0\.0\.bias"'):
+        model.load_state_dict(former)
+    with pytest.raises(WeightsError) as caught:
+        weights.load(model, former)
+    assert (caught.value.missing, caught.value.unexpected) == (["rpn.head.conv.0.0.bias"], [])
+    keys = model.load_state_dict({name: value + 1 for name, value in former.items()}, strict=False)
+    assert (keys.missing_keys, keys.unexpected_keys) == (["rpn.head.conv.0.0.bias"], [])
+    assert torch.equal(model.rpn.head.conv[0][0].weight, before["rpn.head.conv.0.0.weight"] + 1)
 
 
 # simple-faster-rcnn-pytorch.
@@ -214,7 +289,7 @@ def simple_shapes(dropout=False, classes=21):
 
 
 def filled(shapes):
-    """Random tensors of these names, as many rows as told, and few numbers in each."""
+    """Random tensors of these names, with as many rows, and few values in each."""
     return {name: torch.randn(shape[0], 5) if len(shape) > 1 else torch.randn(shape) for name, shape in shapes.items()}
 
 
@@ -254,12 +329,12 @@ def test_simple_faster_rcnn_s_layers_keep_their_place():
             assert torch.equal(ours[f"{new}.{leaf}"], state[f"{old}.{leaf}"]), old
 
 
-def decode_yx(reference, offsets):
-    """Boxes (y1, x1, y2, x2) [N, 4] from offsets (dy, dx, dh, dw), as its loc2bbox defines them."""
+def decode_yx(reference, deltas):
+    """Boxes (y1, x1, y2, x2) [N, 4] from deltas (dy, dx, dh, dw), as its loc2bbox defines them."""
     size = reference[:, 2:] - reference[:, :2]
-    centre = reference[:, :2] + size / 2 + offsets[:, :2] * size
-    half = size * offsets[:, 2:].exp() / 2
-    return torch.cat([centre - half, centre + half], dim=1)
+    center = reference[:, :2] + size / 2 + deltas[:, :2] * size
+    half = size * deltas[:, 2:].exp() / 2
+    return torch.cat([center - half, center + half], dim=1)
 
 
 def anchors_yx(height, width):
@@ -284,37 +359,36 @@ def test_simple_faster_rcnn_s_proposals_are_ours():
     features = torch.randn(1, 6, 3, 4)
 
     hidden = F.relu(F.conv2d(features, state["rpn.conv1.weight"], state["rpn.conv1.bias"], padding=1))
-    offsets = F.conv2d(hidden, state["rpn.loc.weight"], state["rpn.loc.bias"]).permute(0, 2, 3, 1).reshape(-1, 4)
+    deltas = F.conv2d(hidden, state["rpn.loc.weight"], state["rpn.loc.bias"]).permute(0, 2, 3, 1).reshape(-1, 4)
     logits = F.conv2d(hidden, state["rpn.score.weight"], state["rpn.score.bias"]).permute(0, 2, 3, 1).reshape(-1, 2)
-    expected = decode_yx(anchors_yx(3, 4), offsets)
+    expected = decode_yx(anchors_yx(3, 4), deltas)
 
     ours = weights.from_simple_faster_rcnn(state)
-    rpn = fastdet.rpn.RegionProposalNetwork(6, fastdet.VGG16.override(rpn_hidden_channels=6))
+    rpn = RegionProposalNetwork(6, fastdet.VGG16.override(rpn_hidden_channels=6))
     rpn.load_state_dict({name[4:]: value for name, value in ours.items() if name.startswith("rpn.")})
+    batch = Batch(torch.zeros(1, 3, 48, 64), torch.tensor([[48, 64]]), torch.ones(1))
     with torch.no_grad():
-        output = rpn([features])
-    scores, locs = rpn.flatten(output)
-    anchors = fastdet.AnchorGenerator(offset=8.0, rounded=False).cell_anchors()[0]
-    found = boxes.decode(locs[0], fastdet.models.anchors.grid_anchors(anchors, (3, 4), (16, 16)))
+        output = rpn([features], batch, return_intermediates=True)
+    found = boxes.decode(output.deltas[0], output.anchors)
     torch.testing.assert_close(found[:, [1, 0, 3, 2]], expected, rtol=1e-5, atol=1e-2)
-    assert (expected[:, [1, 0, 3, 2]] - expected).abs().min(0).values.max() > 0.1, "x and y are told apart"
+    assert (expected[:, [1, 0, 3, 2]] - expected).abs().min(0).values.max() > 0.1, "x and y are distinct"
     # The second of the two logits is the object's.
-    torch.testing.assert_close(scores[0].softmax(-1)[:, 1], logits.softmax(-1)[:, 1])
+    torch.testing.assert_close(output.logits[0].softmax(-1)[:, 1], logits.softmax(-1)[:, 1])
     assert fastdet.VGG16.rpn_objectness == "softmax"
 
 
 def test_simple_faster_rcnn_s_detections_are_ours():
     state, features = filled(simple_shapes()), torch.randn(7, 5)
-    offsets = F.linear(features, state["head.cls_loc.weight"], state["head.cls_loc.bias"]).reshape(7, 21, 4)
-    offsets = offsets * torch.tensor([0.1, 0.1, 0.2, 0.2])  # Its loc_normalize_std; the means are 0.
+    deltas = F.linear(features, state["head.cls_loc.weight"], state["head.cls_loc.bias"]).reshape(7, 21, 4)
+    deltas = deltas * torch.tensor([0.1, 0.1, 0.2, 0.2])  # Its loc_normalize_std; the means are 0.
     corner, size = torch.rand(7, 2) * 100, torch.tensor([20.0, 60.0])
     rois = torch.cat([corner, corner + size], dim=1)
-    expected = decode_yx(rois.repeat_interleave(21, 0), offsets.reshape(-1, 4)).reshape(7, 21, 4)
+    expected = decode_yx(rois.repeat_interleave(21, 0), deltas.reshape(-1, 4)).reshape(7, 21, 4)
 
     ours = weights.from_simple_faster_rcnn(state)
     predictor = {name.rpartition("box_predictor.")[2]: value for name, value in ours.items() if "predictor" in name}
-    locs = F.linear(features, predictor["bbox_pred.weight"], predictor["bbox_pred.bias"]).reshape(7, 21, 4)
-    found = boxes.decode(locs, rois[:, None, [1, 0, 3, 2]], fastdet.VGG16.bbox_reg_weights)
+    found_deltas = F.linear(features, predictor["bbox_pred.weight"], predictor["bbox_pred.bias"]).reshape(7, 21, 4)
+    found = boxes.decode(found_deltas, rois[:, None, [1, 0, 3, 2]], fastdet.VGG16.bbox_reg_weights)
     torch.testing.assert_close(found[..., [1, 0, 3, 2]], expected, rtol=1e-5, atol=1e-4)
 
 
@@ -422,7 +496,7 @@ def test_detectron2_there_and_back(anchors, counted):
     state = filled(detectron2_shapes(anchors=anchors, classes=6, counted=counted))
     ours = weights.from_detectron2(state)
     assert_same(weights.to_detectron2(ours), state)
-    # Only the offsets of the background are lost, because nothing uses them: zeros are in their place.
+    # Only the deltas of the background are lost, because nothing uses them: zeros are in their place.
     assert not ours["roi_heads.box_predictor.bbox_pred.weight"][:4].any()
     assert not ours["roi_heads.box_predictor.bbox_pred.bias"][:4].any()
     assert_same(weights.from_detectron2(weights.to_detectron2(ours)), ours)
@@ -458,12 +532,12 @@ def test_detectron2_s_classes_are_ours():
     deltas = F.linear(features, state[f"{predictor}.bbox_pred.weight"], state[f"{predictor}.bbox_pred.bias"])
     ours = weights.from_detectron2(state)
     found = F.linear(features, ours[f"{predictor}.cls_score.weight"], ours[f"{predictor}.cls_score.bias"]).softmax(-1)
-    locs = F.linear(features, ours[f"{predictor}.bbox_pred.weight"], ours[f"{predictor}.bbox_pred.bias"])
+    found_deltas = F.linear(features, ours[f"{predictor}.bbox_pred.weight"], ours[f"{predictor}.bbox_pred.bias"])
     torch.testing.assert_close(found[:, 0], scores.softmax(-1)[:, 6])
     for k in range(6):
         torch.testing.assert_close(found[:, k + 1], scores.softmax(-1)[:, k])
-        torch.testing.assert_close(locs.reshape(9, 7, 4)[:, k + 1], deltas[:, 4 * k : 4 * k + 4])
-    assert not locs[:, :4].any()
+        torch.testing.assert_close(found_deltas.reshape(9, 7, 4)[:, k + 1], deltas[:, 4 * k : 4 * k + 4])
+    assert not found_deltas[:, :4].any()
 
 
 def settings_of_old_checkpoints():
@@ -516,7 +590,7 @@ FROM_OURS = {
 
 
 @pytest.mark.parametrize("kind", [*TO_OURS, *FROM_OURS])
-def test_every_name_that_is_missing_or_too_much_is_told(kind):
+def test_every_missing_or_unexpected_name_is_reported(kind):
     convert, make = {**TO_OURS, **FROM_OURS}[kind]
     state = make()
     for name in state:
@@ -533,7 +607,7 @@ def test_every_name_that_is_missing_or_too_much_is_told(kind):
     assert set(state) == before, "the state dict that is given stays as it is"
 
 
-def test_a_block_that_is_missing_altogether_is_told():
+def test_a_block_that_is_missing_altogether_is_reported():
     state = filled(detectron2_shapes())
     gone = [name for name in state if ".res4.5." in name]
     assert len(gone) == 15
@@ -567,14 +641,14 @@ def test_a_block_that_is_missing_altogether_is_told():
         ),
     ],
 )
-def test_numbers_of_rows_that_contradict_each_other_are_told(kind, changes, expected):
+def test_numbers_of_rows_that_contradict_each_other_are_reported(kind, changes, expected):
     convert, make = {**TO_OURS, **FROM_OURS}[kind]
     with pytest.raises(WeightsError, match="1 misshapen") as caught:
         convert({**make(), **{name: torch.zeros(rows) for name, rows in changes.items()}})
     assert caught.value.misshapen == expected
 
 
-def test_boxes_that_know_no_classes_are_told():
+def test_class_agnostic_boxes_are_reported():
     """detectron2's CLS_AGNOSTIC_BBOX_REG."""
     state = filled(detectron2_shapes())
     name = "roi_heads.box_predictor.bbox_pred"
@@ -585,7 +659,7 @@ def test_boxes_that_know_no_classes_are_told():
 
 
 @pytest.mark.parametrize("kind", TO_OURS)
-def test_weights_of_others_that_are_not_converted_are_recognised(kind):
+def test_weights_of_others_that_are_not_converted_are_recognized(kind):
     convert, make = TO_OURS[kind]
     with pytest.raises(WeightsError, match=f"fastdet.weights.{convert.__name__} converts such names$"):
         weights.load(small(), make())

@@ -54,7 +54,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("suffix", ["", ".pth", ".pkl"])
 @pytest.mark.parametrize("way", WRITERS)
-def test_the_content_says_how_a_file_is_read(tmp_path, way, suffix):
+def test_the_content_decides_how_a_file_is_read(tmp_path, way, suffix):
     path = tmp_path / f"weights{suffix}"
     WRITERS[way](STATE, path)
     assert_same(files.read(path), STATE)
@@ -137,7 +137,7 @@ def test_a_pickle_that_looks_like_safetensors_at_a_glance(tmp_path):
     assert files.read(path) == {"abc{d": 1}
 
 
-def test_a_name_that_says_safetensors_is_believed(tmp_path):
+def test_the_suffix_safetensors_decides(tmp_path):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(pickle.dumps(arrays(STATE)))
     with pytest.raises(TensorFileError, match="header"):
@@ -291,9 +291,9 @@ BAD_FILES = {
 @pytest.mark.parametrize("kind", BAD_FILES)
 def test_bad_files_are_errors_of_one_line(tmp_path, kind, suffix):
     path = tmp_path / f"bad{suffix}"
-    make, said = BAD_FILES[kind]
+    make, message = BAD_FILES[kind]
     make(path)
-    with pytest.raises(TensorFileError, match=said) as caught:
+    with pytest.raises(TensorFileError, match=message) as caught:
         files.read(path)
     assert_one_line_about(path, caught)
 
@@ -332,7 +332,7 @@ def test_a_prefix_that_is_not_common_stays(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (torch.zeros(3), "it is a Tensor"),
         ([STATE], "it is a list"),
@@ -345,10 +345,10 @@ def test_a_prefix_that_is_not_common_stays(tmp_path):
         ({}, "it is empty"),
     ],
 )
-def test_what_is_no_state_dict(tmp_path, content, said):
+def test_what_is_no_state_dict(tmp_path, content, message):
     path = tmp_path / "weights.pth"
     torch.save(content, path)
-    with pytest.raises(TensorFileError, match=f"not a state dict: {said}") as caught:
+    with pytest.raises(TensorFileError, match=f"not a state dict: {message}") as caught:
         files.read_state_dict(path)
     assert_one_line_about(path, caught)
 
@@ -399,7 +399,7 @@ def test_a_failure_leaves_the_last_good_file(tmp_path, monkeypatch, suffix):
 
 
 @pytest.mark.parametrize(
-    ("name", "state", "said"),
+    ("name", "state", "message"),
     [
         ("weights.pth", {"a": 3}, "its entry 'a' is a int"),
         ("weights.safetensors", {}, "it is empty"),
@@ -407,9 +407,9 @@ def test_a_failure_leaves_the_last_good_file(tmp_path, monkeypatch, suffix):
         ("file/weights.pth", STATE, "File exists"),
     ],
 )
-def test_what_cannot_be_written_is_an_error_of_one_line(tmp_path, name, state, said):
+def test_what_cannot_be_written_is_an_error_of_one_line(tmp_path, name, state, message):
     (tmp_path / "file").touch()
-    with pytest.raises(TensorFileError, match=said) as caught:
+    with pytest.raises(TensorFileError, match=message) as caught:
         files.write_state_dict(tmp_path / name, state)
     assert_one_line_about(tmp_path / name, caught)
 

@@ -1,6 +1,4 @@
-"""What both metrics ask of their inputs."""
-
-from __future__ import annotations
+"""What both metrics share: the check of their inputs, and the mean over classes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,7 +24,7 @@ class Truth(NamedTuple):
 def to_numpy(
     predictions: Sequence[Arrays], targets: Sequence[Arrays], num_classes: int
 ) -> tuple[list[Detected], list[Truth]]:
-    """Bring predictions and targets to NumPy, checked; boxes that are not finite become empty ones at the origin.
+    """Check predictions and targets and make NumPy arrays; boxes that are not finite become empty ones at the origin.
 
     An empty box overlaps nothing, so such a prediction counts as false and such a ground truth as missed.
 
@@ -39,37 +37,43 @@ def to_numpy(
         )
     detected, truths = [], []
     for image, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
-        boxes, labels = _boxes_and_labels(prediction, num_classes, f"predictions[{image}]")
-        scores = _array(prediction["scores"], np.float64)
-        _check_length(scores, len(boxes), f"predictions[{image}]['scores']")
+        boxes, labels = _read_boxes(prediction, num_classes, f"predictions[{image}]")
+        scores = _read_column(prediction, "scores", np.float64, len(boxes), f"predictions[{image}]")
         detected.append(Detected(boxes, scores, labels))
-
-        boxes, labels = _boxes_and_labels(target, num_classes, f"targets[{image}]")
-        ignore = target.get("ignore")
-        flags = np.zeros(len(boxes), dtype=np.bool_) if ignore is None else _array(ignore, np.bool_)
-        _check_length(flags, len(boxes), f"targets[{image}]['ignore']")
-        truths.append(Truth(boxes, labels, flags))
+        boxes, labels = _read_boxes(target, num_classes, f"targets[{image}]")
+        if target.get("ignore") is None:
+            target = {"ignore": np.zeros(len(boxes))}
+        truths.append(Truth(boxes, labels, _read_column(target, "ignore", np.bool_, len(boxes), f"targets[{image}]")))
     return detected, truths
 
 
-def _boxes_and_labels(arrays: Arrays, num_classes: int, where: str) -> tuple[np.ndarray, np.ndarray]:
-    boxes, labels = _array(arrays["boxes"], np.float64), _array(arrays["labels"], np.int64)
+def mean_of_known(values: np.ndarray) -> float:
+    """The mean of what is not NaN; NaN if all is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def _read_boxes(arrays: Arrays, num_classes: int, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes and labels."""
+    boxes = _to_array(arrays["boxes"], np.float64)
     if boxes.size == 0:
         boxes = boxes.reshape(0, 4)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"{where}['boxes'] must be [N, 4], not {list(boxes.shape)}")
-    _check_length(labels, len(boxes), f"{where}['labels']")
+    labels = _read_column(arrays, "labels", np.int64, len(boxes), where)
     if len(labels) and not 1 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(f"{where}['labels'] has {labels.min()}..{labels.max()}, but labels are 1..{num_classes - 1}")
     return np.where(np.isfinite(boxes).all(axis=1, keepdims=True), boxes, 0.0), labels
 
 
-def _array(values: Any, dtype: type) -> np.ndarray:
+def _read_column(arrays: Arrays, name: str, dtype: type, length: int, where: str) -> np.ndarray:
+    values = _to_array(arrays[name], dtype)
+    if values.shape != (length,):
+        raise ValueError(f"{where}['{name}'] must be [{length}], as there are {length} boxes, not {list(values.shape)}")
+    return values
+
+
+def _to_array(values: Any, dtype: type) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = values.detach().to("cpu", torch.float64 if values.is_floating_point() else values.dtype).numpy()
     return np.asarray(values, dtype=dtype)
-
-
-def _check_length(values: np.ndarray, length: int, where: str) -> None:
-    if values.shape != (length,):
-        raise ValueError(f"{where} must be [{length}], as there are {length} boxes, not {list(values.shape)}")
