@@ -142,7 +142,7 @@ class GraphedModel:
         self.device = next(model.parameters()).device
         self.buckets = parse_buckets(batch_shape, len(model.settings.image_mean), model.settings.size_divisible)
         self._programs = LRUCache(self._make_program, memory_limit)
-        # Calls since the capture.
+        # Calls since the capture of each bucket.
         self._replays: dict[Shape, int] = {}
         self._guard: CaptureGuard | None = None
         # Graphs that share memory take as much as the largest; but then none of them can give any back.

@@ -1,4 +1,4 @@
-"""What a captured step depends on, and which of it was changed since."""
+"""What a captured step depends on, and whether it was changed since the capture."""
 
 from __future__ import annotations
 

@@ -174,18 +174,15 @@ def _check_capturable(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     if not isinstance(optimizer, (SGD, AdamW)):
         raise ValueError(f"{name} cannot be captured: take torch.optim.SGD or torch.optim.AdamW, with fused=True")
-    expected = "fused=True, lr=torch.tensor(...)" + (", capturable=True" if isinstance(optimizer, AdamW) else "")
+    expected = "capturable=True" if isinstance(optimizer, AdamW) else "dampening=0"
     for index, group in enumerate(optimizer.param_groups):
+        lr, dampening = group["lr"], group.get("dampening", 0)
         for wrong, reason in (
             (not group["fused"], "is not fused"),
-            (not isinstance(group["lr"], Tensor), f"has the number {group['lr']} as its learning rate"),
+            (not isinstance(lr, Tensor), f"has the number {lr} as its learning rate"),
             (not group.get("capturable", True), "is not capturable"),
+            (dampening != 0, f"has dampening {dampening}, which the first step alone leaves out"),
         ):
             if wrong:
-                call = f"{name}(..., {expected})"
+                call = f"{name}(..., fused=True, lr=torch.tensor(...), {expected})"
                 raise ValueError(f"group {index} of {name} {reason}, so no graph can hold its step: {call}")
-        if group.get("dampening", 0) != 0:
-            raise ValueError(
-                f"group {index} of {name} has dampening {group['dampening']}, which its first step leaves out: "
-                "a captured step, the same each time, needs dampening=0"
-            )

@@ -140,7 +140,7 @@ def test_everything_is_compared_at_the_first_replays_only(monkeypatch):
     full.clear()
     for _ in range(5):
         graphed.step(images[:1], targets[:1])
-    assert full == [True] * (1 + FULL_CHECKS) + [False], "the other bucket is captured of what the first was"
+    assert full == [True] * (1 + FULL_CHECKS) + [False], "a second bucket is captured of the same model as the first"
     full.clear()
     graphed.step(images, targets)
     graphed.recapture()
@@ -189,9 +189,9 @@ def test_a_detector_refuses_a_change_after_the_capture():
 
 
 def test_loading_weights_in_place_is_no_change():
-    graphed, other = trainer(), detector()
+    graphed, trained_elsewhere = trainer(), detector(seed=7)
     graphed.step(*small_scene())
-    graphed.model.load_state_dict(other.state_dict())
+    graphed.model.load_state_dict(trained_elsewhere.state_dict())
     graphed.step(*small_scene())
 
 
