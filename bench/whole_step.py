@@ -13,7 +13,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 import fastdet
 from bench.costs import Step
-from fastdet.graphs.trainer import GraphedDetector, GraphedTrainer
+from fastdet.graphs import GraphedDetector, GraphedTrainer
 
 CLASSES = 21
 BOXES = 8
@@ -169,7 +169,7 @@ def graphed(case: Case) -> Step:
             model,
             None,
             in_operators=False,
-            others=lambda: detector._programs.nbytes,
+            others=lambda: detector.nbytes,
         )
     trainer = GraphedTrainer(model, optimizer, shape, BOXES, amp=amp)
     return Step(
@@ -178,7 +178,7 @@ def graphed(case: Case) -> Step:
         model,
         optimizer,
         in_operators=False,
-        others=lambda: trainer._programs.nbytes,
+        others=lambda: trainer.nbytes,
     )
 
 

@@ -1,7 +1,7 @@
-"""A whole training step on tensors of fixed shape: nothing in it makes the host wait or asks the host for a number.
+"""A whole training step on tensors of fixed shape, free of host syncs.
 
 The same function runs eagerly and is captured as a CUDA graph, so what it depends on lies on the device: the learning
-rate and the loss scale are tensors, and a step that must not count is undone by a tensor that says so.
+rate and the loss scale are tensors, and a step that must not count is undone by a tensor that marks it.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.models.losses import NAMES
 from fastdet.structures import Batch, Targets
 
-# What a step tells of itself.
+# What a step returns.
 COLUMNS = (*NAMES, "gradient_norm", "skipped", "loss_scale")
 
 # Those of torch's GradScaler.
-FIRST_SCALE, GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000
+INITIAL_SCALE, GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000
 
 
 class LossScale(NamedTuple):
-    """What the loss is multiplied by under fp16: scale fp32 [], and streak int32 [], the steps since it changed."""
+    """The dynamic loss scale of fp16, as torch's GradScaler keeps it: scale fp32 [], the factor of the loss, and
+    growth_tracker int32 [], the steps since the factor last changed."""
 
     scale: Tensor
-    streak: Tensor
+    growth_tracker: Tensor
 
     @classmethod
-    def start(cls, amp: torch.dtype | None, device: torch.device) -> LossScale:
+    def initial(cls, amp: torch.dtype | None, device: torch.device) -> LossScale:
         """1 but under fp16, whose small gradients would be zero."""
-        scale = torch.full((), FIRST_SCALE if amp == torch.float16 else 1.0, device=device)
+        scale = torch.full((), INITIAL_SCALE if amp == torch.float16 else 1.0, device=device)
         return cls(scale, torch.zeros((), dtype=torch.int32, device=device))
 
 
@@ -55,7 +56,7 @@ def training_step(
     is halved then, and doubled after `GROWTH_INTERVAL` good steps. Gradients are not kept.
 
     Args:
-        optimizer: as `prepare` leaves it.
+        optimizer: as `prepare_optimizer` leaves it.
         amp: dtype of autocast; None: none.
         clip_norm: largest norm of all gradients together; 0 does not clip.
 
@@ -71,9 +72,8 @@ def training_step(
         parameter.grad = None
     with torch.enable_grad():
         with autocast(batch.images.device, amp):
-            images, sizes, scales = batch
             losses, _ = model.forward_padded(
-                images, sizes, targets, scales, compute_losses=True, compute_detections=False
+                batch.images, batch.sizes, targets, batch.scales, compute_losses=True, compute_detections=False
             )
         assert losses is not None
         each = torch.stack([losses[name] for name in NAMES])
@@ -118,16 +118,17 @@ def autocast(device: torch.device, amp: torch.dtype | None) -> Iterator[None]:
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """The buffers that layers of normalisation change in training."""
+    """The buffers that normalization layers change in training."""
     layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
     return [buffer for layer in layers if layer.training for buffer in layer.buffers(recurse=False)]
 
 
-def prepare(optimizer: Optimizer, device: torch.device, rates: Sequence[Tensor] = ()) -> list[Tensor]:
+def prepare_optimizer(optimizer: Optimizer, model: nn.Module, rates: Sequence[Tensor] = ()) -> list[Tensor]:
     """Bring an optimizer to where its first step does what all others do, in place.
 
-    Each group gets a learning rate of its own, fp32 on `device`. State that the first step would make is made, of
-    zeros: fused SGD takes the gradient itself as its first momentum, and captured so would do it at every replay.
+    Each group gets a learning rate of its own, fp32 on the model's device. State that the first step would make is
+    made, of zeros: fused SGD takes the gradient itself as its first momentum, and captured so would do it at every
+    replay.
 
     Args:
         rates: what an earlier call returned; a group that still has the rate that it got then keeps it.
@@ -136,20 +137,27 @@ def prepare(optimizer: Optimizer, device: torch.device, rates: Sequence[Tensor] 
         The groups' learning rates.
 
     Raises:
-        ValueError: an optimizer that cannot be captured; says how to make one that can.
+        ValueError: an optimizer that cannot be captured, or is not of the model's parameters alone; the message gives
+            one that can.
     """
-    check_capturable(optimizer)
+    _check_parameters(optimizer, model)
+    _check_capturable(optimizer)
+    device = next(model.parameters()).device
     for group, rate in zip_longest(optimizer.param_groups, rates[: len(optimizer.param_groups)]):
         if group["lr"] is not rate:
             group["lr"] = group["lr"].detach().to(device, torch.float32, copy=True)
+        names = ["momentum_buffer"] if group.get("momentum") else []
+        if isinstance(optimizer, AdamW):
+            names = ["step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
         for parameter in group["params"]:
-            if parameter.requires_grad:
-                _seed(optimizer, group, parameter)
+            for name in names if parameter.requires_grad else ():
+                if optimizer.state[parameter].get(name) is None:
+                    zeros = torch.zeros((), device=device) if name == "step" else torch.zeros_like(parameter)
+                    optimizer.state[parameter][name] = zeros
     return [group["lr"] for group in optimizer.param_groups]
 
 
-def check_owner(optimizer: Optimizer, model: nn.Module) -> None:
-    """Raises ValueError unless the optimizer has trainable parameters of the model, and no others."""
+def _check_parameters(optimizer: Optimizer, model: nn.Module) -> None:
     of_model = {id(parameter) for parameter in model.parameters()}
     given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     foreign = sum(id(parameter) not in of_model for parameter in given)
@@ -162,35 +170,19 @@ def check_owner(optimizer: Optimizer, model: nn.Module) -> None:
         raise ValueError("the optimizer has none of the model's trainable parameters")
 
 
-def check_capturable(optimizer: Optimizer) -> None:
-    """Raises ValueError unless it is a fused SGD or AdamW, with learning rates that are tensors."""
+def _check_capturable(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     if not isinstance(optimizer, (SGD, AdamW)):
         raise ValueError(f"{name} cannot be captured: take torch.optim.SGD or torch.optim.AdamW, with fused=True")
-    wanted = "fused=True, lr=torch.tensor(...)" + (", capturable=True" if isinstance(optimizer, AdamW) else "")
+    expected = "capturable=True" if isinstance(optimizer, AdamW) else "dampening=0"
     for index, group in enumerate(optimizer.param_groups):
-        for wrong, why in (
+        lr, dampening = group["lr"], group.get("dampening", 0)
+        for wrong, reason in (
             (not group["fused"], "is not fused"),
-            (not isinstance(group["lr"], Tensor), f"has the number {group['lr']} as its learning rate"),
+            (not isinstance(lr, Tensor), f"has the number {lr} as its learning rate"),
             (not group.get("capturable", True), "is not capturable"),
+            (dampening != 0, f"has dampening {dampening}, which the first step alone leaves out"),
         ):
             if wrong:
-                raise ValueError(f"group {index} of {name} {why}, so no graph can hold its step: {name}(..., {wanted})")
-        if group.get("dampening", 0) != 0:
-            raise ValueError(
-                f"group {index} of {name} has dampening {group['dampening']}, which its first step leaves out: "
-                "a captured step, the same each time, needs dampening=0"
-            )
-
-
-def _seed(optimizer: Optimizer, group: dict[str, object], parameter: Tensor) -> None:
-    names: tuple[str, ...] = ()
-    if isinstance(optimizer, AdamW):
-        names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
-        if not optimizer.state[parameter]:
-            optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
-    elif group["momentum"]:
-        names = ("momentum_buffer",)
-    for name in names:
-        if optimizer.state[parameter].get(name) is None:
-            optimizer.state[parameter][name] = torch.zeros_like(parameter, requires_grad=False)
+                call = f"{name}(..., fused=True, lr=torch.tensor(...), {expected})"
+                raise ValueError(f"group {index} of {name} {reason}, so no graph can hold its step: {call}")

@@ -1,4 +1,4 @@
-"""A whole training step, or a whole detection, as one CUDA graph for each padded shape.
+"""A whole training step as one CUDA graph for each padded shape.
 
 At small batches a GPU waits for the host to launch some thousand kernels; a graph launches them at once. On a device
 without CUDA the same step runs eagerly, through the same checks, so that a script does not branch.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,16 +21,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastdet.graphs import static_inputs
-from fastdet.graphs.capture import Baked, Graphed, Program
-from fastdet.graphs.static_inputs import Shape
-from fastdet.graphs.step import COLUMNS, LossScale, autocast, check_owner, prepare, training_step
-from fastdet.models import preprocessing
+from fastdet.graphs.capture import GraphedModel, StaticStep
+from fastdet.graphs.guards import CaptureGuard
+from fastdet.graphs.static_inputs import BatchShapes, Shape
+from fastdet.graphs.step import COLUMNS, LossScale, prepare_optimizer, training_step
 from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.models.losses import NAMES
-from fastdet.structures import Batch, Detections, Targets
+from fastdet.structures import Batch, Targets
 
 
-class GraphedTrainer(Graphed):
+class GraphedTrainer(GraphedModel):
     """Forward, losses, backward, clipping of gradients and the optimizer's step as one CUDA graph a bucket.
 
     A step takes what `model(images, targets)` takes and gives the same losses and weights as a loop of
@@ -43,17 +42,24 @@ class GraphedTrainer(Graphed):
         optimizer.step()
 
     over images padded to the bucket and ground truth padded to `max_boxes` rows. The first step of a bucket captures
-    it, which waits for the device; the others do not. Two calls must not run at once, nor on two streams. A loss of an
-    eager step that is still alive holds the parameters to that step's stream: let go of it before a capture.
+    it, which is a host sync; the others are free of them. Two calls must not run at once, nor on two streams. A loss
+    of an eager step that is still alive holds the parameters to that step's stream: let go of it before a capture.
 
     Gradients are not kept: `.grad` is None after a step, and gradients accumulated before are lost. What is drawn at
     random follows torch's generator of the device, so `torch.manual_seed` before any step fixes the run.
 
-    What a step was captured with stays: a change of parameters, of what is frozen, of layers, modes, settings or the
-    optimizer's numbers is refused, but that of a number inside a layer (a dropout's p) is not seen before `recapture`.
+    A captured step goes on using what it was captured with, so a change of that is refused until `recapture`:
+
+    - at every step: the mode of the model, its `settings`, `model.compile`, its first parameter (`model.to` moves, and
+      `load_state_dict(assign=True)` replaces all), the optimizer's groups with their options, learning-rate tensors and
+      numbers of parameters, and its state as a whole;
+    - at a capture, at the bucket's three steps after it, and at every step with `check_every_step`: each layer and its
+      mode, each parameter, buffer and tensor of the optimizer by identity and address, and which are frozen. By
+      default a later change of these has no effect on the captured step, or makes it write to freed memory;
+    - never: a plain attribute of a layer, such as a dropout's p.
 
     Args:
-        model: in training mode, where it is to train.
+        model: in training mode, on the device where it is to train.
         optimizer: torch.optim.SGD(..., fused=True) without dampening, or AdamW(..., fused=True, capturable=True), with
             `lr=torch.tensor(...)`. It gets its state at once, and for each group a learning rate on the device, to be
             changed by `set_lr` or in place; torch's schedulers do so, those that change the momentum too are refused.
@@ -63,8 +69,9 @@ class GraphedTrainer(Graphed):
         max_boxes: the most ground-truth boxes of an image.
         amp: torch.bfloat16 or torch.float16 for autocast; the latter with a loss scale on the device.
         clip_norm: largest norm of all gradients together; 0 does not clip.
-        memory_limit: bytes that graphs may keep; those not used for longest are dropped, and captured again when they
-            are needed. None: no limit, and graphs share their memory.
+        memory_limit: bytes that graphs may keep; the least recently used are dropped, and captured again when they are
+            needed. None: no limit, and graphs share their memory.
+        check_every_step: compare everything at every step, for some tenths of a millisecond of the host's time.
 
     Raises:
         ValueError: an argument out of range, an optimizer that cannot be captured or is not of this model.
@@ -74,14 +81,15 @@ class GraphedTrainer(Graphed):
         self,
         model: FasterRCNN,
         optimizer: Optimizer,
-        batch_shape: Sequence[int] | Sequence[Sequence[int]],
+        batch_shape: BatchShapes,
         max_boxes: int,
         *,
         amp: torch.dtype | None = None,
         clip_norm: float = 0.0,
         memory_limit: int | None = None,
+        check_every_step: bool = False,
     ) -> None:
-        super().__init__(model, batch_shape, amp, memory_limit, training=True)
+        super().__init__(model, batch_shape, amp, memory_limit, check_every_step, training=True)
         if isinstance(max_boxes, bool) or not isinstance(max_boxes, int) or max_boxes < 1:
             raise ValueError(f"max_boxes must be a whole number from 1 on, got {max_boxes!r}")
         if not (clip_norm >= 0 and math.isfinite(clip_norm)):
@@ -94,32 +102,29 @@ class GraphedTrainer(Graphed):
         self._rates: list[Tensor] = []
         # Tensors of inference mode could not be changed outside it.
         with torch.inference_mode(False):
-            self.loss_scale = LossScale.start(amp, self.device)
-            self._prepare()
+            self.loss_scale = LossScale.initial(amp, self.device)
+        self._prepare_optimizer()
 
     def step(
-        self,
-        images: Sequence[Tensor],
-        targets: Sequence[Mapping[str, Tensor]],
-        ids: Sequence[object] | None = None,
+        self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]], ids: Sequence[object] | None = None
     ) -> None:
-        """Train on a batch; nothing is returned, as that would wait.
+        """Train on a batch; nothing is returned, as that would be a host sync.
 
         Args:
             images, targets: as `model(images, targets)` takes them.
-            ids: what to call the images in errors; None: by their number in the batch.
+            ids: the names of the images in errors; None: their indices in the batch.
 
         Raises:
             ValueError: bad images or targets, a batch that fits no bucket, or more boxes than `max_boxes`.
-            RuntimeError: something was changed that the captured step has baked in; `recapture` takes it over. Inside
+            RuntimeError: what the captured step depends on was changed; `recapture` takes the change over. Inside
                 torch.autocast or torch.inference_mode.
         """
         batch, padded, _ = self.model.preprocess(images, targets)
         assert padded is not None
-        self._check_boxes(max(len(target["boxes"]) for target in targets))
-        self.step_padded(
-            batch.images, batch.sizes, Targets(*(t[:, : self.max_boxes] for t in padded)), batch.scales, ids
-        )
+        # Without rows of padding that the step does not hold.
+        rows = max(self.max_boxes, *(len(target["boxes"]) for target in targets))
+        padded = Targets(*(tensor[:, :rows] for tensor in padded))
+        self.step_padded(batch.images, batch.sizes, padded, batch.scales, ids)
 
     def step_padded(
         self,
@@ -132,27 +137,32 @@ class GraphedTrainer(Graphed):
         """As `step`, of what `model.forward_padded` takes: only shapes are checked. Smaller tensors are padded.
 
         Args:
-            images: fp32 [B, C, H, W], normalised.
+            images: fp32 [B, C, H, W], normalized.
             sizes: int64 [B, 2], (height, width) of each image inside the padding.
             targets: at most `max_boxes` rows an image.
-            scales: fp32 [B], by how much each image was resized; 1 if left out.
+            scales: fp32 [B], by how much each image was resized; None: 1.
         """
         if torch.is_inference_mode_enabled():
-            raise RuntimeError("inside torch.inference_mode nothing can be learnt")
-        bucket = static_inputs.choose(self.buckets, images, exact=True)
-        self._check_boxes(targets.boxes.shape[1])
-        static_inputs.check_padded(images, sizes, scales, targets)
+            raise RuntimeError("inside torch.inference_mode nothing can be learned")
+        bucket = static_inputs.choose_bucket(self.buckets, images, exact=True)
+        static_inputs.check_padded_shapes(images, sizes, scales, targets)
+        count = targets.labels.shape[1]
+        if count > self.max_boxes:
+            raise ValueError(
+                f"an image has {count} boxes, but the step holds at most max_boxes={self.max_boxes}: give "
+                f"GraphedTrainer max_boxes={count} or more"
+            )
         if ids is not None and len(ids) != len(images):
             raise ValueError(f"{len(images)} images, but {len(ids)} ids")
         program = self._program(bucket)
-        static_inputs.fill(program.inputs, (images, sizes, scales, *targets))
+        static_inputs.fill_inputs(program.inputs, (images, sizes, scales, *targets))
         self._steps += 1
         names = ", ".join(map(str, range(len(images)) if ids is None else ids))
         # The next run writes over the row.
         self._unread.append((self._steps, names, program.run().clone()))
 
     def losses(self) -> list[dict[str, float]]:
-        """Of each step since the last call a row, read from the device in one piece: this waits.
+        """A row for each step since the last call, read from the device in one piece: a host sync.
 
         Rows are kept until they are read, so read them now and then.
 
@@ -162,29 +172,29 @@ class GraphedTrainer(Graphed):
         Raises:
             FloatingPointError: a loss or gradient was not finite; names all such steps and their images. They changed
                 no weights, and the rows of the other steps are there for the next call. Under fp16 a gradient that is
-                not finite only shows as "skipped", as the loss scale looks for the largest that does.
+                not finite only shows as "skipped", as the loss scale looks for the largest that does not overflow.
         """
-        unread, self._unread = self._unread, []
-        if not unread:
+        if not self._unread:
             return []
-        rows = torch.stack([row for _, _, row in unread]).tolist()
-        checked = COLUMNS[: len(NAMES) + (self.amp != torch.float16)]
-        good, bad = [], []
-        for (step, names, row), values in zip(unread, rows, strict=True):
-            named = dict(zip(COLUMNS, values, strict=True))
-            if all(math.isfinite(named[name]) for name in checked):
-                self._unread.append((step, names, row))
-                good.append({"step": step, "loss": sum(values[: len(NAMES)]), **named})
+        rows = torch.stack([row for _, _, row in self._unread]).tolist()
+        checked = len(NAMES) + (self.amp != torch.float16)
+        finite, read, errors = [], [], []
+        for (step, names, row), values in zip(self._unread, rows, strict=True):
+            if all(map(math.isfinite, values[:checked])):
+                finite.append((step, names, row))
+                read.append(
+                    {"step": step, "loss": sum(values[: len(NAMES)]), **dict(zip(COLUMNS, values, strict=True))}
+                )
             else:
-                found = ", ".join(f"{name} {named[name]:.3g}" for name in checked)
-                bad.append(f"step {step}: a loss or gradient is not finite ({found}), images {names}")
-        if bad:
-            raise FloatingPointError("; ".join(bad) + "; nothing was learnt from them")
-        self._unread = []
-        return good
+                found = ", ".join(f"{name} {value:.3g}" for name, value in zip(COLUMNS[:checked], values, strict=False))
+                errors.append(f"step {step}: a loss or gradient is not finite ({found}), images {names}")
+        self._unread = finite if errors else []
+        if errors:
+            raise FloatingPointError("; ".join(errors) + "; nothing was learned from them")
+        return read
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate from the next step on, times the "lr_factor" of a group that has one; does not wait."""
+        """The learning rate from the next step on, times the "lr_factor" of a group that has one; no host sync."""
         for group in self.optimizer.param_groups:
             group["lr"].fill_(lr * group.get("lr_factor", 1.0))
 
@@ -214,98 +224,33 @@ class GraphedTrainer(Graphed):
             tensor.copy_(state[name])
 
     def recapture(self) -> None:
-        """Forget what was captured: the next step captures the model and the optimizer as they are then.
+        """Drop what was captured: the next step captures the model and the optimizer as they are then.
 
         Raises:
             ValueError: the optimizer cannot be captured any more.
         """
         super().recapture()
+        self._prepare_optimizer()
+
+    def _create_guard(self) -> CaptureGuard:
+        return CaptureGuard(self.model, self.optimizer)
+
+    def _prepare_optimizer(self) -> None:
         with torch.inference_mode(False):
-            self._prepare()
+            self._rates = prepare_optimizer(self.optimizer, self.model, self._rates)
 
-    def _prepare(self) -> None:
-        check_owner(self.optimizer, self.model)
-        self._rates = prepare(self.optimizer, self.device, self._rates)
+    def _define_step(self, bucket: Shape) -> StaticStep:
+        # What was changed since the last capture may need state of its own.
+        self._prepare_optimizer()
 
-    def _check_boxes(self, count: int) -> None:
-        if count > self.max_boxes:
-            raise ValueError(
-                f"an image has {count} boxes, but the step holds at most max_boxes={self.max_boxes}: give "
-                f"GraphedTrainer max_boxes={count} or more"
+        def step(*tensors: Tensor) -> Tensor:
+            batch, targets, amp = Batch(*tensors[:3]), Targets(*tensors[3:]), self.amp
+            return training_step(
+                self.model, self.optimizer, self.loss_scale, batch, targets, amp=amp, clip_norm=self.clip_norm
             )
 
-    def _make(self, bucket: Shape) -> Program:
-        boxes = torch.zeros(bucket[0], self.max_boxes, 4, device=self.device)
-        labels = torch.zeros(boxes.shape[:2], dtype=torch.int64, device=self.device)
-        inputs = [*static_inputs.blank(bucket, self.device), boxes, labels, torch.zeros_like(labels, dtype=torch.bool)]
-        step = partial(
-            training_step, self.model, self.optimizer, self.loss_scale, amp=self.amp, clip_norm=self.clip_norm
-        )
+        batch = static_inputs.allocate_batch(bucket, self.device)
+        targets = static_inputs.allocate_targets(bucket[0], self.max_boxes, self.device)
         state = [value for each in self.optimizer.state.values() for value in each.values() if torch.is_tensor(value)]
         changed = [*self.model.parameters(), *self.model.buffers(), *state, *self.loss_scale]
-        return self._build(lambda *tensors: step(Batch(*tensors[:3]), Targets(*tensors[3:])), inputs, changed)
-
-    def _bake(self) -> Baked:
-        return Baked(self.model, self.optimizer)
-
-
-class GraphedDetector(Graphed):
-    """Detection as one CUDA graph a bucket; called as the model is, it finds what the model finds.
-
-    A batch is padded to the smallest bucket that holds it; missing images are blank, and left out of the result.
-
-    Args:
-        model: in evaluation mode.
-        batch_shape, amp, memory_limit: as of `GraphedTrainer`.
-
-    Raises:
-        ValueError: an argument out of range.
-    """
-
-    def __init__(
-        self,
-        model: FasterRCNN,
-        batch_shape: Sequence[int] | Sequence[Sequence[int]],
-        *,
-        amp: torch.dtype | None = None,
-        memory_limit: int | None = None,
-    ) -> None:
-        super().__init__(model, batch_shape, amp, memory_limit, training=False)
-
-    def __call__(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """As `model(images)`: for each image a dict of boxes [N, 4], labels [N] and scores [N], best first.
-
-        Raises:
-            ValueError: bad images, or a batch that fits no bucket.
-            RuntimeError: something was changed that the captured graph has baked in; `recapture` takes it over.
-        """
-        batch, _, original_sizes = self.model.preprocess(images)
-        # What is handed out stays as it is when the next call writes over the static tensors.
-        found = Detections(*(tensor.clone() for tensor in self.padded(*batch)))
-        return preprocessing.unbatch(found, original_sizes, batch.sizes, {})
-
-    def padded(self, images: Tensor, sizes: Tensor, scales: Tensor | None = None) -> Detections:
-        """As `model.forward_padded(images, sizes, None, scales)`; no host sync once captured.
-
-        The result is written over by the next call.
-        """
-        bucket = static_inputs.choose(self.buckets, images, exact=False)
-        static_inputs.check_padded(images, sizes, scales)
-        program = self._program(bucket)
-        static_inputs.fill(program.inputs, (images, sizes, scales))
-        return Detections(*(tensor[: len(images)] for tensor in program.run()))
-
-    def _make(self, bucket: Shape) -> Program:
-        return self._build(self._detect, static_inputs.blank(bucket, self.device), ())
-
-    @torch.no_grad()
-    def _detect(self, images: Tensor, sizes: Tensor, scales: Tensor) -> Detections:
-        with autocast(self.device, self.amp):
-            _, found = self.model.forward_padded(
-                images, sizes, None, scales, compute_losses=False, compute_detections=True
-            )
-        assert found is not None
-        return found
-
-    def _bake(self) -> Baked:
-        return Baked(self.model)
+        return StaticStep(step, (*batch, *targets), changed)

@@ -1,4 +1,4 @@
-"""Work that leaves tensors, generators and modes as they were before it."""
+"""Context managers that restore tensors, generators and modes on exit, also after an exception."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def preserve_tensors(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """The tensors hold afterwards what they hold now, where they are now."""
+    """Restore the values of the tensors in place, so that their addresses stay."""
     copies = [tensor.detach().clone() for tensor in tensors]
     try:
         yield
@@ -23,18 +23,18 @@ def preserve_tensors(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def preserve_rng(device: torch.device) -> Iterator[None]:
-    """Torch's generators of the host and of `device` go on afterwards from where they are now."""
+    """Restore torch's generators of the host and of `device`."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
 
 @contextmanager
 def preserve_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The model in training or evaluation mode, and afterwards each module in the mode that it was in."""
+    """Put the model into training or evaluation mode; restore the mode of each module."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
         yield
     finally:
-        for module, before in modes:
-            module.training = before
+        for module, mode in modes:
+            module.training = mode
