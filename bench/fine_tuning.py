@@ -26,7 +26,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 import fastdet
 from fastdet.data import VOC
-from fastdet.engine.trainer import TrainSettings, train
+from fastdet.engine import TrainSettings, train
 
 SIZES = ((24,), (48,), (96,), (192,))
 NUMBERS: dict[str, Any] = {

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.cuda
 
 
 def test_doctor_finds_nothing():
-    assert doctor.probe(torch.device("cuda")) is None
+    assert doctor.run_self_check(torch.device("cuda")) is None
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
-from fastdet.data import Item, Shapes
-from fastdet.engine import checkpoint
-from fastdet.engine.predict import Evaluation, evaluate, write_report
-from fastdet.engine.recipes import TrainSettings
-from fastdet.engine.trainer import train
+from fastdet.data import Shapes
+from fastdet.engine import TrainSettings, build_model, describe_anchors, train
+from fastdet.engine.evaluate import Evaluation, evaluate, require_pycocotools
+from fastdet.visualize import write_report
 
 SIZE = 128
 TRAIN_IMAGES, TEST_IMAGES = 1000, 200
 SETTINGS = TrainSettings(epochs=8, batch_size=4, lr=0.02, warmup_steps=100)
 
-# Where the shapes' sides are 20 to 58 pixels and their boxes nearly square, a few anchors do; where there are four
-# shapes at the most, a few proposals do. The head is narrow because on a CPU it costs more than the backbone.
+# The shapes' sides are 20 to 58 pixels and their boxes nearly square, so a few anchors suffice; there are four shapes
+# at the most, so a few proposals suffice. The head is narrow because on a CPU it costs more than the backbone.
 ARCHITECTURE: dict[str, Any] = {
     "backbone": "small",
     "num_classes": len(Shapes.class_names) + 1,
-    "anchors": checkpoint.describe_anchors("small", sizes=(20, 32, 50), aspect_ratios=(1.0,)),
+    "anchors": describe_anchors("small", sizes=(20, 32, 50), aspect_ratios=(1.0,)),
     "settings": {
         "min_size": SIZE,
         "max_size": SIZE,
@@ -46,8 +42,8 @@ ARCHITECTURE: dict[str, Any] = {
 }
 
 
-def data() -> tuple[Shapes, Shapes]:
-    """The pictures to train and to test on; another seed draws other pictures."""
+def load_data() -> tuple[Shapes, Shapes]:
+    """The images to train and to test on; another seed draws other images."""
     return Shapes(TRAIN_IMAGES, size=SIZE, seed=0), Shapes(TEST_IMAGES, size=SIZE, seed=1)
 
 
@@ -59,44 +55,31 @@ def run(out: str | Path, *, seed: int = 0, progress: bool = True) -> Evaluation:
 
     Args:
         out: the folder, made if it is not there.
-        seed: of the weights and of what is drawn in training; the pictures stay the same.
+        seed: of the weights and of what is drawn in training; the images stay the same.
         progress: show bars.
+
+    Raises:
+        ImportError: pycocotools is missing; before anything is trained.
     """
+    require_pycocotools()
     start = time.perf_counter()
-    shapes, held_out = data()
+    shapes, held_out = load_data()
+    # In memory: drawing the shapes anew in each epoch would take a fifth of the time.
+    items: Any = [shapes[index] for index in range(len(shapes))]
     description = {"architecture": ARCHITECTURE, "class_names": Shapes.class_names}
-    settings = replace(SETTINGS, seed=seed)
     torch.manual_seed(seed)
-    model = checkpoint.build_model(ARCHITECTURE)
-    with _one_thread():
-        train(model, _Kept(shapes), out, settings, description=description, overwrite=True, progress=progress)
+    model, settings = build_model(ARCHITECTURE), replace(SETTINGS, seed=seed)
+    threads = torch.get_num_threads()
+    # With tensors this small more threads gain little, and lose much on a busy machine.
+    torch.set_num_threads(1)
+    try:
+        train(model, items, out, settings, description=description, overwrite=True, progress=progress)
         evaluation = evaluate(model, held_out, Shapes.class_names, batch_size=8, progress=progress)
+    finally:
+        torch.set_num_threads(threads)
     minutes = round((time.perf_counter() - start) / 60, 2)
-    write_report(evaluation, held_out, out, facts={"data": "drawn shapes", "minutes": minutes})
+    summary, metadata = evaluation.summary(), {"data": "drawn shapes", "minutes": minutes}
+    write_report(out, summary, evaluation.predictions, Shapes.class_names, held_out, metadata=metadata)
     print(evaluation.table())
     print(f"{minutes:.1f} minutes: {out}")
     return evaluation
-
-
-class _Kept(Dataset[Item]):
-    """A data set in memory: drawing the shapes anew in each epoch would take a fifth of the time."""
-
-    def __init__(self, shapes: Shapes) -> None:
-        self.items = [shapes[index] for index in range(len(shapes))]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Item:
-        return self.items[index]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute in one thread: with tensors this small more threads gain little, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -57,60 +57,56 @@ def describe_anchors(
     """The "anchors" of an architecture for a named backbone.
 
     Args:
-        backbone: a name that `fastdet.FasterRCNN` knows.
+        backbone: one of `fastdet.models.backbones.NAMED`.
         sizes: sides of the square anchors in pixels of the resized image, for each level of a feature pyramid equally
-            many, the finest level's first; None takes the backbone's usual ones.
+            many, the finest level's first; None takes the backbone's default.
         aspect_ratios: height over width; None takes 1:2, 1:1, 2:1.
 
     Raises:
-        ValueError: an unknown backbone, or sizes that can't be shared out among its levels.
+        ValueError: an unknown backbone, or a number of sizes that is no multiple of its levels.
     """
     if backbone not in NAMED:
         raise ValueError(f"backbone must be one of {', '.join(NAMED)}, got {backbone!r}")
-    strides, usual = NAMED[backbone].strides, NAMED[backbone].settings.rpn_anchor_generator
+    strides, default = NAMED[backbone].strides, NAMED[backbone].settings.rpn_anchor_generator
     levels = len(strides)
     if sizes is not None and len(sizes) % levels:
         raise ValueError(
             f"{backbone} has {levels} feature levels: its anchors need {levels} sizes or a multiple, got {len(sizes)}"
         )
-    each = len(sizes) // levels if sizes is not None else 0
+    per_level = len(sizes or ()) // levels
     return {
-        "sizes": tuple(tuple(sizes[k * each : (k + 1) * each]) for k in range(levels)) if sizes else usual.sizes,
+        "sizes": tuple(tuple(sizes[k * per_level :][:per_level]) for k in range(levels)) if sizes else default.sizes,
         "aspect_ratios": (tuple(aspect_ratios or (0.5, 1.0, 2.0)),),
-        # On a single level they are centred on its cells, as in the paper.
-        "offset": usual.offset if levels > 1 else strides[0] / 2,
-        "rounded": usual.rounded,
+        # On a single level they are centered on its cells, as in the paper.
+        "offset": default.offset if levels > 1 else strides[0] / 2,
+        "rounded": default.rounded,
     }
 
 
-def build_model(
-    architecture: Mapping[str, Any],
-    *,
-    weights_backbone: str | None = None,
-) -> FasterRCNN:
-    """Make a detector from its plain description.
+def build_model(architecture: Mapping[str, Any], *, weights_backbone: str | None = None) -> FasterRCNN:
+    """Build a detector from its plain description.
 
     Args:
-        architecture: "backbone", a name; "num_classes", the background included; and, where they are not the usual
+        architecture: "backbone", a name; "num_classes", the background included; and, where they are not the default
             ones, "anchors", the arguments of `fastdet.AnchorGenerator`, "settings", other fields of
             `fastdet.Settings`, "trainable_backbone_layers" and "freeze_batchnorm".
-        weights_backbone: as `fastdet.FasterRCNN` takes it. It is no part of the description, because a checkpoint
-            brings all weights itself.
+        weights_backbone: as in `fastdet.FasterRCNN`. It is no part of the description, because a checkpoint holds all
+            weights itself.
 
     Raises:
         TypeError: a setting's name is unknown.
         ValueError: a value is out of its range, or the backbone's name is unknown.
     """
-    overrides = dict(architecture.get("settings", {}))
+    settings = dict(architecture.get("settings", {}))
     if "anchors" in architecture:
-        overrides["rpn_anchor_generator"] = AnchorGenerator(**architecture["anchors"])
+        settings["rpn_anchor_generator"] = AnchorGenerator(**architecture["anchors"])
     return FasterRCNN(
         architecture["backbone"],
         architecture["num_classes"],
         weights_backbone=weights_backbone,
         trainable_backbone_layers=architecture.get("trainable_backbone_layers"),
         freeze_batchnorm=architecture.get("freeze_batchnorm"),
-        **overrides,
+        **settings,
     )
 
 

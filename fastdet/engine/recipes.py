@@ -1,4 +1,4 @@
-"""How to train, as plain values and pure functions: settings, the learning rate, parameter groups, order and flips."""
+"""Hyperparameters of training and the pure functions of them: learning rate, parameter groups, order and flips."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-Batch = list[tuple[int, bool]]
+# The images of a step: their indices, each with whether to flip it.
+BatchPlan = list[tuple[int, bool]]
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,14 @@ class TrainSettings:
         bias_weight_decay: None takes `weight_decay`.
         warmup_steps: steps over which the rate rises linearly to its full value.
         schedule: "cosine" falls to zero over all epochs, "step" falls by `gamma` after each of the milestones.
-        milestones: numbers of epochs after which "step" lowers the rate.
+        milestones: epochs after which "step" lowers the rate.
         gamma: factor of "step".
         clip_norm: largest norm of all gradients together; 0 does not clip.
         amp: "bfloat16" for the networks in mixed precision; None for fp32.
         flip: mirror half the images left to right.
         seed: of the order, the flips and the model's draws.
-        workers: processes that load data; 0 loads in this one. Their number changes nothing in what is drawn.
-        log_every: steps between two looks at the losses; each look waits for the device.
+        workers: processes that load data; 0 loads in the main process. Their number does not change what is drawn.
+        log_every: steps between two readings of the losses; each is a host sync.
     """
 
     epochs: int = 12
@@ -58,27 +59,23 @@ class TrainSettings:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        if self.schedule not in ("cosine", "step"):
-            raise ValueError(f"schedule must be 'cosine' or 'step', not {self.schedule!r}")
-        if self.optimizer_name not in ("sgd", "adamw"):
-            raise ValueError(f"optimizer_name must be 'sgd' or 'adamw', not {self.optimizer_name!r}")
-        if self.amp not in (None, "bfloat16"):
-            # fp16 needs a loss scale, which `fastdet.graphs.GraphedTrainer` has.
-            raise ValueError(f"amp must be None or 'bfloat16', not {self.amp!r}")
-        for name in ("epochs", "warmup_steps", "seed", "workers", "clip_norm", "momentum", "weight_decay"):
-            _check_range(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
-        for name in ("batch_size", "log_every"):
-            _check_range(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        _check_range("lr", self.lr, self.lr > 0, "above 0")
+        # fp16 needs a loss scale, which `fastdet.graphs.GraphedTrainer` has.
+        choices = {"schedule": ("cosine", "step"), "optimizer_name": ("sgd", "adamw"), "amp": (None, "bfloat16")}
+        for name, (first, second) in choices.items():
+            if getattr(self, name) not in (first, second):
+                raise ValueError(f"{name} must be {first!r} or {second!r}, not {getattr(self, name)!r}")
+        minima = dict.fromkeys(
+            ("epochs", "warmup_steps", "seed", "workers", "clip_norm", "momentum", "weight_decay"), 0
+        )
+        for name, minimum in {**minima, "batch_size": 1, "log_every": 1}.items():
+            if not minimum <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least {minimum} and finite, not {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be above 0 and finite, not {self.lr}")
 
 
-def _check_range(name: str, value: float, fits: bool, wanted: str) -> None:
-    if not (fits and math.isfinite(value)):
-        raise ValueError(f"{name} must be {wanted} and finite, not {value}")
-
-
-# By backbone: Faster R-CNN as its authors' successors train it in one stage on VOC 2007 (Ren et al., arXiv:1506.01497,
-# section 3.1.3, for momentum and decay), and what suits a light backbone on some hundred images.
+# By backbone: VGG16 trained in one stage on VOC 2007 (Ren et al., arXiv:1506.01497, section 3.1.3, for momentum and
+# decay), and a light backbone on some hundred images.
 RECIPES = {
     "vgg16": TrainSettings(
         epochs=14,
@@ -111,24 +108,22 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str
     Raises:
         ValueError: no parameter is trainable.
     """
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not trainable:
-        raise ValueError("the model has no trainable parameters")
     bias_decay = settings.weight_decay if settings.bias_weight_decay is None else settings.bias_weight_decay
     groups: list[dict[str, Any]] = [
         {"params": [], "lr_factor": 1.0, "weight_decay": settings.weight_decay},
         {"params": [], "lr_factor": settings.bias_lr_factor, "weight_decay": bias_decay},
     ]
-    for name, parameter in trainable:
-        groups[name.rpartition(".")[2] == "bias"]["params"].append(parameter)
-    return [group for group in groups if group["params"]]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name.rpartition(".")[2] == "bias"]["params"].append(parameter)
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError("the model has no trainable parameters")
+    return groups
 
 
 def build_optimizer(model: nn.Module, settings: TrainSettings) -> Optimizer:
-    """torch's optimizer over the trainable parameters of a model, which lie where they will be trained.
-
-    On a GPU it is the fused one, a launch for all parameters.
-    """
+    """torch's optimizer over the trainable parameters of a model on its final device; on a GPU the fused variant."""
     groups = parameter_groups(model, settings)
     fused = True if next(model.parameters()).device.type == "cuda" else None
     if settings.optimizer_name == "adamw":
@@ -136,7 +131,7 @@ def build_optimizer(model: nn.Module, settings: TrainSettings) -> Optimizer:
     return SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
 
 
-def plan_epoch(length: int, settings: TrainSettings, epoch: int) -> list[Batch]:
+def plan_epoch(length: int, settings: TrainSettings, epoch: int) -> list[BatchPlan]:
     """The batches of an epoch, counted from 0: indices of images, each with whether to flip it.
 
     It depends on nothing but the arguments, so an epoch is the same in a resumed run and with any number of workers.

@@ -1,4 +1,4 @@
-"""Training: a loop to read, import and copy from. It resumes exactly, and does not wait for the device at each step."""
+"""Training: a loop to read, import and copy from. It resumes exactly, and has no host sync at each step."""
 
 from __future__ import annotations
 
@@ -14,28 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
 from fastdet.data import DataError, Item, collate, flip_horizontal
 from fastdet.engine import checkpoint
-from fastdet.engine.checkpoint import CheckpointError, one_line
-from fastdet.engine.recipes import (
-    RECIPES,
-    Batch,
-    TrainSettings,
-    build_optimizer,
-    learning_rate,
-    parameter_groups,
-    plan_epoch,
-)
+from fastdet.engine.checkpoint import CheckpointError
+from fastdet.engine.recipes import BatchPlan, TrainSettings, build_optimizer, learning_rate, plan_epoch
 from fastdet.models.losses import NAMES as LOSSES
-from fastdet.visualize.draw import plot_losses
-
-__all__ = ["COLUMNS", "LOSSES", "RECIPES", "TrainSettings", "learning_rate", "parameter_groups", "plan_epoch", "train"]
+from fastdet.visualize import plot_losses
+from fastdet.weights.files import one_line
 
 COLUMNS = ("epoch", "step", "lr", "loss", *LOSSES, "images_per_second")
 
-# How far to go and how fast: a resumed run may change these, as they change nothing in what was drawn so far.
+# A resumed run may change these, as they change nothing in what was drawn so far.
 _FREE_ON_RESUME = ("epochs", "workers", "log_every")
 
 Row = dict[str, float]
@@ -53,12 +43,11 @@ def train(
     stop_after: int | None = None,
     progress: bool = True,
 ) -> list[Row]:
-    """Train a detector where it lies, and write `last.pth`, `metrics.csv` and `loss.png` into a folder.
+    """Train a detector on its device, and write `last.pth`, `metrics.csv` and `loss.png` into a folder.
 
-    The checkpoint is written at the start and after each epoch. A run resumed from it goes on bitwise as if it had not
-    been interrupted, where the device's kernels repeat bitwise: it holds the model, the optimizer, the epoch and the
-    state of torch's generators, and what is drawn of the data follows from the seed and the epoch's number. A new run
-    seeds torch's global generator.
+    The checkpoint is written at the start and after each epoch, with the model, the optimizer, the epoch and the state
+    of torch's generators; order and flips follow from the seed and the epoch. A run resumed from it equals one that was
+    not interrupted, bitwise where the device's kernels repeat bitwise. A new run seeds torch's global generator.
 
     Losses are read, averaged and written every `log_every` steps. Only then a loss or a gradient that is not finite is
     noticed, so it stops the run that many steps late; it never gets into a checkpoint.
@@ -70,7 +59,7 @@ def train(
         out: the folder, made if it is not there.
         settings: None takes `TrainSettings()`.
         description: plain values to put into the checkpoint, such as the "architecture" and "class_names" that
-            `fastdet.engine.checkpoint.load_model` wants.
+            `fastdet.engine.load_model` needs.
         resume: go on from `last.pth`. Under the cosine schedule another number of epochs changes the rate.
         overwrite: begin anew even if the folder has a run.
         stop_after: end after this many epochs in all; the schedule still counts `settings.epochs`.
@@ -86,23 +75,28 @@ def train(
         DataError: an image cannot be decoded, or the model does not take an image or target.
         FloatingPointError: a loss or gradient is not finite; names the step and the images.
     """
+    from tqdm import tqdm
+
     settings = settings or TrainSettings()
     last, metrics = Path(out) / "last.pth", Path(out) / "metrics.csv"
-    length = _length(dataset)
+    length = len(dataset)  # type: ignore[arg-type]
     if length == 0:
         raise ValueError("the data set has no images")
     if last.exists() and not (resume or overwrite):
         raise CheckpointError(f"{last}: the folder has a run already: resume it, overwrite it, or take another folder")
     device = next(model.parameters()).device
     optimizer = build_optimizer(model, settings)
-    facts = {**(description or {}), **asdict(settings), "images": length}
+    metadata = {**(description or {}), **asdict(settings), "images": length}
 
     def save(epoch: int) -> None:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": _random_state(device)}
-        checkpoint.save(last, {**facts, **state, "epoch": epoch})
+        random = {"cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(device)
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random, "epoch": epoch}
+        checkpoint.save(last, {**metadata, **state})
 
     if resume:
-        start = _restore(last, facts, model, optimizer, device)
+        start = _restore(last, metadata, model, optimizer, device)
         rows = _read_rows(metrics, last_epoch=start)
     else:
         torch.manual_seed(settings.seed)
@@ -119,7 +113,8 @@ def train(
         file.flush()
         for epoch in range(start, end):
             bar.set_description(f"epoch {epoch + 1} of {end}")
-            for row in _train_epoch(model, optimizer, dataset, settings, epoch, device, bar):
+            plan = plan_epoch(length, settings, epoch)
+            for row in _train_epoch(model, optimizer, dataset, settings, epoch, plan, bar):
                 rows.append(row)
                 writer.writerow(row)
                 file.flush()
@@ -129,8 +124,8 @@ def train(
     return rows
 
 
-class _Flipped(Dataset[Item]):
-    """A data set whose keys say whether to flip: what is drawn is settled before a worker sees it."""
+class _FlipDataset(Dataset[Item]):
+    """A data set whose keys say whether to flip, so that workers draw nothing."""
 
     def __init__(self, dataset: Dataset[Item]) -> None:
         self.dataset = dataset
@@ -147,22 +142,22 @@ def _train_epoch(
     dataset: Dataset[Item],
     settings: TrainSettings,
     epoch: int,
-    device: torch.device,
-    bar: tqdm[Any],
+    plan: list[BatchPlan],
+    bar: Any,
 ) -> Iterator[Row]:
     """Train for an epoch, counted from 0; a row every `log_every` steps and at the end."""
-    plan = plan_epoch(_length(dataset), settings, epoch)
+    device = next(model.parameters()).device
     loader = DataLoader(
-        _Flipped(dataset),
+        _FlipDataset(dataset),
         batch_sampler=plan,
         collate_fn=collate,
         num_workers=settings.workers,
         pin_memory=device.type == "cuda",
-        # Without one of its own, a loader draws from the global generator, which is the model's.
+        # Without this generator, a loader draws from the global one, which is the model's.
         generator=torch.Generator().manual_seed(settings.seed + epoch),
     )
     model.train()
-    unread: list[tuple[int, Batch, Tensor]] = []
+    unread: list[tuple[int, BatchPlan, Tensor]] = []
     clock = time.perf_counter()
     for step, (batch, (images, targets)) in enumerate(zip(plan, loader, strict=True), start=epoch * len(plan)):
         rate = learning_rate(settings, step, len(plan))
@@ -170,11 +165,17 @@ def _train_epoch(
             group["lr"] = rate * group["lr_factor"]
         images = [image.to(device, non_blocking=True) for image in images]
         try:
-            losses = _take_step(model, optimizer, images, targets, settings, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp is not None):
+                losses: dict[str, Tensor] = model(images, targets)
         except ValueError as error:
-            # The model counts images within the batch, which says nothing to who owns the files.
+            # The model counts images within the batch; the user needs their names.
             raise DataError(f"images {_image_names(dataset, batch)}: {error}") from error
-        unread.append((step + 1, batch, losses))
+        optimizer.zero_grad(set_to_none=True)
+        torch.stack([losses[name] for name in LOSSES]).sum().backward()
+        # Where nothing is clipped the norm still shows whether the gradients are finite.
+        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or math.inf)
+        optimizer.step()
+        unread.append((step + 1, batch, torch.stack([*(losses[name].detach() for name in LOSSES), norm])))
         bar.update(len(batch))
         if len(unread) == settings.log_every or step + 1 == (epoch + 1) * len(plan):
             means = _read_losses(unread, dataset)
@@ -185,65 +186,36 @@ def _train_epoch(
             unread.clear()
 
 
-def _take_step(
-    model: nn.Module,
-    optimizer: Optimizer,
-    images: list[Tensor],
-    targets: list[Any],
-    settings: TrainSettings,
-    device: torch.device,
-) -> Tensor:
-    """One step of the optimizer; the four losses and the gradients' norm, on the device."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp is not None):
-        losses: dict[str, Tensor] = model(images, targets)
-    optimizer.zero_grad(set_to_none=True)
-    torch.stack([losses[name] for name in LOSSES]).sum().backward()
-    # Where nothing is clipped the norm still says whether the gradients are finite.
-    norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or math.inf)
-    optimizer.step()
-    return torch.stack([*(losses[name].detach() for name in LOSSES), norm])
-
-
-def _read_losses(unread: list[tuple[int, Batch, Tensor]], dataset: Dataset[Item]) -> dict[str, float]:
+def _read_losses(unread: list[tuple[int, BatchPlan, Tensor]], dataset: Dataset[Item]) -> dict[str, float]:
     """The means of losses, brought from the device in one piece."""
-    values = torch.stack([value for _, _, value in unread]).tolist()
-    for (step, batch, _), found in zip(unread, values, strict=True):
-        if not all(map(math.isfinite, found)):
-            what = ", ".join(f"{name} {x:.3g}" for name, x in zip((*LOSSES, "gradient norm"), found, strict=True))
+    table = torch.stack([values for _, _, values in unread]).tolist()
+    for (step, batch, _), values in zip(unread, table, strict=True):
+        if not all(map(math.isfinite, values)):
+            listed = ", ".join(f"{name} {x:.3g}" for name, x in zip((*LOSSES, "gradient norm"), values, strict=True))
             names = _image_names(dataset, batch)
-            raise FloatingPointError(f"step {step}: a loss or gradient is not finite ({what}), images {names}")
-    means = [sum(column) / len(values) for column in zip(*values, strict=True)][: len(LOSSES)]
+            raise FloatingPointError(f"step {step}: a loss or gradient is not finite ({listed}), images {names}")
+    means = [sum(column) / len(table) for column in zip(*table, strict=True)][: len(LOSSES)]
     return {"loss": sum(means), **dict(zip(LOSSES, means, strict=True))}
 
 
-def _length(dataset: Any) -> int:
-    return len(dataset)
+def _image_names(dataset: Any, batch: BatchPlan) -> str:
+    indices = [index for index, _ in batch]
+    while isinstance(dataset, Subset):
+        dataset, indices = dataset.dataset, [dataset.indices[index] for index in indices]
+    return ", ".join(str(dataset.ids[index]) if hasattr(dataset, "ids") else str(index) for index in indices)
 
 
-def _image_names(dataset: Dataset[Item], batch: Batch) -> str:
-    return ", ".join(_image_name(dataset, index) for index, _ in batch)
-
-
-def _image_name(dataset: Any, index: int) -> str:
-    if isinstance(dataset, Subset):
-        return _image_name(dataset.dataset, dataset.indices[index])
-    return str(dataset.ids[index]) if hasattr(dataset, "ids") else str(index)
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
-
-
-def _restore(path: Path, facts: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, device: torch.device) -> int:
-    """Put a run back to where its checkpoint left it; the number of epochs it has done."""
+def _restore(
+    path: Path, metadata: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, device: torch.device
+) -> int:
+    """Restore the state of a run from its checkpoint; returns the number of epochs it has done."""
     saved = checkpoint.load(path)
-    missing = [name for name in (*facts, "model", "optimizer", "random", "epoch") if name not in saved]
+    missing = [name for name in (*metadata, "model", "optimizer", "random", "epoch") if name not in saved]
     if missing:
         raise CheckpointError(f"{path}: not the checkpoint of a run: it has no {', '.join(missing)}")
-    for name, value in facts.items():
+    for name, value in metadata.items():
         if name not in _FREE_ON_RESUME and saved[name] != value:
-            raise CheckpointError(f"{path}: {_difference(name, value, saved[name])}")
+            raise CheckpointError(f"{path}: {_first_difference(name, value, saved[name])}")
     try:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -255,20 +227,20 @@ def _restore(path: Path, facts: Mapping[str, Any], model: nn.Module, optimizer: 
     return int(saved["epoch"])
 
 
-def _difference(name: str, now: Any, then: Any) -> str:
-    """The first thing in which a run differs from the one to be resumed."""
-    if isinstance(now, Mapping) and isinstance(then, Mapping):
-        for key in {**now, **then}:
-            if now.get(key) != then.get(key):
-                return _difference(f"{name}, {key}", now.get(key), then.get(key))
-    return f"{name} is {now!r}, but the run to be resumed has {then!r}"
+def _first_difference(name: str, value: Any, saved: Any) -> str:
+    """The first setting in which a run differs from the one to be resumed."""
+    if isinstance(value, Mapping) and isinstance(saved, Mapping):
+        for key in {**value, **saved}:
+            if value.get(key) != saved.get(key):
+                return _first_difference(f"{name}, {key}", value.get(key), saved.get(key))
+    return f"{name} is {value!r}, but the run to be resumed has {saved!r}"
 
 
 def _read_rows(path: Path, last_epoch: int) -> list[Row]:
-    """The rows of a metrics file up to an epoch: what an interrupted run wrote after its checkpoint is done again."""
+    """The rows of a metrics file up to an epoch; an interrupted run repeats those after its checkpoint."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if all(row.get(name) for name in COLUMNS)]
-    numbers = [{name: (int if name in ("epoch", "step") else float)(row[name]) for name in COLUMNS} for row in rows]
-    return [row for row in numbers if row["epoch"] <= last_epoch]
+        lines = [line for line in csv.DictReader(file) if all(line.get(name) for name in COLUMNS)]
+    rows = [{name: (int if name in ("epoch", "step") else float)(line[name]) for name in COLUMNS} for line in lines]
+    return [row for row in rows if row["epoch"] <= last_epoch]

@@ -28,8 +28,8 @@ def test_the_demo_saves_what_detect_loads(tmp_path, capsys):
         "metrics.csv",
         "result.json",
     }
-    said = capsys.readouterr().out
-    assert all(name in said for name in (*Shapes.class_names, "AP50", "minutes"))
+    output = capsys.readouterr().out
+    assert all(name in output for name in (*Shapes.class_names, "AP50", "minutes"))
     assert json.loads((out / "result.json").read_text())["images"] == 4
     assert checkpoint.load_model(out / "last.pth")[1] == Shapes.class_names
     arguments = ["detect", str(out / "detections.png"), "--weights", str(out / "last.pth"), "--out", str(tmp_path)]
@@ -38,12 +38,12 @@ def test_the_demo_saves_what_detect_loads(tmp_path, capsys):
 
 @pytest.mark.usefixtures("short")
 def test_the_demo_repeats_and_can_be_run_again(tmp_path):
-    first, again = (demo.run(tmp_path / "demo", progress=False) for _ in range(2))
-    for one, two in zip(first.predictions, again.predictions, strict=True):
-        assert one["scores"].tolist() == two["scores"].tolist()
+    first, second = (demo.run(tmp_path / "demo", progress=False) for _ in range(2))
+    for expected, found in zip(first.predictions, second.predictions, strict=True):
+        assert expected["scores"].tolist() == found["scores"].tolist()
 
 
-def test_it_is_tested_on_pictures_that_it_did_not_see():
-    train, test = demo.data()
+def test_it_is_tested_on_images_that_it_was_not_trained_on():
+    train, test = demo.load_data()
     assert train.seed != test.seed
     assert (len(train), len(test)) == (demo.TRAIN_IMAGES, demo.TEST_IMAGES)

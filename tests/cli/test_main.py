@@ -19,8 +19,8 @@ from PIL import Image
 
 from fastdet.cli.main import main
 from fastdet.data import Shapes
-from fastdet.engine import checkpoint
-from fastdet.engine.predict import detect, evaluate
+from fastdet.engine import checkpoint, detect
+from fastdet.engine.evaluate import evaluate
 
 SMALL = [
     *("--backbone", "small", "--min-size", "64", "--max-size", "64", "--anchor-sizes", "12,20,32"),
@@ -84,9 +84,9 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[object], *parts: s
     """The command exits with `code` and one line on stderr that has all parts."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == code
-    said = capsys.readouterr().err
-    lines = [line for line in said.splitlines() if "\r" not in line and line.strip()]
-    assert len(lines) == 1, said
+    output = capsys.readouterr().err
+    lines = [line for line in output.splitlines() if "\r" not in line and line.strip()]
+    assert len(lines) == 1, output
     for part in parts:
         assert str(part) in lines[0]
 
@@ -125,10 +125,10 @@ def test_eval_prints_a_table_and_repeats_the_result(trained, tmp_path, capsys):
     tree, run = trained
     arguments = ["eval", "--data", f"voc:{tree}", "--weights", str(run / "last.pth"), "--out", str(tmp_path)]
     assert main(arguments) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].split() == ["AP", "AP50", "AP75", "VOC07", "VOC12"]
+    output = capsys.readouterr().out.splitlines()
+    assert output[0].split() == ["AP", "AP50", "AP75", "VOC07", "VOC12"]
     names = checkpoint.load_model(run / "last.pth")[1]
-    assert [line.split()[0] for line in said[1:]] == [*names, "mean"]
+    assert [line.split()[0] for line in output[1:]] == [*names, "mean"]
     before, after = (json.loads((folder / "result.json").read_text()) for folder in (run, tmp_path))
     assert before["AP"] == after["AP"]
     assert before["classes"] == after["classes"]
@@ -136,15 +136,15 @@ def test_eval_prints_a_table_and_repeats_the_result(trained, tmp_path, capsys):
 
 def test_detect_draws_pictures(trained, tmp_path, capsys):
     tree, run = trained
-    other = tmp_path / "other"
-    other.mkdir()
-    Image.new("RGB", (90, 50), "white").save(other / "test_0.png")
-    images = [tree / "JPEGImages/test_0.jpg", tree / "JPEGImages/test_1.jpg", other / "test_0.png"]
+    second = tmp_path / "second"
+    second.mkdir()
+    Image.new("RGB", (90, 50), "white").save(second / "test_0.png")
+    images = [tree / "JPEGImages/test_0.jpg", tree / "JPEGImages/test_1.jpg", second / "test_0.png"]
     arguments = ["detect", *map(str, images), "--weights", str(run / "last.pth"), "--out", str(tmp_path / "drawn")]
     assert main([*arguments, "--score", "0.1"]) == 0
     drawn = ["test_0.png", "test_1.png", "test_0_2.png"]
-    said = capsys.readouterr().out.splitlines()
-    for line, image, name in zip(said, images, drawn, strict=True):
+    output = capsys.readouterr().out.splitlines()
+    for line, image, name in zip(output, images, drawn, strict=True):
         assert line.startswith(f"{image}: ")
         assert line.endswith(f"-> {tmp_path / 'drawn' / name}")
     with Image.open(tmp_path / "drawn" / "test_0_2.png") as picture:
@@ -164,8 +164,8 @@ def test_detect_and_evaluate_leave_the_model_as_it_was(trained):
     shapes = Shapes(3, size=64, seed=4)
     # Names are those of the checkpoint, which may be fewer than the shapes'.
     if len(class_names) == len(shapes.class_names):
-        one, three = (evaluate(model, shapes, class_names, batch_size=size) for size in (1, 3))
-        for first, second in zip(one.predictions, three.predictions, strict=True):
+        single, triple = (evaluate(model, shapes, class_names, batch_size=size) for size in (1, 3))
+        for first, second in zip(single.predictions, triple.predictions, strict=True):
             torch.testing.assert_close(first["scores"], second["scores"])
 
 
@@ -360,9 +360,22 @@ def test_ctrl_c_exits_cleanly(tree, tmp_path):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=30)[1]
-    assert process.returncode == 130, said
-    assert "Traceback" not in said
-    assert said.splitlines()[-1] == "fastdet: interrupted"
+    output = process.communicate(timeout=30)[1]
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert output.splitlines()[-1] == "fastdet: interrupted"
     assert checkpoint.load(out / "last.pth")["epoch"] >= 0
     assert sorted(path.name for path in out.iterdir()) == ["last.pth", "metrics.csv"]
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "demo"])
+def test_without_pycocotools_nothing_is_trained_or_evaluated(tree, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    out = tmp_path / "run"
+    arguments = {
+        "train": ["--data", f"voc:{tree}", "--epochs", "1", *SMALL],
+        "eval": ["--data", f"voc:{tree}", "--weights", "last.pth"],
+        "demo": [],
+    }
+    fails(capsys, [command, "--out", out, *arguments[command]], "pycocotools", "pip install 'fastdet[eval]'")
+    assert not out.exists()

@@ -180,9 +180,9 @@ BAD_FILES = {
 @pytest.mark.parametrize("kind", BAD_FILES)
 def test_bad_files_are_errors_of_one_line(tmp_path, kind):
     path = tmp_path / "bad.pth"
-    make, said = BAD_FILES[kind]
+    make, message = BAD_FILES[kind]
     make(path)
-    with pytest.raises(CheckpointError, match=said) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         checkpoint.load(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)

@@ -10,46 +10,37 @@ from torch.utils.data import Dataset, Subset
 from fastdet.data import DataError, Shapes
 from fastdet.engine import checkpoint
 from fastdet.engine.checkpoint import CheckpointError
-from fastdet.engine.recipes import build_optimizer
-from fastdet.engine.trainer import (
-    COLUMNS,
-    LOSSES,
-    RECIPES,
-    TrainSettings,
-    learning_rate,
-    parameter_groups,
-    plan_epoch,
-    train,
-)
-from fastdet.visualize.draw import plot_losses
+from fastdet.engine.recipes import RECIPES, TrainSettings, build_optimizer, learning_rate, parameter_groups, plan_epoch
+from fastdet.engine.trainer import COLUMNS, LOSSES, train
+from fastdet.visualize import plot_losses
 
 SETTINGS = TrainSettings(
     epochs=4, batch_size=2, lr=0.05, warmup_steps=3, schedule="step", milestones=(3,), log_every=2, bias_lr_factor=2.0
 )
 
 
-class Stand(nn.Module):
-    """What the loop sees of a detector: four losses that depend on pixels, boxes and draws, and a BatchNorm."""
+class StandInDetector(nn.Module):
+    """What the loop needs of a detector: four losses that depend on pixels, boxes and draws, and a BatchNorm."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Conv2d(3, 4, 5, 4), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
-        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.poison_at = -1
 
     def forward(self, images, targets=None):
-        self.seen += [(image, target["boxes"]) for image, target in zip(images, targets, strict=True)]
+        self.inputs += [(image, target["boxes"]) for image, target in zip(images, targets, strict=True)]
         features = self.layers(torch.stack(images)).mean((2, 3))
         aims = torch.stack([target["boxes"].mean(0) / 32 for target in targets])
         losses = ((features - aims + 0.1 * torch.rand_like(aims)) ** 2).mean(0)
-        if len(self.seen) > self.poison_at > 0:
+        if len(self.inputs) > self.poison_at > 0:
             losses = losses * math.nan
         return dict(zip(LOSSES, losses, strict=True))
 
 
-def stand() -> Stand:
+def build_detector() -> StandInDetector:
     torch.manual_seed(1)
-    return Stand()
+    return StandInDetector()
 
 
 class Drawn(Dataset):
@@ -86,13 +77,13 @@ def run(model, dataset, out, settings=SETTINGS, **options):
 
 def assert_same_run(first, second):
     """Two folders hold bitwise the same checkpoint, and rows that differ in the speed alone."""
-    one, other = (checkpoint.load(folder / "last.pth") for folder in (first, second))
+    expected, actual = (checkpoint.load(folder / "last.pth") for folder in (first, second))
     for part in ("model", "random"):
-        assert one[part].keys() == other[part].keys()
-        for name in one[part]:
-            assert torch.equal(one[part][name], other[part][name]), f"{part} {name}"
-    for index, state in one["optimizer"]["state"].items():
-        assert torch.equal(state["momentum_buffer"], other["optimizer"]["state"][index]["momentum_buffer"])
+        assert expected[part].keys() == actual[part].keys()
+        for name in expected[part]:
+            assert torch.equal(expected[part][name], actual[part][name]), f"{part} {name}"
+    for index, state in expected["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], actual["optimizer"]["state"][index]["momentum_buffer"])
     assert rows_of(first) == rows_of(second)
 
 
@@ -103,7 +94,7 @@ def rows_of(folder):
 
 def test_training_writes_its_files_and_learns(tmp_path, shapes, monkeypatch):
     monkeypatch.setattr("fastdet.engine.trainer.plot_losses", plot_losses)
-    model = stand()
+    model = build_detector()
     rows = run(model, shapes, tmp_path / "run", description={"class_names": shapes.class_names})
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["last.pth", "loss.png", "metrics.csv"]
     with (tmp_path / "run" / "metrics.csv").open() as file:
@@ -124,17 +115,17 @@ def test_training_writes_its_files_and_learns(tmp_path, shapes, monkeypatch):
 
 
 def test_two_epochs_and_two_more_are_four(tmp_path, shapes):
-    run(stand(), shapes, tmp_path / "straight")
-    run(stand(), shapes, tmp_path / "resumed", stop_after=2)
+    run(build_detector(), shapes, tmp_path / "straight")
+    run(build_detector(), shapes, tmp_path / "resumed", stop_after=2)
     torch.manual_seed(99)
-    run(Stand(), shapes, tmp_path / "resumed", resume=True)
+    run(StandInDetector(), shapes, tmp_path / "resumed", resume=True)
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
 
 
 def test_a_run_of_two_epochs_can_be_lengthened(tmp_path, shapes):
-    run(stand(), shapes, tmp_path / "straight")
-    run(stand(), shapes, tmp_path / "resumed", replace(SETTINGS, epochs=2))
-    run(Stand(), shapes, tmp_path / "resumed", resume=True)
+    run(build_detector(), shapes, tmp_path / "straight")
+    run(build_detector(), shapes, tmp_path / "resumed", replace(SETTINGS, epochs=2))
+    run(StandInDetector(), shapes, tmp_path / "resumed", resume=True)
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
 
 
@@ -157,73 +148,73 @@ class Interrupting(Dataset):
 @pytest.mark.parametrize("at", [1, 6, 13, 20, 21])
 def test_an_interrupted_run_resumes_exactly_and_doubles_no_row(tmp_path, shapes, at):
     settings = replace(SETTINGS, schedule="cosine", log_every=1, epochs=3)
-    run(stand(), shapes, tmp_path / "straight", settings)
+    run(build_detector(), shapes, tmp_path / "straight", settings)
     with pytest.raises(KeyboardInterrupt):
-        run(stand(), Interrupting(shapes, at), tmp_path / "resumed", settings)
-    run(Stand(), shapes, tmp_path / "resumed", settings, resume=True)
+        run(build_detector(), Interrupting(shapes, at), tmp_path / "resumed", settings)
+    run(StandInDetector(), shapes, tmp_path / "resumed", settings, resume=True)
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
 
 
 def test_a_row_that_was_cut_short_is_written_anew(tmp_path, shapes):
-    run(stand(), shapes, tmp_path / "straight")
-    run(stand(), shapes, tmp_path / "resumed", stop_after=2)
+    run(build_detector(), shapes, tmp_path / "straight")
+    run(build_detector(), shapes, tmp_path / "resumed", stop_after=2)
     with (tmp_path / "resumed" / "metrics.csv").open("a") as file:
         file.write("3,10,0.05,1.5")
-    run(Stand(), shapes, tmp_path / "resumed", resume=True)
+    run(StandInDetector(), shapes, tmp_path / "resumed", resume=True)
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, shapes):
-    rows = run(stand(), shapes, tmp_path)
+    rows = run(build_detector(), shapes, tmp_path)
     before = checkpoint.load(tmp_path / "last.pth")["model"]
-    assert run(Stand(), shapes, tmp_path, resume=True) == rows
+    assert run(StandInDetector(), shapes, tmp_path, resume=True) == rows
     after = checkpoint.load(tmp_path / "last.pth")["model"]
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_workers_change_nothing(tmp_path, shapes):
     settings = replace(SETTINGS, epochs=2)
-    run(stand(), shapes, tmp_path / "none", settings)
-    run(stand(), shapes, tmp_path / "two", replace(settings, workers=2))
+    run(build_detector(), shapes, tmp_path / "none", settings)
+    run(build_detector(), shapes, tmp_path / "two", replace(settings, workers=2))
     assert_same_run(tmp_path / "none", tmp_path / "two")
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path, shapes):
     settings = replace(SETTINGS, epochs=1)
-    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
-        run(stand(), shapes, tmp_path / name, replace(settings, seed=seed))
-    assert_same_run(tmp_path / "one", tmp_path / "same")
-    assert rows_of(tmp_path / "one") != rows_of(tmp_path / "other")
+    for name, seed in (("first", 0), ("same", 0), ("different", 1)):
+        run(build_detector(), shapes, tmp_path / name, replace(settings, seed=seed))
+    assert_same_run(tmp_path / "first", tmp_path / "same")
+    assert rows_of(tmp_path / "first") != rows_of(tmp_path / "different")
 
 
 def test_a_run_is_not_overwritten_unasked(tmp_path, shapes):
     settings = replace(SETTINGS, epochs=1)
-    run(stand(), shapes, tmp_path, settings)
+    run(build_detector(), shapes, tmp_path, settings)
     with pytest.raises(CheckpointError, match="has a run already"):
-        run(stand(), shapes, tmp_path, settings)
-    assert len(run(stand(), shapes, tmp_path, settings, overwrite=True)) == 2
+        run(build_detector(), shapes, tmp_path, settings)
+    assert len(run(build_detector(), shapes, tmp_path, settings, overwrite=True)) == 2
     assert len(rows_of(tmp_path)) == 2
 
 
 def test_resuming_with_something_else_is_an_error(tmp_path, shapes):
-    run(stand(), shapes, tmp_path, stop_after=1, description={"class_names": ("a", "b")})
+    run(build_detector(), shapes, tmp_path, stop_after=1, description={"class_names": ("a", "b")})
     same = {"resume": True, "description": {"class_names": ("a", "b")}}
     with pytest.raises(CheckpointError, match=r"last\.pth: lr is 0\.1, but the run to be resumed has 0\.05"):
-        run(stand(), shapes, tmp_path, replace(SETTINGS, lr=0.1), **same)
+        run(build_detector(), shapes, tmp_path, replace(SETTINGS, lr=0.1), **same)
     with pytest.raises(CheckpointError, match="images is 5"):
-        run(stand(), Subset(shapes, range(5)), tmp_path, **same)
+        run(build_detector(), Subset(shapes, range(5)), tmp_path, **same)
     with pytest.raises(CheckpointError, match="class_names"):
-        run(stand(), shapes, tmp_path, resume=True, description={"class_names": ("b", "a")})
+        run(build_detector(), shapes, tmp_path, resume=True, description={"class_names": ("b", "a")})
     other = nn.Sequential(nn.Conv2d(3, 9, 1))
     with pytest.raises(CheckpointError, match="does not fit the model") as caught:
         run(other, shapes, tmp_path, **same)
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
-        run(stand(), shapes, tmp_path / "nowhere", resume=True)
+        run(build_detector(), shapes, tmp_path / "nowhere", resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, shapes):
-    model = stand()
+    model = build_detector()
     model.poison_at = 10
     shapes.ids = [f"picture-{k}" for k in range(7)]
     batch = plan_epoch(7, SETTINGS, 1)[1]
@@ -238,15 +229,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, shap
 
 def test_a_gradient_that_is_not_finite_is_noticed_even_where_nothing_is_clipped(tmp_path, shapes, monkeypatch):
     """A finite loss of sqrt(0), whose gradient is infinite."""
-    plain = Stand.forward
+    plain = StandInDetector.forward
 
     def poisoned(self, images, targets=None):
         losses = plain(self, images, targets)
         return {**losses, LOSSES[0]: losses[LOSSES[0]] + (self.layers[0].bias * 0).sum().sqrt()}
 
-    monkeypatch.setattr(Stand, "forward", poisoned)
+    monkeypatch.setattr(StandInDetector, "forward", poisoned)
     with pytest.raises(FloatingPointError, match="gradient norm nan"):
-        run(stand(), shapes, tmp_path, replace(SETTINGS, clip_norm=0.0))
+        run(build_detector(), shapes, tmp_path, replace(SETTINGS, clip_norm=0.0))
     saved = checkpoint.load(tmp_path / "last.pth")
     assert saved["epoch"] == 0
     assert all(torch.isfinite(value).all() for value in saved["model"].values())
@@ -256,27 +247,27 @@ def test_what_the_model_does_not_take_names_the_images(tmp_path, shapes, monkeyp
     def refuse(self, images, targets=None):
         raise ValueError("target 1: box 0 has no area")
 
-    monkeypatch.setattr(Stand, "forward", refuse)
+    monkeypatch.setattr(StandInDetector, "forward", refuse)
     names = ", ".join(str(index) for index, _ in plan_epoch(7, SETTINGS, 0)[0])
     with pytest.raises(DataError, match=f"images {names}: target 1: box 0 has no area"):
-        run(stand(), shapes, tmp_path)
+        run(build_detector(), shapes, tmp_path)
 
 
-def test_the_loop_does_not_read_the_device_between_its_looks(tmp_path, shapes, monkeypatch):
+def test_the_loop_has_no_host_sync_between_two_readings(tmp_path, shapes, monkeypatch):
     reads = []
     plain = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.shape) or plain(self))
-    run(stand(), shapes, tmp_path, replace(SETTINGS, epochs=1, log_every=3))
+    run(build_detector(), shapes, tmp_path, replace(SETTINGS, epochs=1, log_every=3))
     assert reads == [(3, 5), (1, 5)]
 
 
 def test_flips_mirror_pixels_and_boxes(tmp_path, shapes):
-    model = stand()
+    model = build_detector()
     settings = replace(SETTINGS, epochs=1, seed=1)
     run(model, shapes, tmp_path, settings)
     draws = [draw for batch in plan_epoch(7, settings, 0) for draw in batch]
     assert {flip for _, flip in draws} == {True, False}, "the seed should draw both"
-    for (index, flip), (image, boxes) in zip(draws, model.seen, strict=True):
+    for (index, flip), (image, boxes) in zip(draws, model.inputs, strict=True):
         expected, target = shapes[index]
         x1, y1, x2, y2 = target["boxes"].unbind(1)
         mirrored = torch.stack([32 - x2, y1, 32 - x1, y2], 1)
@@ -326,7 +317,7 @@ def test_parameter_groups():
 
 
 def test_groups_get_their_rates(tmp_path, shapes):
-    run(stand(), shapes, tmp_path, replace(SETTINGS, epochs=1, warmup_steps=0))
+    run(build_detector(), shapes, tmp_path, replace(SETTINGS, epochs=1, warmup_steps=0))
     weights, biases = checkpoint.load(tmp_path / "last.pth")["optimizer"]["param_groups"]
     assert biases["lr"] == 2 * weights["lr"] == 0.1
 
@@ -342,11 +333,11 @@ def test_settings_out_of_range(name, value):
 
 def test_no_images_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no images"):
-        run(stand(), Shapes(0), tmp_path)
+        run(build_detector(), Shapes(0), tmp_path)
 
 
 def test_no_epochs_write_no_picture(tmp_path, shapes):
-    assert run(stand(), shapes, tmp_path, replace(SETTINGS, epochs=0)) == []
+    assert run(build_detector(), shapes, tmp_path, replace(SETTINGS, epochs=0)) == []
     assert not (tmp_path / "loss.png").exists()
 
 
@@ -357,23 +348,23 @@ def test_optimizers_are_torchs(name, kind):
     optimizer = build_optimizer(layer, settings)
     assert type(optimizer) is kind
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.5, 0.25), (0.5, 0.0)]
-    assert not optimizer.defaults["fused"], "which is for GPUs"
+    assert not optimizer.defaults["fused"], "the fused variant is for GPUs"
     with pytest.raises(ValueError, match="'adam'"):
         TrainSettings(optimizer_name="adam")
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
 def test_networks_run_in_the_precision_that_is_asked_for(tmp_path, shapes, amp, dtype):
-    model, seen, gradients = stand(), set(), set()
-    model.layers[3].register_forward_hook(lambda layer, args, output: seen.add(output.dtype))
+    model, dtypes, gradients = build_detector(), set(), set()
+    model.layers[3].register_forward_hook(lambda layer, args, output: dtypes.add(output.dtype))
     weight = model.layers[3].weight
     weight.register_hook(lambda gradient: gradients.add(gradient.dtype))
     rows = run(model, shapes, tmp_path, replace(SETTINGS, epochs=1, amp=amp))
-    assert (seen, gradients, weight.dtype) == ({dtype}, {torch.float32}, torch.float32)
+    assert (dtypes, gradients, weight.dtype) == ({dtype}, {torch.float32}, torch.float32)
     assert math.isfinite(rows[-1]["loss"])
     other = replace(SETTINGS, epochs=2, amp=None if amp else "bfloat16")
     with pytest.raises(CheckpointError, match="amp is"):
-        train(stand(), shapes, tmp_path, other, resume=True, progress=False)
+        train(build_detector(), shapes, tmp_path, other, resume=True, progress=False)
 
 
 def test_a_precision_that_needs_a_loss_scale_is_refused():

@@ -12,7 +12,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 import fastdet
 from fastdet.data import VOC
-from fastdet.engine.predict import evaluate
+from fastdet.engine.evaluate import evaluate
 from fastdet.metrics import coco_average_precision
 from fastdet.weights.files import read
 from tests.helpers.exported import FORMATS, assert_same, laid_out, loaded, write

@@ -1,0 +1,114 @@
+"""Average precision of a detector on a data set."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from fastdet.data import Item, collate
+from fastdet.engine.predict import detect_in_batch
+from fastdet.metrics import COCOResult, VOCResult, coco_average_precision, voc_average_precision
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Detections in a data set and their average precision.
+
+    Attributes:
+        class_names: of labels 1, 2, ...
+        predictions: for each image "boxes" [N, 4], "labels" [N], "scores" [N], on the CPU.
+        voc07: VOC's average precision at IoU .5, the mean over eleven recalls.
+        voc12: the same, the area under the curve.
+        coco: COCO's average precision.
+    """
+
+    class_names: tuple[str, ...]
+    predictions: list[dict[str, Tensor]]
+    voc07: VOCResult
+    voc12: VOCResult
+    coco: COCOResult
+
+    def summary(self) -> dict[str, Any]:
+        """All metrics as plain values fit for JSON, None where a class has no ground truth."""
+        coco, voc07, voc12 = self.coco, self.voc07, self.voc12
+        means = {"AP": coco.ap, "AP50": coco.ap50, "AP75": coco.ap75, "VOC07": voc07.mean, "VOC12": voc12.mean}
+        columns = {"AP": coco.ap_per_class, "AP50": coco.ap50_per_class, "VOC07": voc07.ap, "VOC12": voc12.ap}
+        classes = {
+            name: _nan_to_none({column: values[k] for column, values in columns.items()})
+            for k, name in enumerate(self.class_names)
+        }
+        return {**_nan_to_none(means), "classes": classes}
+
+    def table(self) -> str:
+        """The metrics for people, a line for each class and one for their mean."""
+        means = self.summary()
+        rows = {**means.pop("classes"), "mean": means}
+        width = max(map(len, rows))
+        lines = [" " * width + "".join(f"{column:>8}" for column in means)]
+        for name, row in rows.items():
+            # AP75 has no value a class.
+            cells = ("-" if (value := row.get(column, "")) is None else value for column in means)
+            lines.append(
+                f"{name:<{width}}" + "".join(f"{c:8.3f}" if isinstance(c, float) else f"{c:>8}" for c in cells)
+            )
+        return "\n".join(lines)
+
+
+def require_pycocotools() -> None:
+    """Raises ImportError, with the command that installs it, where pycocotools is missing."""
+    if importlib.util.find_spec("pycocotools") is None:
+        raise ImportError("COCO's average precision needs pycocotools: pip install 'fastdet[eval]'")
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset[Item],
+    class_names: Sequence[str],
+    *,
+    batch_size: int = 4,
+    workers: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """Detect in every image of a data set and compare with its targets.
+
+    Args:
+        model: a detector on any device; its modules keep the modes they are in.
+        dataset: items (image [3, H, W], target with "boxes" [G, 4], "labels" [G] and "ignore" bool [G]).
+        class_names: of labels 1, 2, ...
+        batch_size: images at a time.
+        workers: processes that load data.
+        progress: show a bar.
+
+    Raises:
+        ImportError: pycocotools is missing; before anything is computed.
+        ValueError: a label is out of range.
+        DataError: an image cannot be decoded.
+    """
+    from tqdm import tqdm
+
+    require_pycocotools()
+    loader = DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers)
+    predictions: list[dict[str, Tensor]] = []
+    targets: list[dict[str, Tensor]] = []
+    for images, batch_targets in tqdm(loader, "evaluate", disable=not progress, unit=" batches"):
+        predictions += detect_in_batch(model, images)
+        targets += batch_targets
+    arguments = predictions, targets, len(class_names) + 1
+    return Evaluation(
+        class_names=tuple(class_names),
+        predictions=predictions,
+        voc07=voc_average_precision(*arguments, method="voc07"),
+        voc12=voc_average_precision(*arguments, method="voc12"),
+        coco=coco_average_precision(*arguments),
+    )
+
+
+def _nan_to_none(values: dict[str, float]) -> dict[str, float | None]:
+    # NaN is not JSON.
+    return {name: None if math.isnan(value) else float(value) for name, value in values.items()}

@@ -1,0 +1,71 @@
+"""Evaluation and detection with a stand-in detector that finds one box in each image."""
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fastdet.engine import detect
+from fastdet.engine.evaluate import evaluate
+
+BOX = torch.tensor([[2.0, 2, 12, 12]])
+
+
+class OneBox(nn.Module):
+    """Finds `BOX` as class 1 everywhere; one of its modules is frozen in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.frozen = nn.Linear(1, 1), nn.BatchNorm2d(1).eval()
+        self.calls = []
+
+    def forward(self, images):
+        self.calls.append((len(images), self.training, torch.is_inference_mode_enabled()))
+        return [{"boxes": BOX.clone(), "labels": torch.ones(1).long(), "scores": torch.tensor([0.9])} for _ in images]
+
+
+def dataset(*labels):
+    """An image with `BOX` for each label."""
+    ignore = torch.zeros(1, dtype=torch.bool)
+    return [(torch.rand(3, 16, 16), {"boxes": BOX, "labels": torch.tensor([k]), "ignore": ignore}) for k in labels]
+
+
+def test_all_metrics_by_value():
+    model = OneBox()
+    evaluation = evaluate(model, dataset(1, 1, 2), ["cat", "dog", "cow"], batch_size=2)
+    assert model.calls == [(2, False, True), (1, False, True)]
+    summary = evaluation.summary()
+    assert list(summary) == ["AP", "AP50", "AP75", "VOC07", "VOC12", "classes"]
+    # Two of three detections are true; "dog" is never found, "cow" has no ground truth.
+    assert summary["classes"]["cat"]["VOC12"] == pytest.approx(1.0)
+    assert summary["classes"]["dog"] == {"AP": 0, "AP50": 0, "VOC07": 0, "VOC12": 0}
+    assert summary["classes"]["cow"] == dict.fromkeys(("AP", "AP50", "VOC07", "VOC12"))
+    assert summary["VOC12"] == pytest.approx(0.5)
+    assert summary["AP"] == pytest.approx(evaluation.coco.ap)
+    assert evaluation.table().splitlines()[3:] == [
+        "cow        -       -               -       -",
+        f"mean{summary['AP']:8.3f}{summary['AP50']:8.3f}{summary['AP75']:8.3f}{summary['VOC07']:8.3f}   0.500",
+    ]
+
+
+def test_every_module_keeps_its_mode(tmp_path):
+    model = OneBox().train()
+    model.frozen.eval()
+    modes = [module.training for module in model.modules()]
+    evaluate(model, dataset(1), ["cat"])
+    assert [module.training for module in model.modules()] == modes
+    Image.new("RGB", (20, 16)).save(tmp_path / "a.png")
+    (found,) = detect(model, [tmp_path / "a.png"])
+    assert [module.training for module in model.modules()] == modes
+    assert (found.path, found.image.shape, found.labels.tolist()) == (tmp_path / "a.png", (3, 16, 20), [1])
+    found.boxes.add_(1)  # not a tensor of the inference mode, which would refuse
+
+
+def test_without_pycocotools_nothing_is_computed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    model = OneBox()
+    with pytest.raises(ImportError, match=r"pip install 'fastdet\[eval\]'"):
+        evaluate(model, dataset(1), ["cat"])
+    assert model.calls == []
