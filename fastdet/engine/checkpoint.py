@@ -98,6 +98,9 @@ def build_model(architecture: Mapping[str, Any], *, weights_backbone: str | None
         ValueError: a value is out of its range, or the backbone's name is unknown.
     """
     settings = dict(architecture.get("settings", {}))
+    # Checkpoints of earlier versions may hold this setting; False is what there is now.
+    if settings.pop("mask_padding", False):
+        raise ValueError("there is no mask_padding=True any more: use size_buckets, with a single size")
     if "anchors" in architecture:
         settings["rpn_anchor_generator"] = AnchorGenerator(**architecture["anchors"])
     return FasterRCNN(

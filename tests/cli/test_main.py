@@ -379,3 +379,8 @@ def test_without_pycocotools_nothing_is_trained_or_evaluated(tree, tmp_path, cap
     }
     fails(capsys, [command, "--out", out, *arguments[command]], "pycocotools", "pip install 'fastdet[eval]'")
     assert not out.exists()
+
+
+def test_a_setting_of_earlier_versions(tree, tmp_path, capsys):
+    train = ["train", "--data", f"voc:{tree}", "--out", tmp_path / "run", "--epochs", "0", *SMALL]
+    fails(capsys, [*train, "--set", "mask_padding=True"], "mask_padding=True", "size_buckets")

@@ -203,3 +203,37 @@ def test_another_kind_of_checkpoint_is_not_a_detector(tmp_path):
     checkpoint.save(path, {"model": {}, "names": ["a"]})
     with pytest.raises(CheckpointError, match="it has no architecture, class_names"):
         checkpoint.load_model(path)
+
+
+ARCHITECTURE = {
+    "backbone": "small",
+    "num_classes": 3,
+    "anchors": checkpoint.describe_anchors("small", sizes=(12, 20)),
+    "settings": {"rpn_hidden_channels": 8, "box_representation_size": 8},
+}
+
+
+def write_detector(path, **settings):
+    """A checkpoint whose architecture holds further settings."""
+    model = checkpoint.build_model(ARCHITECTURE)
+    architecture = {**ARCHITECTURE, "settings": {**ARCHITECTURE["settings"], **settings}}
+    content = {"architecture": architecture, "class_names": ("a", "b"), "model": model.state_dict()}
+    checkpoint.save(path, content)
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"mask_padding": False}])
+def test_a_detector_comes_back_also_from_an_older_checkpoint(tmp_path, settings):
+    saved = write_detector(tmp_path / "last.pth", **settings)
+    loaded, class_names = checkpoint.load_model(tmp_path / "last.pth")
+    assert class_names == ("a", "b")
+    assert loaded.settings == saved.settings
+    for name, value in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_a_mask_of_the_padding_is_refused_in_one_line(tmp_path):
+    write_detector(tmp_path / "last.pth", mask_padding=True)
+    with pytest.raises(CheckpointError, match=r"last\.pth: .*mask_padding=True.*size_buckets") as caught:
+        checkpoint.load_model(tmp_path / "last.pth")
+    assert "\n" not in str(caught.value)
