@@ -34,7 +34,7 @@ NUMBERS = {
 
 @pytest.fixture(scope="module")
 def checkpoint_path():
-    from conftest import SHARED
+    from tests.conftest import SHARED
 
     return SHARED / "weights" / "torchvision_mobilenet_v2_fpn_bccd.pth"
 
@@ -65,7 +65,7 @@ def load_theirs(path):
 
 @pytest.fixture(scope="module")
 def held_out(checkpoint_path):
-    from conftest import SHARED
+    from tests.conftest import SHARED
 
     return VOC(SHARED / "data" / "BCCD", "test", tuple(read(checkpoint_path)["names"]))
 
