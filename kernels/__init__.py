@@ -1,4 +1,7 @@
-"""Triton kernels, one module an operation: private kernels, and a `launch` that allocates and checks nothing."""
+"""Triton kernels, one module per operation: private kernels, and a `launch` that allocates and checks nothing.
+
+What several modules share, or would make one too long, is in `common`.
+"""
 
 if __name__ != "fastdet.kernels":
     raise ImportError(

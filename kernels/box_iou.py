@@ -10,7 +10,7 @@ from fastdet.kernels.common.boxes import intersection_union, ratio_or_zero
 
 
 class Config(NamedTuple):
-    """Rows and columns of a tile, the columns a power of two, and warps: up to four columns a thread."""
+    """Rows and columns of a tile, the columns a power of two, and warps: up to four columns per thread."""
 
     block_n: int
     block_m: int
@@ -18,35 +18,41 @@ class Config(NamedTuple):
 
 
 def config(num_boxes1: int, num_boxes2: int) -> Config:
-    """Few rows a program while there are few programs, for then a program takes as long as its rows."""
+    """Few rows per program while there are few programs, as the time of a program is that of its rows."""
     block_m = min(max(triton.next_power_of_2(num_boxes2), 32), 512)
-    many = num_boxes1 * num_boxes2 >= 1 << 24
-    return Config(block_n=32 if many else 8, block_m=block_m, num_warps=max(block_m // 128, 1))
+    is_large = num_boxes1 * num_boxes2 >= 1 << 24
+    return Config(block_n=32 if is_large else 8, block_m=block_m, num_warps=max(block_m // 128, 1))
 
 
 @triton.jit
-def _load_corners(boxes_ptr, index):
-    """Corners of the boxes `index`, of any shape, of a contiguous [.., 4] array.
+def _load_corners(
+    boxes_ptr,  # [.., 4] fp32, contiguous
+    index,  # int64 of any shape, rows of it
+):
+    """Corners x1, y1, x2, y2 of boxes, loaded one by one, in the layout of the tile that is written.
 
-    Number by number, and so in whatever layout the tile is written: boxes loaded as a whole lie one to a thread, and
-    would have to be dealt out again for every row.
+    Boxes that are loaded whole lie one per thread, and would have to be redistributed for every row.
     """
-    corner = boxes_ptr + index * 4
-    return tl.load(corner), tl.load(corner + 1), tl.load(corner + 2), tl.load(corner + 3)
+    corner_ptr = boxes_ptr + index * 4
+    return tl.load(corner_ptr), tl.load(corner_ptr + 1), tl.load(corner_ptr + 2), tl.load(corner_ptr + 3)
 
 
 @triton.jit(do_not_specialize=["num_boxes1", "num_boxes2"])
 def _box_iou_kernel(
-    boxes1_ptr,
-    boxes2_ptr,
-    angle1_ptr,
-    angle2_ptr,
-    out_ptr,
+    # Tensors, all contiguous
+    boxes1_ptr,  # [B, N, 4] fp32, pixels
+    boxes2_ptr,  # [B, M, 4] fp32, pixels
+    angle1_ptr,  # [B, N] fp32, atan(width / height) in radians; read if KIND is "complete"
+    angle2_ptr,  # [B, M] fp32, the same
+    out_ptr,  # [B, N, M] fp32, output
+    # Sizes
     num_boxes1,
     num_boxes2,
+    # Scalars
     eps,
-    KIND: tl.constexpr,
-    IN_FOURS: tl.constexpr,
+    # Constexprs
+    KIND: tl.constexpr,  # "iou", "generalized", "distance" or "complete"
+    VECTOR_STORES: tl.constexpr,  # M is a multiple of 4, so that four values are one store
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -59,30 +65,31 @@ def _box_iou_kernel(
     boxes1       +--------+--------+
         BLOCK_N  |        |        |   the boxes of its columns stay in registers
                  +--------+--------+
-
-    boxes1_ptr [B, N, 4], boxes2_ptr [B, M, 4]: fp32 corners, pixels, contiguous.
-    angle1_ptr [B, N], angle2_ptr [B, M]: fp32 atan(width / height), radians; read by KIND "complete" alone.
-    out_ptr [B, N, M]: fp32, contiguous. IN_FOURS says that M is a multiple of 4: then four numbers are one store.
     """
-    width = num_boxes2 // 4 * 4 if IN_FOURS else num_boxes2
-    across = tl.cdiv(width, BLOCK_M)
-    tiles = tl.cdiv(num_boxes1, BLOCK_N) * across
-    batch = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    column = tile % across * BLOCK_M + tl.arange(0, BLOCK_M)
+    # The program's batch entry, tile and columns.
+    width = num_boxes2 // 4 * 4 if VECTOR_STORES else num_boxes2
+    tile_columns = tl.cdiv(width, BLOCK_M)
+    num_tiles = tl.cdiv(num_boxes1, BLOCK_N) * tile_columns
+    batch = (tl.program_id(0) // num_tiles).to(tl.int64)
+    tile = tl.program_id(0) % num_tiles
+    column = tile % tile_columns * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     mask = column < width
-    second = batch * width + tl.minimum(column, width - 1)
-    bx1, by1, bx2, by2 = _load_corners(boxes2_ptr, second)
-    if KIND == "complete":
-        angle2 = tl.load(angle2_ptr + second)
 
-    first_row = tile // across * BLOCK_N
+    # Load the boxes of the columns, [BLOCK_M] each.
+    index2 = batch * width + tl.minimum(column, width - 1)
+    bx1, by1, bx2, by2 = _load_corners(boxes2_ptr, index2)
+    if KIND == "complete":
+        angle2 = tl.load(angle2_ptr + index2)
+
+    first_row = tile // tile_columns * BLOCK_N
     for row in range(first_row, tl.minimum(first_row + BLOCK_N, num_boxes1)):
-        first = batch * num_boxes1 + row
-        ax1, ay1, ax2, ay2 = _load_corners(boxes1_ptr, first)
+        # One box of the rows, scalars, against those of the columns.
+        index1 = batch * num_boxes1 + row
+        ax1, ay1, ax2, ay2 = _load_corners(boxes1_ptr, index1)
         inter, union = intersection_union(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2)
-        value = ratio_or_zero(inter, union)
+        value = ratio_or_zero(inter, union)  # [BLOCK_M]
         if KIND != "iou":
+            # Subtract the penalty, which is relative to the smallest box around both.
             hull_width = tl.maximum(tl.maximum(ax2, bx2) - tl.minimum(ax1, bx1), 0.0)
             hull_height = tl.maximum(tl.maximum(ay2, by2) - tl.minimum(ay1, by1), 0.0)
             if KIND == "generalized":
@@ -91,13 +98,13 @@ def _box_iou_kernel(
             else:
                 dx = (ax1 + ax2 - bx1 - bx2) * 0.5
                 dy = (ay1 + ay2 - by1 - by2) * 0.5
-                distance = tl.div_rn(dx * dx + dy * dy, hull_width * hull_width + hull_height * hull_height + eps)
+                penalty = tl.div_rn(dx * dx + dy * dy, hull_width * hull_width + hull_height * hull_height + eps)
                 if KIND == "complete":
-                    turn = tl.load(angle1_ptr + first) - angle2
-                    aspect = turn * turn * 0.4052847345693511  # 4 / pi^2
-                    distance += tl.div_rn(aspect * aspect, 1.0 - value + aspect + eps)
-                value -= distance
-        tl.store(out_ptr + first * width + column, value, mask=mask)
+                    angle_difference = tl.load(angle1_ptr + index1) - angle2
+                    aspect = angle_difference * angle_difference * 0.4052847345693511  # 4 / pi^2
+                    penalty += tl.div_rn(aspect * aspect, 1.0 - value + aspect + eps)
+                value -= penalty
+        tl.store(out_ptr + index1 * width + column, value, mask=mask)
 
 
 def launch(
@@ -113,7 +120,7 @@ def launch(
     """Fill `out` [B, N, M] for `boxes1` [B, N, 4] and `boxes2` [B, M, 4]."""
     batch, num_boxes1, num_boxes2 = out.shape
     block_n, block_m, num_warps = config(num_boxes1, num_boxes2)
-    # In one axis: the others may not be long.
+    # One axis, as the other axes of a grid are limited to 65535.
     _box_iou_kernel[(batch * triton.cdiv(num_boxes1, block_n) * triton.cdiv(num_boxes2, block_m),)](
         boxes1_ptr=boxes1,
         boxes2_ptr=boxes2,
@@ -124,7 +131,7 @@ def launch(
         num_boxes2=num_boxes2,
         eps=eps,
         KIND=kind,
-        IN_FOURS=num_boxes2 % 4 == 0,
+        VECTOR_STORES=num_boxes2 % 4 == 0,
         BLOCK_N=block_n,
         BLOCK_M=block_m,
         num_warps=num_warps,

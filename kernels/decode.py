@@ -1,4 +1,4 @@
-"""From the raw output of the two convolutions of a region proposal head to clipped boxes and scores, in one pass."""
+"""Clipped boxes and their scores from the raw deltas and logits of a region proposal head, in one pass."""
 
 from typing import NamedTuple
 
@@ -6,18 +6,18 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdet.kernels.common.boxes import load_boxes, store_fours
+from fastdet.kernels.common.boxes import load_boxes, store_rows_of_4
 
 
 class Config(NamedTuple):
-    """Anchors of a block, a power of two, and warps."""
+    """Anchors per block, a power of two, and warps."""
 
     block_n: int
     num_warps: int
 
 
 def config(num_anchors: int) -> Config:
-    """An anchor a thread, so that the loads of all are under way at once; of few anchors, few a block."""
+    """One anchor per thread, so that all loads are in flight at once; fewer per block where there are few anchors."""
     block_n = 128 if num_anchors >= 1 << 14 else 64
     return Config(block_n=block_n, num_warps=block_n // 32)
 
@@ -39,18 +39,22 @@ def config(num_anchors: int) -> Config:
     ]
 )
 def _decode_kernel(
-    deltas_ptr,
-    logits_ptr,
-    cell_anchors_ptr,
-    sizes_ptr,
-    min_side_ptr,
-    boxes_ptr,
-    scores_ptr,
+    # Tensors; contiguous where they have no strides
+    deltas_ptr,  # [B, A * 4, H, W] fp32, fp16 or bf16
+    logits_ptr,  # [B, A * NUM_LOGITS, H, W] fp32, fp16 or bf16; of two logits the second is the object's
+    cell_anchors_ptr,  # [A, 4] fp32, pixels
+    sizes_ptr,  # [B, 2] int64, (height, width) of each image in pixels
+    min_side_ptr,  # [B] fp32, pixels
+    boxes_ptr,  # [B, H * W * A, 4] fp32, pixels, output
+    scores_ptr,  # [B, H * W * A] fp32, output; -inf where the box is not finite or too small
+    # Sizes
     height,
     width,
-    stride_h,
+    # Scalars
+    stride_h,  # pixels per cell
     stride_w,
-    clamp,
+    clamp,  # upper limit of dw and dh
+    # Strides
     deltas_stride_b,
     deltas_stride_c,
     deltas_stride_h,
@@ -59,6 +63,7 @@ def _decode_kernel(
     logits_stride_c,
     logits_stride_h,
     logits_stride_w,
+    # Constexprs
     NUM_ANCHORS: tl.constexpr,
     NUM_LOGITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -72,12 +77,8 @@ def _decode_kernel(
                w
 
     The anchor is not read but computed: cell_anchors[a] moved by (w * stride_w, h * stride_h) pixels.
-
-    deltas_ptr [B, A * 4, H, W], logits_ptr [B, A * NUM_LOGITS, H, W]: fp32, fp16 or bf16, by their strides; of two
-    logits the second is the object's. cell_anchors_ptr [A, 4]: fp32, pixels. sizes_ptr [B, 2]: int64, (height, width)
-    of the image. min_side_ptr [B]: fp32, pixels. clamp: the most a logarithm of a side may be.
-    boxes_ptr [B, H * W * A, 4]: fp32, pixels; scores_ptr [B, H * W * A]: fp32. Both contiguous.
     """
+    # The program's anchors, [BLOCK_N], and their cells.
     batch = tl.program_id(1).to(tl.int64)
     index = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = height * width * NUM_ANCHORS
@@ -87,6 +88,7 @@ def _decode_kernel(
     h = cell // width
     w = cell % width
 
+    # Load the deltas and the score, [BLOCK_N] each, widened to fp32.
     h64 = h.to(tl.int64)
     w64 = w.to(tl.int64)
     delta_ptr = deltas_ptr + batch * deltas_stride_b + h64 * deltas_stride_h + w64 * deltas_stride_w
@@ -101,39 +103,42 @@ def _decode_kernel(
     if NUM_LOGITS == 2:
         score = tl.load(logit_ptr + logits_stride_c, mask=mask, other=0.0).to(tl.float32) - score
 
+    # Compute the anchors.
     shift_x = (w * stride_w).to(tl.float32)
     shift_y = (h * stride_h).to(tl.float32)
     ax1, ay1, ax2, ay2 = load_boxes(cell_anchors_ptr, anchor, mask)
     ax1, ay1, ax2, ay2 = ax1 + shift_x, ay1 + shift_y, ax2 + shift_x, ay2 + shift_y
 
-    # By comparison and not by tl.minimum or tl.maximum, which would turn NaN into a number.
+    # Decode the deltas, clamped by comparison, as tl.minimum would turn NaN into a number.
     dw = tl.where(dw > clamp, clamp, dw)
     dh = tl.where(dh > clamp, clamp, dh)
     anchor_width = ax2 - ax1
     anchor_height = ay2 - ay1
-    x = dx * anchor_width + (ax1 + 0.5 * anchor_width)
-    y = dy * anchor_height + (ay1 + 0.5 * anchor_height)
+    center_x = dx * anchor_width + (ax1 + 0.5 * anchor_width)
+    center_y = dy * anchor_height + (ay1 + 0.5 * anchor_height)
     half_width = 0.5 * (tl.exp(dw) * anchor_width)
     half_height = 0.5 * (tl.exp(dh) * anchor_height)
-    x1 = x - half_width
-    y1 = y - half_height
-    x2 = x + half_width
-    y2 = y + half_height
+    x1 = center_x - half_width
+    y1 = center_y - half_height
+    x2 = center_x + half_width
+    y2 = center_y + half_height
     infinity = float("inf")
     finite = (tl.abs(x1) < infinity) & (tl.abs(y1) < infinity) & (tl.abs(x2) < infinity) & (tl.abs(y2) < infinity)
 
+    # Clip to the image; boxes that are not finite become zeros.
     limit_y = tl.load(sizes_ptr + batch * 2).to(tl.float32)
     limit_x = tl.load(sizes_ptr + batch * 2 + 1).to(tl.float32)
     x1 = tl.where(finite, tl.minimum(tl.maximum(x1, 0.0), limit_x), 0.0)
     y1 = tl.where(finite, tl.minimum(tl.maximum(y1, 0.0), limit_y), 0.0)
     x2 = tl.where(finite, tl.minimum(tl.maximum(x2, 0.0), limit_x), 0.0)
     y2 = tl.where(finite, tl.minimum(tl.maximum(y2, 0.0), limit_y), 0.0)
-    least = tl.load(min_side_ptr + batch)
-    kept = finite & (tl.abs(score) < infinity) & (x2 - x1 >= least) & (y2 - y1 >= least)
+    # Reject small boxes by their score.
+    min_side = tl.load(min_side_ptr + batch)
+    valid = finite & (tl.abs(score) < infinity) & (x2 - x1 >= min_side) & (y2 - y1 >= min_side)
 
     out = batch * total + index
-    store_fours(boxes_ptr, out, x1, y1, x2, y2, mask)
-    tl.store(scores_ptr + out, tl.where(kept, score, -infinity), mask=mask)
+    store_rows_of_4(boxes_ptr, out, x1, y1, x2, y2, mask)
+    tl.store(scores_ptr + out, tl.where(valid, score, -infinity), mask=mask)
 
 
 def launch(
@@ -148,7 +153,7 @@ def launch(
     stride: tuple[int, int],
     clamp: float,
 ) -> None:
-    """Fill `boxes` [B, H * W * A, 4] and `scores` [B, H * W * A]; `stride` is (down, across) in pixels."""
+    """Fill `boxes` [B, H * W * A, 4] and `scores` [B, H * W * A]; `stride` is (vertical, horizontal) in pixels."""
     batch, _, height, width = deltas.shape
     num_anchors = cell_anchors.shape[0]
     block_n, num_warps = config(batch * scores.shape[1])

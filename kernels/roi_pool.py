@@ -1,9 +1,10 @@
-"""RoI max-pool over channels-last features, and its gradient by owner: no atomics, the same bits on every run.
+"""RoI max-pool over channels-last features, and its gradient, gathered per feature cell.
 
-All of it is meant for kernels launched with `enable_fp_fusion=False`: a fused multiply-add moves the edge of a bin.
+The gradient needs no atomics and has the same bits on every run. The kernels are launched with
+`enable_fp_fusion=False`, as a fused multiply-add moves the edge of a bin.
 """
 # mypy: disable-error-code="assignment, var-annotated"
-# (a Triton tuple grows, which Python's types do not say)
+# (Triton tuples grow in a loop, which Python's types cannot express)
 
 from typing import NamedTuple
 
@@ -11,14 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdet.kernels.common.csr import BLOCK_R, launch_visits
-from fastdet.kernels.common.roi_bins import axis_of, edges, image_of
+from fastdet.kernels.common.csr import launch_visits
+from fastdet.kernels.common.roi_bins import bin_edges, roi_image, roi_start_size
+from fastdet.kernels.common.roi_pool_spans import launch_spans
 
+# -FLT_MAX, from which torchvision's search for the maximum starts too.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 class Config(NamedTuple):
-    """Channels of a program, a power of two; cells (of the gradient: bins) that it loads at a time; its warps."""
+    """Channels per program, a power of two; cells (backward: bins) that it loads at a time; its warps."""
 
     block_c: int
     unroll: int
@@ -26,35 +29,39 @@ class Config(NamedTuple):
 
 
 def config(channels: int, itemsize: int) -> Config:
-    """16 bytes a thread, of values of `itemsize` bytes, and two warps at most.
+    """16 bytes per thread, of values of `itemsize` bytes, and at most two warps.
 
-    Half precision gets one warp: with two of them the compiler waits for each load before the next.
+    Half precision gets one warp: with two of them the compiled code completes each load before the next.
     """
     block = min(triton.next_power_of_2(channels), 256)
     return Config(block, unroll=4, num_warps=max(block * itemsize // 512, 1))
 
 
 def config_backward(channels: int, itemsize: int) -> Config:
-    """As forward, and more at a time: a cell has about 20 bins, up to some hundreds."""
+    """As forward, with more loads at a time: a cell has about 20 bins, and up to some hundreds."""
     return config(channels, itemsize)._replace(unroll=8)
 
 
 def visits_bound(num_rois: int, height: int, width: int, pooled_height: int, pooled_width: int) -> int:
-    """No list of (bin, cell of that bin) is longer: neighbouring bins share one row or column at the most."""
+    """Upper bound of the (bin, cell of that bin) pairs: adjacent bins share at most one row or column of cells."""
     return num_rois * (height + pooled_height - 1) * (width + pooled_width - 1)
 
 
 @triton.jit
 def _roi_pool_kernel(
-    input_ptr,
-    rois_ptr,
-    pooled_ptr,
-    argmax_ptr,
+    # Tensors, all contiguous
+    input_ptr,  # [B, H, W, C] fp32, fp16 or bf16 (a channels-last [B, C, H, W])
+    rois_ptr,  # [R, 5] fp32: image index, x1, y1, x2, y2 in pixels
+    pooled_ptr,  # [R, PH, PW, C] dtype of input, output
+    argmax_ptr,  # [R, PH, PW, C] int16 or int32, output: h * W + w of the maximum, -1 where nothing was pooled
+    # Sizes
     num_images,
     channels,
     height,
     width,
-    spatial_scale,
+    # Scalars
+    spatial_scale,  # cells per pixel
+    # Constexprs
     POOLED_HEIGHT: tl.constexpr,
     POOLED_WIDTH: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -62,18 +69,14 @@ def _roi_pool_kernel(
 ):
     """One bin of one RoI, for one block of channels.
 
-                left    right
-              +---+---+---+           program (bin of all RoIs, channel block)
-        top   | 0 | 1 | 2 |
-              +---+---+---+           Cells in scan order, UNROLL loads of BLOCK_C channels in flight at a time;
-              | 3 | 4 | 5 |           each channel keeps the first of its largest values.
-      bottom  +---+---+---+
-
-    input_ptr [B, H, W, C]: fp32, fp16 or bf16, contiguous (a channels-last [B, C, H, W]).
-    rois_ptr [R, 5]: fp32, image index and corners in pixels, contiguous.
-    pooled_ptr [R, PH, PW, C]: the dtype of input, contiguous.
-    argmax_ptr [R, PH, PW, C]: int16 or int32, h * W + w in the plane, -1 where nothing was pooled; contiguous.
+              left    right
+            +---+---+---+           program (bin of all RoIs, channel block)
+      top   | 0 | 1 | 2 |
+            +---+---+---+           Cells in scan order, UNROLL loads of BLOCK_C channels in flight at a time;
+            | 3 | 4 | 5 |           each channel keeps the first of its largest values.
+    bottom  +---+---+---+
     """
+    # The program's bin and channels [BLOCK_C].
     index = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
@@ -81,13 +84,15 @@ def _roi_pool_kernel(
     bin_row = index // POOLED_WIDTH % POOLED_HEIGHT
     bin_column = index % POOLED_WIDTH
 
-    image = image_of(rois_ptr, roi, num_images)
-    start_h, size_h = axis_of(rois_ptr, roi, 2, spatial_scale)
-    start_w, size_w = axis_of(rois_ptr, roi, 1, spatial_scale)
-    top, bottom = edges(start_h, size_h, bin_row, POOLED_HEIGHT * 1.0, height)
-    left, right = edges(start_w, size_w, bin_column, POOLED_WIDTH * 1.0, width)
+    # The cells of the bin.
+    image = roi_image(rois_ptr, roi, num_images)
+    start_h, size_h = roi_start_size(rois_ptr, roi, 2, spatial_scale)
+    start_w, size_w = roi_start_size(rois_ptr, roi, 1, spatial_scale)
+    top, bottom = bin_edges(start_h, size_h, bin_row, POOLED_HEIGHT * 1.0, height)
+    left, right = bin_edges(start_w, size_w, bin_column, POOLED_WIDTH * 1.0, width)
     num_cells = tl.where(image < 0, 0, (bottom - top) * (right - left))
 
+    # Find the maximum of each channel, [BLOCK_C].
     plane_ptr = input_ptr + tl.maximum(image, 0).to(tl.int64) * height * width * channels + channel
     best = tl.full([BLOCK_C], LOWEST, tl.float32)
     argmax = tl.full([BLOCK_C], -1, tl.int32)
@@ -100,11 +105,12 @@ def _roi_pool_kernel(
             better = value > best
             best = tl.where(better, value, best)
             argmax = tl.where(better, cell, argmax)
-            # Past the end the last row comes again, and is never larger than itself.
-            last = x + 1 == right
-            x = tl.where(last, left, x + 1)
-            y = tl.minimum(tl.where(last, y + 1, y), bottom - 1)
+            # The next cell; past the end that is the last row again, which is never larger than itself.
+            end_of_row = x + 1 == right
+            x = tl.where(end_of_row, left, x + 1)
+            y = tl.minimum(tl.where(end_of_row, y + 1, y), bottom - 1)
 
+    # An empty bin gives 0.
     best = tl.where(num_cells > 0, best, 0.0)
     out = index.to(tl.int64) * channels + channel
     tl.store(pooled_ptr + out, best.to(pooled_ptr.dtype.element_ty), mask=inside)
@@ -112,88 +118,43 @@ def _roi_pool_kernel(
 
 
 @triton.jit
-def _spans_kernel(
-    rois_ptr,
-    images_ptr,
-    spans_ptr,
-    num_rois,
-    num_images,
-    height,
-    width,
-    spatial_scale,
-    POOLED_HEIGHT: tl.constexpr,
-    POOLED_WIDTH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """How the bins of each RoI lie along each axis, so that the programs of the next kernel need not walk them.
-
-    Program (block of RoIs, position): positions 0 .. H are rows of cells, H + 1 .. H + W + 1 columns.
-
-    rois_ptr [R, 5]: fp32, image index and corners in pixels, contiguous.
-    images_ptr [R]: int32, the image of each RoI, -1 for padding.
-    spans_ptr [2, H + W + 2, R]: int32, contiguous. [0, p]: cells that the bins have before position p, each bin
-        counted by itself; [1, p]: the first bin that has not ended before p. Bins at p: [0, p + 1] - [0, p].
-    """
-    lane = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    roi = tl.minimum(lane, num_rois - 1)
-    line = tl.program_id(1)
-    is_row = line <= height
-    position = tl.where(is_row, line, line - height - 1)
-    limit = tl.where(is_row, height, width)
-    num_bins = tl.where(is_row, POOLED_HEIGHT, POOLED_WIDTH)
-
-    start, size = axis_of(rois_ptr, roi, tl.where(is_row, 2, 1), spatial_scale)
-    before = tl.zeros([BLOCK_R], tl.int32)
-    ended = tl.zeros([BLOCK_R], tl.int32)
-    for index in range(0, num_bins):
-        low, high = edges(start, size, index, num_bins.to(tl.float32), limit)
-        before += tl.minimum(tl.maximum(position - low, 0), high - low)
-        ended += tl.where(high <= position, 1, 0)
-
-    mask = lane < num_rois
-    out = line.to(tl.int64) * num_rois + lane
-    tl.store(spans_ptr + out, before, mask=mask)
-    tl.store(spans_ptr + tl.num_programs(1).to(tl.int64) * num_rois + out, ended, mask=mask)
-    tl.store(images_ptr + lane, image_of(rois_ptr, roi, num_images), mask=mask & (line == 0))
-
-
-@triton.jit
 def _roi_pool_backward_kernel(
-    grad_ptr,
-    argmax_ptr,
-    bounds_ptr,
-    visits_ptr,
-    grad_input_ptr,
+    # Tensors, all contiguous
+    grad_ptr,  # [R, PH, PW, C] fp32, fp16 or bf16
+    argmax_ptr,  # [R, PH, PW, C] int16 or int32, from the forward kernel
+    bounds_ptr,  # [B * H * W, 2] int64, from `launch_visits`: begin and end of each cell's list in visits
+    visits_ptr,  # [visits_bound] int32, from `launch_visits`: (roi * PH + bin row) * PW + bin column
+    grad_input_ptr,  # [B, H, W, C] dtype of grad, output
+    # Sizes
     channels,
     height,
     width,
+    # Constexprs
     BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     """The gradient of one feature cell, for one block of channels: the sum over the bins whose maximum it was.
 
     Program (cell of all images, channel block); UNROLL bins of its list in flight, added in ascending order in fp32.
-
-    grad_ptr, argmax_ptr [R, PH, PW, C]: fp32, fp16 or bf16, and int16 or int32; contiguous.
-    bounds_ptr [B * H * W, 2], visits_ptr [visits_bound]: as `launch_visits` wrote them.
-    grad_input_ptr [B, H, W, C]: the dtype of grad, contiguous.
     """
+    # The program's cell and channels [BLOCK_C].
     cell = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
     begin = tl.load(bounds_ptr + cell.to(tl.int64) * 2)
     end = tl.load(bounds_ptr + cell.to(tl.int64) * 2 + 1)
-    own = cell % (height * width)
+    cell_in_plane = cell % (height * width)
     total = tl.zeros([BLOCK_C], tl.float32)
     for first in range(begin, end, UNROLL):
-        places, winners, grads = (), (), ()
+        # Load UNROLL bins, the gradients only where the cell was the maximum: each [BLOCK_C].
+        offsets, argmaxes, grads = (), (), ()
         for step in tl.static_range(UNROLL):
             visit = tl.load(visits_ptr + first + step, mask=first + step < end, other=0)
-            places += (visit.to(tl.int64) * channels + channel,)
+            offsets += (visit.to(tl.int64) * channels + channel,)
         for step in tl.static_range(UNROLL):
-            winners += (tl.load(argmax_ptr + places[step], mask=inside & (first + step < end), other=-1),)
+            argmaxes += (tl.load(argmax_ptr + offsets[step], mask=inside & (first + step < end), other=-1),)
         for step in tl.static_range(UNROLL):
-            grads += (tl.load(grad_ptr + places[step], mask=winners[step] == own, other=0.0),)
+            grads += (tl.load(grad_ptr + offsets[step], mask=argmaxes[step] == cell_in_plane, other=0.0),)
         for step in tl.static_range(UNROLL):
             total += grads[step].to(tl.float32)
     out = cell.to(tl.int64) * channels + channel
@@ -250,25 +211,12 @@ def launch_backward(
     [B * H * W, 2], int64.
     """
     num_images, channels, height, width = grad_input.shape
-    num_rois, _, pooled_height, pooled_width = grad.shape
-    cells = num_images * height * width
-    _spans_kernel[(triton.cdiv(num_rois, BLOCK_R), height + width + 2)](
-        rois_ptr=rois,
-        images_ptr=images,
-        spans_ptr=spans,
-        num_rois=num_rois,
-        num_images=num_images,
-        height=height,
-        width=width,
-        spatial_scale=spatial_scale,
-        POOLED_HEIGHT=pooled_height,
-        POOLED_WIDTH=pooled_width,
-        BLOCK_R=BLOCK_R,
-        enable_fp_fusion=False,
-    )
-    launch_visits(images, extents, spans, bounds, visits, grid=(height, width), pooled=(pooled_height, pooled_width))
+    pooled_height, pooled_width = grad.shape[2:]
+    grid, pooled = (height, width), (pooled_height, pooled_width)
+    launch_spans(rois, images, spans, num_images=num_images, grid=grid, pooled=pooled, spatial_scale=spatial_scale)
+    launch_visits(images, extents, spans, bounds, visits, grid=grid, pooled=pooled)
     block_c, unroll, num_warps = config_backward(channels, grad.element_size())
-    _roi_pool_backward_kernel[(cells, triton.cdiv(channels, block_c))](
+    _roi_pool_backward_kernel[(num_images * height * width, triton.cdiv(channels, block_c))](
         grad_ptr=grad,
         argmax_ptr=argmax,
         bounds_ptr=bounds,

@@ -1,1 +1,1 @@
-"""What several kernels share."""
+"""Device functions and kernels that the kernels of the ops are composed of."""

@@ -1,7 +1,7 @@
-"""Areas, intersections and exact ratios of boxes, shared by the kernels that compare boxes.
+"""Loads, areas, intersections and exact ratios of boxes, shared by the kernels that compare boxes.
 
-All of it is meant for kernels launched with `enable_fp_fusion=False`: a fused multiply-add in an area or a union moves
-decisions that sit on a threshold.
+For kernels launched with `enable_fp_fusion=False` only: a fused multiply-add in an area or a union changes decisions
+at a threshold.
 """
 
 import triton
@@ -9,10 +9,15 @@ import triton.language as tl
 
 
 @triton.jit
-def load_boxes(boxes_ptr, index, mask):
-    """Corners of the boxes `index` [N] of a contiguous [.., 4] array, as four tensors [N]: one load a box."""
-    corner = boxes_ptr + index.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    corners = tl.load(corner, mask=mask[:, None], other=0.0)
+def load_boxes(
+    boxes_ptr,  # [.., 4] fp32, contiguous
+    index,  # [N] int32 or int64, rows of it
+    mask,  # [N] bool; boxes of masked rows are zeros
+):
+    """Corners x1, y1, x2, y2 of N boxes as four tensors [N]: one 16-byte load per box."""
+    corner_ptrs = boxes_ptr + index.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]  # [N, 4]
+    corners = tl.load(corner_ptrs, mask=mask[:, None], other=0.0)
+    # [N, 2, 2], of which the last axis is (x, y).
     xs, ys = tl.split(tl.reshape(corners, [index.shape[0], 2, 2]))
     x1, x2 = tl.split(xs)
     y1, y2 = tl.split(ys)
@@ -20,15 +25,23 @@ def load_boxes(boxes_ptr, index, mask):
 
 
 @triton.jit
-def store_fours(rows_ptr, index, a, b, c, d, mask):
-    """Write four numbers, such as corners, to the rows `index` [N] of a contiguous [.., 4] array: one store a row."""
-    fours = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [index.shape[0], 4])
-    tl.store(rows_ptr + index.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :], fours, mask=mask[:, None])
+def store_rows_of_4(
+    rows_ptr,  # [.., 4] fp32, contiguous, output
+    index,  # [N] int32 or int64, rows of it
+    a,  # [N] fp32, as are b, c and d
+    b,
+    c,
+    d,
+    mask,  # [N] bool
+):
+    """Write (a, b, c, d), such as the corners or the deltas of a box, to N rows: one 16-byte store per row."""
+    rows = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [index.shape[0], 4])
+    tl.store(rows_ptr + index.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :], rows, mask=mask[:, None])
 
 
 @triton.jit
 def intersection_union(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
-    """Areas that two boxes share and that they cover together; the arguments broadcast."""
+    """Areas of the intersection and the union of boxes a and b; the corners broadcast."""
     width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
     height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
     inter = width * height
@@ -37,8 +50,8 @@ def intersection_union(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
 
 
 @triton.jit
-def intersections_unions(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
-    """The same of each of N boxes, down, with each of M others, across: [N, M], of corners [N] and [M]."""
+def pairwise_intersection_union(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
+    """`intersection_union` [N, M] of every box a, corners [N], with every box b, corners [M]."""
     return intersection_union(
         ax1[:, None],
         ay1[:, None],
@@ -53,9 +66,9 @@ def intersections_unions(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
 
 @triton.jit
 def ratio_or_zero(numerator, denominator):
-    """The quotient of two positive numbers, rounded as IEEE division does; 0 for any others (NaN as well)."""
-    # A numerator of 0, that of most pairs, would take the slow path of an NVIDIA division; any that gives a negative
-    # quotient will do in its place.
+    """The quotient, rounded as IEEE division does, where both are positive; 0 elsewhere (NaN as well)."""
+    # A numerator of 0, the most frequent one, would take the slow path of an NVIDIA division. Any numerator that gives
+    # a negative quotient can replace it, since that is turned into 0 below.
     ratio = tl.div_rn(tl.where(numerator > 0.0, numerator, -denominator), denominator)
     return tl.where(ratio > 0.0, ratio, 0.0)
 

@@ -1,49 +1,58 @@
-"""How the bins of a region of interest lie on the cells of a feature map.
+"""How the bins of a region of interest (RoI) lie on the cells of a feature map, for RoI max-pool.
 
-All of it is meant for kernels launched with `enable_fp_fusion=False`: a fused multiply-add moves the edge of a bin.
+For kernels launched with `enable_fp_fusion=False` only: a fused multiply-add moves the edge of a bin.
 """
 
 import triton
 import triton.language as tl
 
-# Corners are held within this many cells, so that no sum of int32 cells wraps around; fp32 holds the number exactly.
-FAR = tl.constexpr(1e9)
+# Rounded corners are clamped to this many cells, so that no sum of int32 cells wraps around; exact in fp32.
+MAX_CELL = tl.constexpr(1e9)
 
 
 @triton.jit
-def round_away(x):
-    """To the nearest cell, half away from zero, as int32."""
-    size = tl.abs(x)
-    whole = tl.floor(size)
-    whole = tl.minimum(tl.where(size - whole >= 0.5, whole + 1.0, whole), FAR)
-    return tl.where(x < 0.0, -whole, whole).to(tl.int32)
+def round_half_away(x):
+    """The nearest cell, half away from zero as C's `round`, as int32."""
+    magnitude = tl.abs(x)
+    rounded = tl.floor(magnitude)
+    rounded = tl.minimum(tl.where(magnitude - rounded >= 0.5, rounded + 1.0, rounded), MAX_CELL)
+    return tl.where(x < 0.0, -rounded, rounded).to(tl.int32)
 
 
 @triton.jit
-def image_of(rois_ptr, roi, num_images):
-    """The image that a RoI lies in; -1 for padding: an index outside [0, num_images), or a NaN."""
-    base = rois_ptr + roi.to(tl.int64) * 5
-    image = tl.load(base)
-    x1 = tl.load(base + 1)
-    y1 = tl.load(base + 2)
-    x2 = tl.load(base + 3)
-    y2 = tl.load(base + 4)
-    known = (x1 == x1) & (y1 == y1) & (x2 == x2) & (y2 == y2)
-    return tl.where(known & (image >= 0.0) & (image < num_images), image, -1.0).to(tl.int32)
+def roi_image(
+    rois_ptr,  # [R, 5] fp32: image index, x1, y1, x2, y2 in pixels
+    roi,  # int32, scalar or block
+    num_images,
+):
+    """The image that a RoI lies in; -1 for padding: an index outside [0, num_images), or a NaN corner."""
+    roi_ptr = rois_ptr + roi.to(tl.int64) * 5
+    image = tl.load(roi_ptr)
+    x1 = tl.load(roi_ptr + 1)
+    y1 = tl.load(roi_ptr + 2)
+    x2 = tl.load(roi_ptr + 3)
+    y2 = tl.load(roi_ptr + 4)
+    no_nan = (x1 == x1) & (y1 == y1) & (x2 == x2) & (y2 == y2)
+    return tl.where(no_nan & (image >= 0.0) & (image < num_images), image, -1.0).to(tl.int32)
 
 
 @triton.jit
-def axis_of(rois_ptr, roi, column, spatial_scale):
-    """First cell of a RoI along one axis and how many it spans; `column` is 1 for x and 2 for y."""
-    base = rois_ptr + roi.to(tl.int64) * 5 + column
-    start = round_away(tl.load(base) * spatial_scale)
-    end = round_away(tl.load(base + 2) * spatial_scale)
+def roi_start_size(
+    rois_ptr,  # [R, 5] fp32: image index, x1, y1, x2, y2 in pixels
+    roi,  # int32, scalar or block
+    column,  # 1 for x, 2 for y
+    spatial_scale,
+):
+    """First cell of a RoI along one axis and the number of cells it spans, at least 1, both int32."""
+    corner_ptr = rois_ptr + roi.to(tl.int64) * 5 + column
+    start = round_half_away(tl.load(corner_ptr) * spatial_scale)
+    end = round_half_away(tl.load(corner_ptr + 2) * spatial_scale)
     return start, tl.maximum(end - start + 1, 1)
 
 
 @triton.jit
-def edges(start, size, index, num_bins, limit):
-    """Cells [low, high) of bin `index`, cut to [0, limit); `num_bins` is a float."""
+def bin_edges(start, size, index, num_bins, limit):
+    """Cells [low, high) of bin `index`, clipped to [0, limit); `num_bins` is a float."""
     step = tl.div_rn(size.to(tl.float32), num_bins)
     low = start + tl.floor(index * step).to(tl.int32)
     high = start + tl.ceil((index + 1) * step).to(tl.int32)

@@ -20,9 +20,12 @@ def key_bits(request, monkeypatch):
     if request.node.get_closest_marker("kernel"):
         if torch.cuda.is_available() and request.param != BITS[0]:
             pytest.skip("a compiled kernel has its number of bits")
+        codes = importlib.import_module("fastdet.kernels.common.sample_codes")
         kernel = importlib.import_module("fastdet.kernels.sample")
-        for name, value in (("KEY_BITS", request.param), ("KEY_END", 2**request.param)):
-            monkeypatch.setattr(kernel, name, type(kernel.KEY_BITS)(value))
+        constexpr = type(codes.KEY_BITS)
+        monkeypatch.setattr(codes, "KEY_BITS", constexpr(request.param))
+        for user in (codes, kernel):
+            monkeypatch.setattr(user, "KEY_END", constexpr(2**request.param))
     return request.param
 
 
