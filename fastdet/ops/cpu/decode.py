@@ -11,8 +11,9 @@ def decode_cpu(
 ) -> tuple[Tensor, Tensor]:
     batch, _, height, width = deltas.shape
     grid = (batch, height, width, len(cell_anchors))
-    boxes = deltas.new_empty(batch, height * width * len(cell_anchors), 4, dtype=torch.float32)
-    scores = torch.empty_like(boxes[..., 0], memory_format=torch.contiguous_format)
+    count = height * width * len(cell_anchors)
+    boxes = torch.empty(batch, count, 4, dtype=torch.float32)
+    scores = torch.empty(batch, count, dtype=torch.float32)
     if scores.numel():
         corners, score = decode_planes(deltas, logits, cell_anchors, sizes, min_side, *stride_and_clamp)
         for corner, column in zip(corners, boxes.view(*grid, 4).unbind(-1), strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdet.ops import _pyramid, _rois
 
-# Corners are held within this many cells: up to there neighboring fp32 numbers are at most an eighth of a cell apart.
+# Corners are clamped to this many cells: up to there neighboring fp32 numbers are at most an eighth of a cell apart.
 CELL_LIMIT = float(1 << 20)
 # Products in one call of torchvision's operator, which runs in one thread: about two milliseconds.
 SLICE = 1 << 20
@@ -25,7 +25,7 @@ def _split_axis(low: Tensor, high: Tensor, num_bins: int, aligned: bool) -> tupl
     return start, (size if aligned else size.clamp(min=1)) / num_bins
 
 
-def _find_large(
+def _split_by_samples(
     cells: Tensor, pooled_height: int, pooled_width: int, sampling_ratio: int, aligned: bool
 ) -> tuple[Tensor, Tensor]:
     """bool [K] twice: the boxes that torchvision's operator can pool, and those with too many samples for it.
@@ -99,7 +99,7 @@ def roi_align_cpu(
     step = SLICE // max(pooled.shape[1:].numel() * max(sampling_ratio, 1) ** 2, 1)
     for level, rows, cells in _rows_by_level(rois, [level.shape for level in features], scales, canonical):
         map = _rois.widen(features[level]).contiguous()
-        regular, large = _find_large(cells, *bins, sampling_ratio, aligned)
+        regular, large = _split_by_samples(cells, *bins, sampling_ratio, aligned)
         for row, cell in zip(rows[large], cells[large], strict=True):
             down, across = _box_weights(cell, bins, map.shape, aligned)
             pooled[row] = _product(down, map[int(cell[0])], across.t())
@@ -127,7 +127,7 @@ def roi_align_backward_cpu(
     grads = [grad.new_zeros(shape) for shape in shapes]
     wide, bins = _rois.widen(grad), (grad.shape[2], grad.shape[3])
     for level, rows, cells in _rows_by_level(rois.to(wide.dtype), shapes, scales, canonical):
-        regular, large = _find_large(cells, *bins, sampling_ratio, aligned)
+        regular, large = _split_by_samples(cells, *bins, sampling_ratio, aligned)
         total = wide.new_zeros(shapes[level])
 
         # A slice of channels, never of RoIs: a cell's sum keeps its order.

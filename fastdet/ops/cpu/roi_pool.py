@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastdet.ops import _rois
 
-# Corners are held within this many cells, so that no sum of int32 cells wraps around.
+# Corners are clamped to this many cells, so that no sum of int32 cells wraps around.
 CELL_LIMIT = 1e9
 # Values pooled by one call of torchvision's operator, which runs in one thread: about two milliseconds.
 SLICE = 1 << 17
