@@ -195,7 +195,8 @@ def test_a_pt2_needs_the_import_of_fastdet(exported):
 
 
 def test_the_model_is_left_as_it_was(tmp_path):
-    model = fastdet.FasterRCNN(TinyBackbone(), 3, min_size=64, max_size=96)
+    one_level = {"rpn_anchor_generator": _anchors((12, 20)), "box_featmap_names": ("0",)}
+    model = fastdet.FasterRCNN(TinyBackbone(), 3, min_size=64, max_size=96, **one_level)
     model.train()
     model.backbone[1].eval()
     export.export_pt2(model, tmp_path / "folder/model.pt2")
