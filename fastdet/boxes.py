@@ -1,6 +1,6 @@
 """Box algebra in plain torch: boxes are x1, y1, x2, y2 in pixels, continuous (no + 1).
 
-fp16 and bf16 are widened to fp32. Nothing here waits for the device, and shapes depend on shapes alone.
+fp16 and bf16 are widened to fp32. No function has a host sync, and shapes depend on shapes alone.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ Weights = tuple[float, float, float, float]
 
 
 def encode(reference: Tensor, boxes: Tensor, weights: Weights = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
-    """What a regressor should answer at `reference` [..., 4] to give `boxes` [..., 4]; the two broadcast.
+    """The deltas [..., 4] from `reference` [..., 4] to `boxes` [..., 4], the targets of a regressor; the two broadcast.
 
-    With (x, y, w, h) the centre and the sides: (w_x (x - x_a) / w_a, w_y (y - y_a) / h_a, w_w log(w / w_a),
+    With (x, y, w, h) the center and the sides: (w_x (x - x_a) / w_a, w_y (y - y_a) / h_a, w_w log(w / w_a),
     w_h log(h / h_a)), the factors being `weights`. Girshick et al. 2014 (arXiv:1311.2524), appendix C. A box or a
     reference with a side of 0 gives infinities or NaN: mask such rows.
     """
-    ax, ay, aw, ah = _centre_and_sides(_widened(reference).unbind(-1))
-    x, y, w, h = _centre_and_sides(_widened(boxes).unbind(-1))
+    ax, ay, aw, ah = _center_and_sides(_widen(reference).unbind(-1))
+    x, y, w, h = _center_and_sides(_widen(boxes).unbind(-1))
     wx, wy, ww, wh = weights
     parts = (wx * (x - ax) / aw, wy * (y - ay) / ah, ww * torch.log(w / aw), wh * torch.log(h / ah))
     return torch.stack(parts, dim=-1)
@@ -31,12 +31,12 @@ def decode(
     weights: Weights = (1.0, 1.0, 1.0, 1.0),
     clamp: float | None = None,
 ) -> Tensor:
-    """The boxes that `deltas` [..., 4] at `reference` [..., 4] stand for: the inverse of `encode`.
+    """The boxes [..., 4] at `deltas` [..., 4] from `reference` [..., 4]: the inverse of `encode`; the two broadcast.
 
-    The two broadcast. The logarithms of the sides are held to at most `clamp` (after the division by the weights), so
-    that an exponential cannot overflow; None leaves them as they are.
+    The logarithms of the sides are limited to `clamp` (after the division by the weights), so that an exponential
+    cannot overflow; None: no limit.
     """
-    planes = decode_planes(_widened(deltas).unbind(-1), _widened(reference).unbind(-1), weights, clamp)
+    planes = decode_planes(_widen(deltas).unbind(-1), _widen(reference).unbind(-1), weights, clamp)
     return torch.stack(planes, dim=-1)
 
 
@@ -47,7 +47,7 @@ def decode_planes(
     clamp: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`decode` on four tensors of one coordinate each, fp32 at least; they broadcast."""
-    ax, ay, aw, ah = _centre_and_sides(reference)
+    ax, ay, aw, ah = _center_and_sides(reference)
     dx, dy, dw, dh = (part if weight == 1 else part / weight for part, weight in zip(deltas, weights, strict=True))
     if clamp is not None:
         dw, dh = dw.clamp(max=clamp), dh.clamp(max=clamp)
@@ -57,11 +57,8 @@ def decode_planes(
 
 
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """`boxes` [B, ..., 4] held to 0..width and 0..height of their image; `sizes` [B, 2] is (height, width).
-
-    NaN stays.
-    """
-    boxes = _widened(boxes)
+    """`boxes` [B, ..., 4] clipped to 0..width and 0..height, of which `sizes` [B, 2] is (height, width); NaN stays."""
+    boxes = _widen(boxes)
     limit = sizes.flip(-1).repeat(1, 2).to(boxes.dtype)
     limit = limit.reshape(sizes.shape[0], *(1,) * (boxes.ndim - 2), 4)
     return torch.minimum(boxes.clamp(min=0), limit)
@@ -69,15 +66,15 @@ def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
 
 def sides(boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Width and height, [...] each, of `boxes` [..., 4]; negative where a box is inverted."""
-    x1, y1, x2, y2 = _widened(boxes).unbind(-1)
+    x1, y1, x2, y2 = _widen(boxes).unbind(-1)
     return x2 - x1, y2 - y1
 
 
-def _widened(value: Tensor) -> Tensor:
+def _widen(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
-def _centre_and_sides(corners: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _center_and_sides(corners: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x1, y1, x2, y2 = corners
     w, h = x2 - x1, y2 - y1
     return x1 + 0.5 * w, y1 + 0.5 * h, w, h

@@ -13,7 +13,7 @@ WEIGHTS = [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0), (1.0, 2.0, 3.0, 4.0)]
 STEP = float(np.spacing(np.float32(1)))
 
 
-def proper_boxes(*shape: int) -> torch.Tensor:
+def valid_boxes(*shape: int) -> torch.Tensor:
     out = random_boxes(*shape)
     return out + torch.tensor([0.0, 0.0, 1.0, 1.0])
 
@@ -27,7 +27,7 @@ def loop_encode(reference: list[float], box: list[float], weights: tuple[float, 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_encode_equals_a_float64_loop(weights):
-    reference, targets = proper_boxes(23).double(), proper_boxes(23).double()
+    reference, targets = valid_boxes(23).double(), valid_boxes(23).double()
     pairs = zip(reference.tolist(), targets.tolist(), strict=True)
     expected = torch.tensor([loop_encode(a, b, weights) for a, b in pairs], dtype=torch.float64)
     assert_close(boxes.encode(reference, targets, weights), expected, torch.float64)
@@ -36,7 +36,7 @@ def test_encode_equals_a_float64_loop(weights):
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_encode_and_decode_equal_torchvision(weights):
-    reference, targets = proper_boxes(200), proper_boxes(200)
+    reference, targets = valid_boxes(200), valid_boxes(200)
     coder = BoxCoder(weights)
     encoded = boxes.encode(reference, targets, weights)
     torch.testing.assert_close(encoded, coder.encode_single(targets, reference), rtol=4 * STEP, atol=0)
@@ -47,12 +47,12 @@ def test_encode_and_decode_equal_torchvision(weights):
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_decode_inverts_encode(weights):
-    reference, targets = proper_boxes(3, 7).double(), proper_boxes(3, 7).double()
+    reference, targets = valid_boxes(3, 7).double(), valid_boxes(3, 7).double()
     assert_close(boxes.decode(boxes.encode(reference, targets, weights), reference, weights), targets, torch.float64)
 
 
 def test_references_broadcast():
-    reference, targets = proper_boxes(5), proper_boxes(2, 5)
+    reference, targets = valid_boxes(5), valid_boxes(2, 5)
     encoded = boxes.encode(reference, targets)
     assert encoded.shape == (2, 5, 4)
     assert torch.equal(encoded[1], boxes.encode(reference, targets[1]))
@@ -60,7 +60,7 @@ def test_references_broadcast():
     assert boxes.encode(reference[:0], targets[:, :0]).shape == (2, 0, 4)
 
 
-def test_clamp_holds_the_sides_alone():
+def test_clamp_limits_the_sides_alone():
     reference = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
     deltas = torch.tensor([[9.0, -9.0, 200.0, float("nan")]])
     assert boxes.decode(deltas, reference)[0, 2] == math.inf
@@ -82,7 +82,7 @@ def test_clip_equals_torchvision(shape):
         assert torch.equal(clipped[image], clip_boxes_to_image(inside[image], tuple(sizes[image].tolist())))
 
 
-def test_clip_keeps_nan_and_brings_infinities_home():
+def test_clip_keeps_nan_and_clips_infinities():
     clipped = boxes.clip(awkward_boxes()[None], torch.tensor([[8, 9]]))[0]
     assert clipped[9].tolist() == [0, 0, 9, 8]
 
@@ -96,7 +96,7 @@ def test_sides():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_fp32(dtype):
-    reference, targets = proper_boxes(9).to(dtype), proper_boxes(9).to(dtype)
+    reference, targets = valid_boxes(9).to(dtype), valid_boxes(9).to(dtype)
     encoded = boxes.encode(reference, targets)
     assert encoded.dtype == torch.float32
     assert torch.equal(encoded, boxes.encode(reference.float(), targets.float()))
@@ -107,6 +107,6 @@ def test_half_precision_is_computed_in_fp32(dtype):
 
 
 def test_gradients():
-    reference, targets = proper_boxes(3).double(), proper_boxes(3).double().requires_grad_()
+    reference, targets = valid_boxes(3).double(), valid_boxes(3).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: boxes.encode(reference, x, (1.0, 2.0, 3.0, 4.0)), (targets,))
     assert torch.autograd.gradcheck(lambda x: boxes.decode(x / 100, reference, clamp=4.0), (targets,))

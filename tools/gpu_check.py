@@ -164,7 +164,7 @@ def steps(out: Path) -> list[Step]:
         "--tb=short",
         *([] if has_benchmark else ["-o", "addopts=--strict-markers --import-mode=importlib -rfE"]),
     ]
-    alone = ["tests/ops/test_repeatable.py", "tests/ops/test_waits.py"]
+    alone = ["tests/ops/test_repeatable.py", "tests/ops/test_host_sync.py"]
     marked = [
         path
         for path in sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))

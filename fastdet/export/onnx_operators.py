@@ -1,9 +1,9 @@
-"""The operations that a detector uses in evaluation, in ONNX's own operators. Importing this needs `onnxscript`.
+"""The operations that a detector uses in evaluation, in ONNX's standard operators. Importing this needs `onnxscript`.
 
-Each function builds the nodes that stand for one `torch.ops.fastdet` operator, of the same arguments; tensors here are
-the names of values in the graph. The standard's `RoiAlign` and `NonMaxSuppression` do what the CPU implementations do.
-Of `MaxRoiPool` it leaves open how corners round, so that they are rounded before, and which cells a bin has: those of
-ONNX Runtime are torchvision's, and what it gives is the same bit for bit.
+Each function builds the nodes of one `torch.ops.fastdet` operator, of the same arguments; tensors here are names of
+values in the graph. The standard's `RoiAlign` and `NonMaxSuppression` compute what the CPU implementations do. Of
+`MaxRoiPool` it leaves open how corners round, so that they are rounded before, and which cells belong to a bin: ONNX
+Runtime's are torchvision's, with the same results bit for bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ from onnx import TensorProto
 from onnx.helper import make_tensor
 from onnxscript import opset18
 
-from fastdet.ops import _pyramid
-from fastdet.ops.cpu.nms import fp32_below
+from fastdet.ops.nms import round_threshold_down
+from fastdet.ops.roi_align import level_edges
 
-# A value in the graph. Its type is the graph's matter, not Python's.
+# A value in the graph, which Python has no type for.
 Value = Any
 op: Any = opset18
 
@@ -26,25 +26,25 @@ def nms(boxes: Value, valid: Value, iou_threshold: float, max_keep: int) -> tupl
     """`boxes` [groups, N, 4] in the order of their ranks, `valid` [groups, N] -> index [groups, max_keep], count."""
     finite = op.Not(op.Or(op.IsNaN(boxes), op.IsInf(boxes)))
     finite = op.ReduceMin(op.Cast(finite, to=TensorProto.INT32), _ints(2), keepdims=0)
-    counted = op.And(valid, op.Cast(finite, to=TensorProto.BOOL))
-    # An inverted box overlaps nothing, but NonMaxSuppression would turn it round.
+    valid = op.And(valid, op.Cast(finite, to=TensorProto.BOOL))
+    # An inverted box overlaps nothing, but NonMaxSuppression would swap its corners.
     x1, y1, x2, y2 = op.Split(boxes, axis=2, num_outputs=4)
     boxes = op.Where(op.And(op.Greater(x2, x1), op.Greater(y2, y1)), boxes, _float(0.0))
 
-    # Scores that stand for the ranks, exact below 2^24: the highest for the first, and below the threshold of 0 for
-    # what does not count.
+    # Scores that encode the ranks, exact below 2^24: the highest for the first box, and below the threshold of 0 for a
+    # box that is not valid.
     length = op.Squeeze(op.Shape(boxes, start=1, end=2))
     ranks = op.Cast(op.Range(length, _int(0), _int(-1)), to=TensorProto.FLOAT)
-    scores = op.Where(counted, ranks, _float(-1.0))
-    threshold = _float(fp32_below(iou_threshold))
+    scores = op.Where(valid, ranks, _float(-1.0))
+    threshold = _float(round_threshold_down(iou_threshold))
     kept = op.NonMaxSuppression(boxes, op.Unsqueeze(scores, _ints(1)), _int(max_keep), threshold, _float(0.0))
     # Rows of (group, class, box) in an order that the standard leaves open.
     kept = op.Gather(kept, _ints(0, 2), axis=1)
-    none = op.Expand(_float(0.0), op.Shape(scores))
-    top, index = op.TopK(op.ScatterND(none, kept, op.GatherND(scores, kept)), _ints(max_keep), axis=1)
-    taken = op.Greater(top, _float(0.0))
-    count = op.ReduceSum(op.Cast(taken, to=TensorProto.INT64), _ints(1), keepdims=0)
-    return op.Where(taken, index, _int(0)), count
+    zeros = op.Expand(_float(0.0), op.Shape(scores))
+    top, index = op.TopK(op.ScatterND(zeros, kept, op.GatherND(scores, kept)), _ints(max_keep), axis=1)
+    found = op.Greater(top, _float(0.0))
+    count = op.ReduceSum(op.Cast(found, to=TensorProto.INT64), _ints(1), keepdims=0)
+    return op.Where(found, index, _int(0)), count
 
 
 def roi_align(
@@ -61,14 +61,14 @@ def roi_align(
     """`rois` [K, 5], each from its level of `features` [B, C, H, W] -> [K, C, pooled_height, pooled_width]."""
     image, x1, y1, x2, y2 = op.Split(rois, axis=1, num_outputs=5)
     area = op.Mul(op.Sub(x2, x1), op.Sub(y2, y1))
-    known = op.GreaterOrEqual(image, _float(0.0))
+    valid = op.GreaterOrEqual(image, _float(0.0))
     # Of each level the boxes that reach its least area and not that of the next.
-    least = _pyramid.edges(list(scales), canonical_scale, canonical_level, torch.float32)
-    reached = [known, *(op.And(known, op.GreaterOrEqual(area, _float(edge))) for edge in least)]
+    edges = level_edges(scales, canonical_scale, canonical_level, dtype=torch.float32)
+    reached = [valid, *(op.And(valid, op.GreaterOrEqual(area, _float(edge))) for edge in edges)]
     pooled = _zeros(rois, features[0], pooled_height, pooled_width)
-    for level, own in enumerate(reached):
+    for level, selected in enumerate(reached):
         if level + 1 < len(reached):
-            own = op.And(own, op.Not(reached[level + 1]))
+            selected = op.And(selected, op.Not(reached[level + 1]))
 
         def pool(rows: Value, level: int = level) -> Value:
             return op.RoiAlign(
@@ -82,7 +82,7 @@ def roi_align(
                 spatial_scale=scales[level],
             )
 
-        pooled = _with_rows(pooled, rois, own, pool)
+        pooled = _scatter_rows(pooled, rois, selected, pool)
     return pooled
 
 
@@ -91,7 +91,7 @@ def roi_pool(
 ) -> tuple[Value, Value]:
     """`rois` [K, 5] of `input` [B, C, H, W] -> [K, C, pooled_height, pooled_width], and that again.
 
-    The second stands where the operator gives the cells of the maxima, which nothing in evaluation looks at.
+    The second stands for the cells of the maxima, which evaluation does not use.
     """
     image, *corners = op.Split(rois, axis=1, num_outputs=5)
     # Half away from zero, as torchvision rounds; `Round` goes to the even number.
@@ -104,14 +104,14 @@ def roi_pool(
     def pool(rows: Value) -> Value:
         return op.MaxRoiPool(input, rows, pooled_shape=[pooled_height, pooled_width], spatial_scale=1.0)
 
-    known = op.GreaterOrEqual(image, _float(0.0))
+    valid = op.GreaterOrEqual(image, _float(0.0))
     pooled = _zeros(rois, input, pooled_height, pooled_width)
-    pooled = _with_rows(pooled, op.Concat(image, cells, axis=1), known, pool)
+    pooled = _scatter_rows(pooled, op.Concat(image, cells, axis=1), valid, pool)
     return pooled, op.Identity(pooled)
 
 
 def stable_sort(self: Value, stable: bool = True, dim: int = -1, descending: bool = False) -> tuple[Value, Value]:
-    """torch's `sort`. `TopK` puts the lower index first among equal values, so that it is stable anyway."""
+    """torch's `sort`. `TopK` puts the lower index first among equal values, as a stable sort does."""
     length = op.Gather(op.Shape(self), _ints(dim), axis=0)
     return op.TopK(self, length, axis=dim, largest=int(descending), sorted=1)
 
@@ -121,9 +121,9 @@ def _zeros(rois: Value, features: Value, height: int, width: int) -> Value:
     return op.Expand(_float(0.0), shape)
 
 
-def _with_rows(pooled: Value, rois: Value, own: Value, pool: Callable[[Value], Value]) -> Value:
-    """`pooled` [K, ...] with what `pool` makes of those rows of `rois` [K, 5] that are `own`, bool [K, 1]."""
-    rows = op.Transpose(op.NonZero(op.Squeeze(own, _ints(1))), perm=[1, 0])
+def _scatter_rows(pooled: Value, rois: Value, selected: Value, pool: Callable[[Value], Value]) -> Value:
+    """`pooled` [K, ...] with the results of `pool` in the rows of `rois` [K, 5] that are `selected`, bool [K, 1]."""
+    rows = op.Transpose(op.NonZero(op.Squeeze(selected, _ints(1))), perm=[1, 0])
     return op.ScatterND(pooled, rows, pool(op.GatherND(rois, rows)))
 
 

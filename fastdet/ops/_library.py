@@ -1,4 +1,4 @@
-"""How an operation is registered with torch: one call with all its faces."""
+"""Registration of an operation with torch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +16,8 @@ def define(
 ) -> None:
     """Register `torch.ops.fastdet.<name>` from `schema` ("name(arguments) -> results").
 
-    `cuda` launches the Triton kernel, and does so on the device of its first argument, whatever the current device is.
-    `fake` gives shapes, dtypes and strides to tracing. Without `autograd` the results carry no gradient.
+    `cuda` launches the Triton kernel, on the device of its first argument, whatever the current device is. `fake` gives
+    shapes, dtypes and strides to tracing. Without `autograd` the results carry no gradient.
     """
     name, signature = schema.split("(", 1)
     qualified = f"fastdet::{name}"
@@ -32,3 +32,9 @@ def define(
     torch.library.register_fake(qualified)(fake)
     if autograd is not None:
         torch.library.impl(qualified, "Autograd")(autograd)
+
+
+def call_below_autograd(op: Callable[..., Any], *args: Any) -> Any:
+    """`op(*args)` by the implementation of the device, which records no gradient."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)

@@ -1,4 +1,4 @@
-"""Greedy non-maximum suppression: exact, batched over groups, of fixed shape inside, torchvision's call outside.
+"""Greedy non-maximum suppression: exact, batched over groups, in fixed shapes, and with torchvision's signature.
 
 The reference is `torchvision.ops.nms` on the CPU, index for index: it compares an fp32 IoU with a float64 threshold.
 An fp32 number exceeds a float64 threshold exactly if it exceeds that threshold rounded down to fp32, so one rounding on
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdet.ops import _checks
 from fastdet.ops._library import define
-from fastdet.ops.cpu.nms import FEW, fp32_below, nms_cpu
+from fastdet.ops.cpu.nms import SMALL_GROUP, nms_cpu, round_threshold_down
 
 
 class Kept(NamedTuple):
@@ -46,7 +46,7 @@ def nms_cuda(boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int) 
         kept=boxes.new_empty(groups, max_keep, 4),
         index=index,
         count=count,
-        iou_threshold=fp32_below(iou_threshold),
+        iou_threshold=round_threshold_down(iou_threshold),
         config=config,
     )
     return index, count
@@ -73,7 +73,7 @@ def nms_padded(
     valid: Tensor | None = None,
     presorted: bool = False,
 ) -> Kept:
-    """Suppress within each group of a padded batch, in fixed shapes and without a wait: the form for inside a model.
+    """Suppress within each group of a padded batch, in fixed shapes and without a host sync, as a model needs it.
 
     Args:
         boxes: fp32 [groups, N, 4], x1, y1, x2, y2 in pixels.
@@ -90,27 +90,26 @@ def nms_padded(
         TypeError, ValueError: an argument of another type, shape, range or device; the message names it.
     """
     boxes = _checks.boxes("boxes", boxes, ndim=3).detach()
-    scores = _checks.shape("scores", _checks.floats("scores", scores), tuple(boxes.shape[:2])).detach()
+    scores = _checks.tensor("scores", _checks.floats("scores", scores), tuple(boxes.shape[:2])).detach()
     if valid is None:
         valid = torch.ones_like(scores, dtype=torch.bool)
-    _checks.booleans("valid", valid, tuple(boxes.shape[:2]))
+    _checks.tensor("valid", valid, tuple(boxes.shape[:2]), torch.bool)
     _checks.same_device(boxes=boxes, scores=scores, valid=valid)
     _checks.threshold("iou_threshold", iou_threshold)
     _checks.integer("max_keep", max_keep, least=0)
     if _checks.flag("presorted", presorted):
         return Kept(*torch.ops.fastdet.nms(boxes, valid, iou_threshold, max_keep))
-    # Rows that don't count go last, so that the work ends with the rows that do.
+    # Rows that are not valid go last, so that the work ends with those that are.
     order = torch.where(valid, scores, -math.inf).argsort(dim=1, descending=True, stable=True)
     rows = order[..., None].expand(-1, -1, 4)
-    index, count = torch.ops.fastdet.nms(boxes.gather(1, rows), valid.gather(1, order), iou_threshold, max_keep)
+    kept = Kept(*torch.ops.fastdet.nms(boxes.gather(1, rows), valid.gather(1, order), iou_threshold, max_keep))
     if boxes.shape[1] == 0:
-        return Kept(index, count)
-    taken = torch.arange(max_keep, device=boxes.device) < count[:, None]
-    return Kept(torch.where(taken, order.gather(1, index), 0), count)
+        return kept
+    return Kept(torch.where(kept.valid, order.gather(1, kept.index), 0), kept.count)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | None = None) -> Tensor:
-    """Indices of the boxes that greedy suppression keeps, int64, in descending order of score: torchvision's `nms`.
+    """Indices of the boxes that greedy suppression keeps: torchvision's `nms`.
 
     Equal to `torchvision.ops.nms` on the CPU, index for index, ties included, with two exceptions: boxes with NaN or
     infinite corners are never returned and suppress nothing, and a box without area has IoU 0 with everything.
@@ -121,36 +120,44 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | Non
         iou_threshold: in [0, 1].
         max_keep: indices at most, the highest ranked; None: all. The work stops there.
 
+    Returns:
+        int64 [number kept], in descending order of score.
+
     Raises:
         TypeError, ValueError: an argument of another type, shape, range or device; the message names it.
     """
-    boxes, scores = _check(boxes, scores)
-    _checks.threshold("iou_threshold", iou_threshold)
-    most = _most(max_keep, boxes)
-    if boxes.device.type == "cpu" and len(boxes) <= FEW and boxes.isfinite().all():
-        return torch.ops.torchvision.nms(boxes, scores, iou_threshold)[:most]
-    index, count = nms_padded(boxes[None], scores[None], iou_threshold, most)
+    boxes, scores, limit = _check(boxes, scores, iou_threshold, max_keep)
+    if boxes.device.type == "cpu" and len(boxes) <= SMALL_GROUP and boxes.isfinite().all():
+        return torch.ops.torchvision.nms(boxes, scores, iou_threshold)[:limit]
+    index, count = nms_padded(boxes[None], scores[None], iou_threshold, limit)
     return index[0, : int(count[0])]
 
 
 def batched_nms(
     boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, max_keep: int | None = None
 ) -> Tensor:
-    """`nms` within each group of `idxs` [N], the kept of all groups merged in descending order of score (stable).
+    """`nms` within each group of `idxs`, as torchvision's `batched_nms`.
 
-    Of the merged the first `max_keep` are returned; None: all.
+    Groups are kept apart by their ids, not by shifted coordinates (as in torchvision), so that decisions close to the
+    threshold are those of `nms` on each group alone. Groups are padded to the power of two above their size and those
+    of one padded size go through one call, so that padding at most doubles the memory of the boxes.
 
-    Groups are kept apart by their ids, not by shifting coordinates (as torchvision's `batched_nms` does), so decisions
-    near the threshold are those of `nms` on each group alone. Groups are padded to the power of two above their size
-    and those of one padded size go through one call, so the padded boxes take at most twice the room of those given.
+    Args:
+        boxes, scores, iou_threshold: as of `nms`.
+        idxs: [N], integers: the group of each box, on the device of `boxes`.
+        max_keep: indices at most, of all groups together; None: all.
+
+    Returns:
+        int64 indices of the boxes kept in all groups, in descending order of score (stable).
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, range or device; the message names it.
     """
-    boxes, scores = _check(boxes, scores)
-    _checks.threshold("iou_threshold", iou_threshold)
-    idxs = _checks.shape("idxs", idxs, (boxes.shape[0],))
+    boxes, scores, limit = _check(boxes, scores, iou_threshold, max_keep)
+    idxs = _checks.tensor("idxs", idxs, (boxes.shape[0],))
     if idxs.is_floating_point() or idxs.is_complex() or idxs.dtype == torch.bool:
         raise TypeError(f"idxs must hold integers, got {idxs.dtype}")
     _checks.same_device(boxes=boxes, idxs=idxs)
-    most = _most(max_keep, boxes)
     if boxes.shape[0] == 0:
         return torch.zeros(0, dtype=torch.int64, device=boxes.device)
     order = scores.argsort(descending=True, stable=True)
@@ -165,21 +172,18 @@ def batched_nms(
         valid = slot < sizes[members, None]
         ranks = by_group[torch.where(valid, first[members, None] + slot, 0)]
         rows = order[ranks]
-        kept = nms_padded(boxes[rows], scores[rows], iou_threshold, min(padded_size, most), valid, presorted=True)
-        taken = torch.arange(kept.index.shape[1], device=boxes.device) < kept.count[:, None]
-        keep[ranks.gather(1, kept.index)[taken]] = True
-    return order[keep][:most]
+        kept = nms_padded(boxes[rows], scores[rows], iou_threshold, min(padded_size, limit), valid, presorted=True)
+        keep[ranks.gather(1, kept.index)[kept.valid]] = True
+    return order[keep][:limit]
 
 
-def _most(max_keep: int | None, boxes: Tensor) -> int:
-    """How many of `boxes` [N, 4] may be kept."""
-    return len(boxes) if max_keep is None else min(_checks.integer("max_keep", max_keep, least=0), len(boxes))
-
-
-def _check(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+def _check(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | None) -> tuple[Tensor, Tensor, int]:
+    """Boxes [N, 4], scores [N], and how many of them may be kept."""
     given = {"boxes": boxes, "scores": scores}
     boxes = _checks.boxes("boxes", boxes)
-    scores = _checks.shape("scores", _checks.floats("scores", scores), (boxes.shape[0],))
+    scores = _checks.tensor("scores", _checks.floats("scores", scores), (boxes.shape[0],))
     _checks.same_device(boxes=boxes, scores=scores)
     _checks.same_dtype(**given)
-    return boxes.detach(), scores.detach()
+    _checks.threshold("iou_threshold", iou_threshold)
+    limit = len(boxes) if max_keep is None else min(_checks.integer("max_keep", max_keep, least=0), len(boxes))
+    return boxes.detach(), scores.detach(), limit

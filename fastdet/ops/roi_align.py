@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdet.ops import _checks, _pyramid, _rois
-from fastdet.ops._library import define
-from fastdet.ops.cpu.roi_align import roi_align_backward_cpu, roi_align_cpu, shapes_of
+from fastdet.ops import _checks, _rois
+from fastdet.ops._library import call_below_autograd, define
+from fastdet.ops._pyramid import check_pyramid, level_edges
+from fastdet.ops.cpu.roi_align import level_shapes, roi_align_backward_cpu, roi_align_cpu
 
 
 def roi_align_cuda(
@@ -23,19 +24,19 @@ def roi_align_cuda(
     pooled_width: int,
     sampling_ratio: int,
     aligned: bool,
-    canonical_scale: float,
-    canonical_level: int,
+    *canonical: Any,
 ) -> Tensor:
     from fastdet.kernels import roi_align as kernel
 
-    pooled = _empty(features[0], (len(rois), features[0].shape[1], pooled_height, pooled_width), torch.channels_last)
+    shape = (len(rois), features[0].shape[1], pooled_height, pooled_width)
+    pooled = _rois.empty(features[0], shape, torch.channels_last)
     if pooled.numel():
         kernel.launch(
             [level.contiguous(memory_format=torch.channels_last) for level in features],
             rois.contiguous(),
             pooled,
             scales=scales,
-            edges=_pyramid.edges(scales, canonical_scale, canonical_level, torch.float32),
+            edges=level_edges(scales, *canonical, dtype=torch.float32),
             sampling_ratio=sampling_ratio,
             aligned=aligned,
         )
@@ -49,89 +50,66 @@ def roi_align_backward_cuda(
     scales: list[float],
     sampling_ratio: int,
     aligned: bool,
-    canonical_scale: float,
-    canonical_level: int,
+    *canonical: Any,
 ) -> list[Tensor]:
     from fastdet.kernels import roi_align_backward as kernel
 
-    grads = [_empty(grad, shape, torch.channels_last) for shape in shapes_of(sizes)]
+    grads = [_rois.empty(grad, shape, torch.channels_last) for shape in level_shapes(sizes)]
     if not grad.numel() or not any(level.numel() for level in grads):
         return [level.zero_() for level in grads]
     num_rois, _, *pooled = grad.shape
     maps = [(level.shape[2], level.shape[3]) for level in grads]
     rows, columns = kernel.tiles(maps)
-    cells = [max(side) for side in zip(*maps, strict=True)]
+    # The longest side of a level along each axis, in whole tiles.
+    height, width = (-(-max(sides) // kernel.TILE) * kernel.TILE for sides in zip(*maps, strict=True))
     kernel.launch(
         grad.contiguous(memory_format=torch.channels_last),
         rois.contiguous(),
         grads,
         images=grad.new_empty(num_rois, dtype=torch.int32),
         ranges=grad.new_empty(2, sum(pooled), num_rois, dtype=torch.int32),
-        weights_h=grad.new_empty(num_rois, pooled[0], _whole_tiles(cells[0], kernel.TILE), dtype=torch.float32),
-        weights_w=grad.new_empty(num_rois, pooled[1], _whole_tiles(cells[1], kernel.TILE), dtype=torch.float32),
+        weights_h=grad.new_empty(num_rois, pooled[0], height, dtype=torch.float32),
+        weights_w=grad.new_empty(num_rois, pooled[1], width, dtype=torch.float32),
         extents=grad.new_empty(sizes[0], 3, dtype=torch.int64),
         spans=grad.new_empty(2, rows + columns + 2, num_rois, dtype=torch.int32),
         bounds=grad.new_empty(sizes[0] * rows * columns, 2, dtype=torch.int64),
         visits=grad.new_empty(kernel.visits_bound(num_rois, maps, *pooled), dtype=torch.int32),
         scales=scales,
-        edges=_pyramid.edges(scales, canonical_scale, canonical_level, torch.float32),
+        edges=level_edges(scales, *canonical, dtype=torch.float32),
         sampling_ratio=sampling_ratio,
         aligned=aligned,
     )
     return grads
 
 
-def _whole_tiles(cells: int, tile: int) -> int:
-    return -(-cells // tile) * tile
-
-
-def _empty(like: Tensor, shape: tuple[int, ...], layout: torch.memory_format) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
-
-
-def _layout(tensor: Tensor) -> torch.memory_format:
-    return torch.channels_last if tensor.device.type == "cuda" else torch.contiguous_format
-
-
-def roi_align_fake(
-    rois: Tensor, features: list[Tensor], scales: list[float], pooled_height: int, pooled_width: int, *_: Any
-) -> Tensor:
-    first = features[0]
-    return _empty(first, (rois.shape[0], first.shape[1], pooled_height, pooled_width), _layout(first))
+def roi_align_fake(rois: Tensor, features: list[Tensor], scales: list[float], *rules: Any) -> Tensor:
+    return _rois.empty(features[0], (rois.shape[0], features[0].shape[1], *rules[:2]))
 
 
 def roi_align_backward_fake(grad: Tensor, rois: Tensor, sizes: list[int], *_: Any) -> list[Tensor]:
-    return [_empty(grad, shape, _layout(grad)) for shape in shapes_of(sizes)]
+    return [_rois.empty(grad, shape) for shape in level_shapes(sizes)]
 
 
 class _RoiAlign(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rois: Tensor, scales: list[float], bins: tuple[int, int], rules: tuple[Any, ...], *features: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, rois: Tensor, scales: list[float], rules: tuple[Any, ...], *features: Tensor) -> Tensor:
         ctx.save_for_backward(rois)
         sides = [side for level in features for side in level.shape[2:]]
-        ctx.arguments = ([*features[0].shape[:2], *sides], scales, *rules)
-        return _below_autograd(rois, list(features), scales, *bins, *rules)
+        ctx.arguments = ([*features[0].shape[:2], *sides], scales, *rules[2:])
+        return call_below_autograd(torch.ops.fastdet.roi_align, rois, list(features), scales, *rules)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = torch.ops.fastdet.roi_align_backward(grad, *ctx.saved_tensors, *ctx.arguments)
-        return None, None, None, None, *grads
+        return None, None, None, *grads
 
 
-def _below_autograd(*args: Any) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fastdet.roi_align(*args)
-
-
-def roi_align_autograd(
-    rois: Tensor, features: list[Tensor], scales: list[float], pooled_height: int, pooled_width: int, *rules: Any
-) -> Tensor:
+def roi_align_autograd(rois: Tensor, features: list[Tensor], scales: list[float], *rules: Any) -> Tensor:
+    """`rules` from the number of bins on."""
     if torch.is_grad_enabled() and any(level.requires_grad for level in features):
-        return _RoiAlign.apply(rois, scales, (pooled_height, pooled_width), rules, *features)
-    return _below_autograd(rois, features, scales, pooled_height, pooled_width, *rules)
+        return _RoiAlign.apply(rois, scales, rules, *features)
+    return call_below_autograd(torch.ops.fastdet.roi_align, rois, features, scales, *rules)
 
 
 define(
@@ -165,15 +143,15 @@ def roi_align(
         input: features [B, C, H, W], fp32, fp16 or bf16; float64 on the CPU. fp16 and bf16 are computed in fp32.
         boxes: [K, 5], index of the image and x1, y1, x2, y2 in pixels; or one [L, 4] for each image. fp32, or
             the dtype of `input`.
-        output_size: bins along height and width, or one number for both.
+        output_size: bins along height and width, or one int for both.
         spatial_scale: cells per pixel.
         sampling_ratio: samples of a bin along each axis; 0 or less: as many as it has cells, rounded up.
-        aligned: move boxes by half a cell, so that a cell's value lies at its centre; if not, a box counts as a cell
-            wide and high at the least.
+        aligned: move boxes by half a cell, so that a cell's value lies at its center; if not, a box is at least
+            a cell wide and high.
 
-    A sample more than a cell outside the features is 0. Corners further than 2**20 cells out are held there. A box with
-    a NaN corner pools zeros, and so does one on the GPU whose image does not exist. Differentiable once, in `input`;
-    the gradient has the same bits on every run.
+    A sample more than a cell outside the features is 0. Corners are clamped to 2**20 cells. A box with a NaN corner
+    pools zeros, and so does one on the GPU whose image does not exist. Differentiable once, in `input`; the gradient
+    has the same bits on every run.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, `sampling_ratio` not an int or `aligned` not a bool;
@@ -181,12 +159,9 @@ def roi_align(
         ValueError: shapes or devices that do not fit, a list not as long as the batch, an output size below 1, a scale
             that is not positive; on the CPU, an image index outside the batch.
     """
-    features = _rois.features(input)
-    bins = _rois.output_size(output_size)
-    scale = _checks.positive("spatial_scale", spatial_scale)
-    sampling = _sampling(sampling_ratio, aligned)
-    rois = _rois.of_any(boxes, features)
-    return torch.ops.fastdet.roi_align(rois, [features], [scale], *bins, *sampling, 224.0, 4)
+    features, scale = _rois.check_features(input), _checks.positive("spatial_scale", spatial_scale)
+    rules = _check_rules(output_size, sampling_ratio, aligned, 224, 4)
+    return torch.ops.fastdet.roi_align(_rois.check_rois(boxes, features), [features], [scale], *rules)
 
 
 def multiscale_roi_align(
@@ -199,22 +174,17 @@ def multiscale_roi_align(
     canonical_scale: float = 224,
     canonical_level: int = 4,
 ) -> Tensor:
-    """`roi_align` of each box from the level of a pyramid that its area asks for, [K, C, height, width].
+    """`roi_align` of each box from the level of a pyramid that its area selects, [K, C, height, width].
 
-    The level is floor(canonical_level + log2(sqrt(area) / canonical_scale)), held within those there are; level k has
-    2**-k cells per pixel. torchvision's `MultiScaleRoIAlign` takes each box from the same level, to the last bit of its
-    area.
+    The level is floor(canonical_level + log2(sqrt(area) / canonical_scale)), clamped to the given ones; level k has
+    2**-k cells per pixel. torchvision's `MultiScaleRoIAlign` chooses the same levels, to the last bit of the area.
 
     Args:
         features: one to five levels [B, C, H_l, W_l], finest first, all of one dtype: fp32, fp16 or bf16; float64 on
             the CPU. fp16 and bf16 are computed in fp32.
-        boxes: [K, 5], index of the image and x1, y1, x2, y2 in pixels; or one [L, 4] for each image. fp32, or
-            the dtype of `features`.
-        output_size: bins along height and width, or one number for both.
+        boxes, output_size, sampling_ratio, aligned: as of `roi_align`.
         scales: cells per pixel of each level, powers of two; each half of the one before it. The last may repeat:
             those levels are never pooled from. Of a single level any positive scale.
-        sampling_ratio: samples of a bin along each axis; 0 or less: as many as it has cells, rounded up.
-        aligned: as in `roi_align`.
         canonical_scale: side in pixels of the square box that is pooled from `canonical_level`.
         canonical_level: level k of that box, counted from the image, which is 0.
 
@@ -226,12 +196,10 @@ def multiscale_roi_align(
         ValueError: no level or more than five, levels that differ in batch, channels or device, scales that are not as
             many, not positive or do not fall by halves; else as `roi_align`.
     """
-    levels, cells_per_pixel = _pyramid.of(features, scales)
-    bins = _rois.output_size(output_size)
-    sampling = _sampling(sampling_ratio, aligned)
-    canonical = _canonical(canonical_scale, canonical_level)
-    rois = _rois.of_any(boxes, levels[0], "features")
-    return torch.ops.fastdet.roi_align(rois, levels, cells_per_pixel, *bins, *sampling, *canonical)
+    levels, cells_per_pixel = check_pyramid(features, scales)
+    rules = _check_rules(output_size, sampling_ratio, aligned, canonical_scale, canonical_level)
+    rois = _rois.check_rois(boxes, levels[0], "features")
+    return torch.ops.fastdet.roi_align(rois, levels, cells_per_pixel, *rules)
 
 
 def batched_roi_align(
@@ -245,30 +213,32 @@ def batched_roi_align(
     canonical_scale: float = 224,
     canonical_level: int = 4,
 ) -> Tensor:
-    """`multiscale_roi_align` of equally many boxes of each image, [B, S, C, height, width], without a wait.
+    """`multiscale_roi_align` of equally many boxes of each image, [B, S, C, height, width], without a host sync.
 
     Args:
-        features, output_size, scales, sampling_ratio, aligned, canonical_scale, canonical_level: as in
+        features, output_size, scales, sampling_ratio, aligned, canonical_scale, canonical_level: as of
             `multiscale_roi_align`.
         boxes: [B, S, 4], x1, y1, x2, y2 in pixels; fp32, or the dtype of `features`.
-        valid: bool [B, S]; a box where it is False is padding, gives zeros and takes no gradient. None: all count.
+        valid: bool [B, S]; a box where it is False is padding, gives zeros and no gradient. None: all are valid.
 
     Raises:
         TypeError: as `multiscale_roi_align`, or `valid` is not bool.
         ValueError: as `multiscale_roi_align`, or `boxes` or `valid` of another shape.
     """
-    levels, cells_per_pixel = _pyramid.of(features, scales)
-    bins = _rois.output_size(output_size)
-    sampling = _sampling(sampling_ratio, aligned)
-    canonical = _canonical(canonical_scale, canonical_level)
-    rois = _rois.of_batch(boxes, valid, levels[0], "features")
-    pooled = torch.ops.fastdet.roi_align(rois, levels, cells_per_pixel, *bins, *sampling, *canonical)
-    return pooled.unflatten(0, boxes.shape[:2])
+    levels, cells_per_pixel = check_pyramid(features, scales)
+    rules = _check_rules(output_size, sampling_ratio, aligned, canonical_scale, canonical_level)
+    rois = _rois.check_batched_rois(boxes, valid, levels[0], "features")
+    return torch.ops.fastdet.roi_align(rois, levels, cells_per_pixel, *rules).unflatten(0, boxes.shape[:2])
 
 
-def _sampling(sampling_ratio: object, aligned: object) -> tuple[int, bool]:
-    return _checks.integer("sampling_ratio", sampling_ratio), _checks.flag("aligned", aligned)
-
-
-def _canonical(scale: object, level: object) -> tuple[float, int]:
-    return float(_checks.positive("canonical_scale", scale)), _checks.integer("canonical_level", level)
+def _check_rules(
+    output_size: object, sampling_ratio: object, aligned: object, canonical_scale: object, canonical_level: object
+) -> tuple[int, int, int, bool, float, int]:
+    """Arguments of the operator from the number of bins on."""
+    return (
+        *_rois.check_output_size(output_size),
+        _checks.integer("sampling_ratio", sampling_ratio),
+        _checks.flag("aligned", aligned),
+        float(_checks.positive("canonical_scale", canonical_scale)),
+        _checks.integer("canonical_level", canonical_level),
+    )

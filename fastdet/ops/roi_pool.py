@@ -1,95 +1,17 @@
 """RoI max-pool: the largest value of each bin of each region of interest, as torchvision computes it.
 
 Source: Girshick 2015 (arXiv:1504.08083), section 2.1. Corners round half away from zero and the cells of both belong to
-the region, neighbouring bins may share a row or column of cells, the first maximum in scan order takes the gradient.
+the region, neighboring bins may share a row or column of cells, the first maximum in scan order takes the gradient.
 """
 
 from typing import Any
 
 import torch
-import torchvision.ops  # noqa: F401  (registers the operators that the CPU implementation calls)
 from torch import Tensor
 
 from fastdet.ops import _checks, _rois
-from fastdet.ops._library import define
-
-# Corners are held within this many cells, so that no sum of int32 cells wraps around.
-FAR = 1e9
-# Values pooled by one call of torchvision's operator, which runs in one thread: about two milliseconds.
-SLICE = 1 << 17
-
-
-def _cells(rois: Tensor, spatial_scale: float, num_images: int) -> Tensor:
-    """The RoIs with corners in whole cells; padding becomes a cell of image 0 far outside."""
-    corners = rois[:, 1:] * spatial_scale
-    size = corners.abs()
-    whole = size.floor()
-    whole += size - whole >= 0.5
-    images = rois[:, :1]
-    known = _rois.known(rois, num_images)
-    return torch.cat(
-        [
-            images.where(known, images.new_zeros(())),
-            whole.clamp(max=FAR).copysign(corners).where(known, images.new_full((), -FAR)),
-        ],
-        dim=1,
-    )
-
-
-def roi_pool_cpu(
-    input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int
-) -> tuple[Tensor, Tensor]:
-    pooled, argmax = _outputs(input, rois, pooled_height, pooled_width, torch.contiguous_format)
-    if pooled.numel():
-        features = _rois.wide(input).contiguous()
-        cells = _cells(rois.to(features.dtype), spatial_scale, input.shape[0])
-
-        def fill(first: int, last: int) -> None:
-            values, indices = torch.ops.torchvision.roi_pool(
-                features, cells[first:last], 1.0, pooled_height, pooled_width
-            )
-            pooled[first:last] = values
-            argmax[first:last] = indices
-
-        _rois.in_slices(len(rois), SLICE // pooled[0].numel(), fill)
-    return pooled, argmax
-
-
-def roi_pool_backward_cpu(
-    grad: Tensor,
-    rois: Tensor,
-    argmax: Tensor,
-    spatial_scale: float,
-    pooled_height: int,
-    pooled_width: int,
-    batch: int,
-    channels: int,
-    height: int,
-    width: int,
-) -> Tensor:
-    grad_input = grad.new_empty(batch, channels, height, width)
-    if not grad.numel() or not grad_input.numel():
-        return grad_input.zero_()
-    wide = _rois.wide(grad)
-    cells = _cells(rois.to(wide.dtype), spatial_scale, batch)
-
-    # A slice of channels, never of RoIs: a cell's sum keeps its order.
-    def fill(first: int, last: int) -> None:
-        grad_input[:, first:last] = torch.ops.torchvision._roi_pool_backward(
-            wide[:, first:last],
-            cells,
-            argmax[:, first:last].to(torch.int32, memory_format=torch.contiguous_format),
-            1.0,
-            pooled_height,
-            pooled_width,
-            batch,
-            last - first,
-            height,
-            width,
-        )
-
-    _rois.in_slices(channels, SLICE // (grad.numel() // channels), fill)
-    return grad_input
+from fastdet.ops._library import call_below_autograd, define
+from fastdet.ops.cpu.roi_pool import empty_outputs, roi_pool_backward_cpu, roi_pool_cpu
 
 
 def roi_pool_cuda(
@@ -97,7 +19,7 @@ def roi_pool_cuda(
 ) -> tuple[Tensor, Tensor]:
     from fastdet.kernels import roi_pool as kernel
 
-    pooled, argmax = _outputs(input, rois, pooled_height, pooled_width, torch.channels_last)
+    pooled, argmax = empty_outputs(input, rois, pooled_height, pooled_width, torch.channels_last)
     if pooled.numel():
         features = input.contiguous(memory_format=torch.channels_last)
         kernel.launch(features, rois.contiguous(), pooled, argmax, spatial_scale=spatial_scale)
@@ -105,22 +27,15 @@ def roi_pool_cuda(
 
 
 def roi_pool_backward_cuda(
-    grad: Tensor,
-    rois: Tensor,
-    argmax: Tensor,
-    spatial_scale: float,
-    pooled_height: int,
-    pooled_width: int,
-    batch: int,
-    channels: int,
-    height: int,
-    width: int,
+    grad: Tensor, rois: Tensor, argmax: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int, *size: int
 ) -> Tensor:
+    """`size` of the features: batch, channels, height, width."""
     from fastdet.kernels import roi_pool as kernel
 
-    grad_input = _empty(grad, (batch, channels, height, width), torch.channels_last)
+    grad_input = _rois.empty(grad, size, torch.channels_last)
     if not grad.numel() or not grad_input.numel():
         return grad_input.zero_()
+    batch, _, height, width = size
     num_rois = len(rois)
     longest = kernel.visits_bound(num_rois, height, width, pooled_height, pooled_width)
     kernel.launch_backward(
@@ -138,55 +53,22 @@ def roi_pool_backward_cuda(
     return grad_input
 
 
-def _empty(
-    like: Tensor, shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype | None = None
-) -> Tensor:
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
-
-
-def _outputs(
-    input: Tensor, rois: Tensor, pooled_height: int, pooled_width: int, layout: torch.memory_format
-) -> tuple[Tensor, Tensor]:
-    """Unwritten: pooled features, and of each the cell that it came from, in the smaller type where that holds every
-    cell of the map."""
-    shape = (rois.shape[0], input.shape[1], pooled_height, pooled_width)
-    small = input.shape[2] * input.shape[3] <= torch.iinfo(torch.int16).max
-    return _empty(input, shape, layout), _empty(input, shape, layout, torch.int16 if small else torch.int32)
-
-
-def _layout(tensor: Tensor) -> torch.memory_format:
-    return torch.channels_last if tensor.device.type == "cuda" else torch.contiguous_format
-
-
 def roi_pool_fake(
     input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int
 ) -> tuple[Tensor, Tensor]:
-    return _outputs(input, rois, pooled_height, pooled_width, _layout(input))
+    return empty_outputs(input, rois, pooled_height, pooled_width)
 
 
-def roi_pool_backward_fake(
-    grad: Tensor,
-    rois: Tensor,
-    argmax: Tensor,
-    spatial_scale: float,
-    pooled_height: int,
-    pooled_width: int,
-    batch: int,
-    channels: int,
-    height: int,
-    width: int,
-) -> Tensor:
-    return _empty(grad, (batch, channels, height, width), _layout(grad))
+def roi_pool_backward_fake(grad: Tensor, *args: Any) -> Tensor:
+    return _rois.empty(grad, args[-4:])
 
 
 class _RoiPool(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int
-    ) -> tuple[Tensor, Tensor]:
-        pooled, argmax = _below_autograd(input, rois, spatial_scale, pooled_height, pooled_width)
+    def forward(ctx: Any, input: Tensor, rois: Tensor, *scale_and_bins: float) -> tuple[Tensor, Tensor]:
+        pooled, argmax = call_below_autograd(torch.ops.fastdet.roi_pool, input, rois, *scale_and_bins)
         ctx.save_for_backward(rois, argmax)
-        ctx.scalars = (spatial_scale, pooled_height, pooled_width, *input.shape)
+        ctx.scalars = (*scale_and_bins, *input.shape)
         ctx.mark_non_differentiable(argmax)
         return pooled, argmax
 
@@ -197,15 +79,10 @@ class _RoiPool(torch.autograd.Function):
         return grad_input, None, None, None, None
 
 
-def _below_autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fastdet.roi_pool(*args)
-
-
 def roi_pool_autograd(input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and input.requires_grad:
         return _RoiPool.apply(input, *args)
-    return _below_autograd(input, *args)
+    return call_below_autograd(torch.ops.fastdet.roi_pool, input, *args)
 
 
 define(
@@ -237,11 +114,11 @@ def roi_pool(
         input: features [B, C, H, W], fp32, fp16 or bf16; float64 on the CPU.
         boxes: [K, 5], index of the image and x1, y1, x2, y2 in pixels; or one [L, 4] for each image. fp32, or
             the dtype of `input`.
-        output_size: bins along height and width, or one number for both.
+        output_size: bins along height and width, or one int for both.
         spatial_scale: cells per pixel.
 
     A corner rounds half away from zero to a cell, and the cells of both corners belong to the box. A bin outside the
-    features is 0; NaN features are passed over. Differentiable once, in `input`; the gradient has the same bits on
+    features is 0; NaN features are ignored. Differentiable once, in `input`; the gradient has the same bits on
     every run. A box with a NaN corner pools nothing, and so does one on the GPU whose image does not exist.
 
     Raises:
@@ -250,12 +127,9 @@ def roi_pool(
         ValueError: shapes or devices that do not fit, a list not as long as the batch, an output size below 1, a scale
             that is not positive; on the CPU, an image index outside the batch.
     """
-    features = _rois.features(input)
-    pooled_height, pooled_width = _rois.output_size(output_size)
+    features, bins = _rois.check_features(input), _rois.check_output_size(output_size)
     scale = _checks.positive("spatial_scale", spatial_scale)
-    rois = _rois.of_any(boxes, features)
-    pooled, _ = torch.ops.fastdet.roi_pool(features, rois, scale, pooled_height, pooled_width)
-    return pooled
+    return torch.ops.fastdet.roi_pool(features, _rois.check_rois(boxes, features), scale, *bins)[0]
 
 
 def batched_roi_pool(
@@ -265,22 +139,18 @@ def batched_roi_pool(
     spatial_scale: float,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """`roi_pool` of equally many boxes of each image, [B, S, C, height, width], without waiting for the device.
+    """`roi_pool` of equally many boxes of each image, [B, S, C, height, width], without a host sync.
 
     Args:
-        input: features [B, C, H, W], fp32, fp16 or bf16; float64 on the CPU.
+        input, output_size, spatial_scale: as of `roi_pool`.
         boxes: [B, S, 4], x1, y1, x2, y2 in pixels; fp32, or the dtype of `input`.
-        output_size: bins along height and width, or one number for both.
-        spatial_scale: cells per pixel.
-        valid: bool [B, S]; a box where it is False is padding, gives zeros and takes no gradient. None: all count.
+        valid: bool [B, S]; a box where it is False is padding, gives zeros and no gradient. None: all are valid.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or `valid` is not bool; else as `roi_pool`.
         ValueError: shapes or devices that do not fit, an output size below 1, a scale that is not positive.
     """
-    features = _rois.features(input)
-    pooled_height, pooled_width = _rois.output_size(output_size)
+    features, bins = _rois.check_features(input), _rois.check_output_size(output_size)
     scale = _checks.positive("spatial_scale", spatial_scale)
-    rois = _rois.of_batch(boxes, valid, features)
-    pooled, _ = torch.ops.fastdet.roi_pool(features, rois, scale, pooled_height, pooled_width)
-    return pooled.unflatten(0, boxes.shape[:2])
+    rois = _rois.check_batched_rois(boxes, valid, features)
+    return torch.ops.fastdet.roi_pool(features, rois, scale, *bins)[0].unflatten(0, boxes.shape[:2])

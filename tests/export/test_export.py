@@ -73,7 +73,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def make_detector(backbone: Any, numbers: dict[str, Any]) -> fastdet.FasterRCNN:
+def make_detector(backbone: Any, changes: dict[str, Any]) -> fastdet.FasterRCNN:
     torch.manual_seed(2)
     common = {
         "min_size": 64,
@@ -85,8 +85,8 @@ def make_detector(backbone: Any, numbers: dict[str, Any]) -> fastdet.FasterRCNN:
         "box_score_thresh": 0.3,
     }
     built = backbone if isinstance(backbone, str) else backbone()
-    model = fastdet.FasterRCNN(built, 5, **{**common, **numbers})
-    # As initialised every box scores alike; stronger heads and features of usual size make the steps decide something.
+    model = fastdet.FasterRCNN(built, 5, **{**common, **changes})
+    # As initialized every box scores alike; stronger heads and ordinary features make the steps decide something.
     for name, parameter in model.named_parameters():
         if name.endswith("weight") and ("rpn.head" in name or "box_predictor" in name):
             nn.init.normal_(parameter, std=(3 if "cls_score" in name else 1) / parameter[0].numel() ** 0.5)
@@ -186,8 +186,8 @@ def test_a_pt2_needs_the_import_of_fastdet(exported):
         here = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.run([sys.executable, "-c", code], cwd=path.parent, env=here, capture_output=True, text=True)
 
-    good = run(f"import fastdet; {code}")
-    assert good.stdout.strip() == "4", good.stderr
+    imported = run(f"import fastdet; {code}")
+    assert imported.stdout.strip() == "4", imported.stderr
     bad = run(code)
     assert bad.returncode == 1
     assert "torch.ops.fastdet" in bad.stderr
@@ -195,7 +195,8 @@ def test_a_pt2_needs_the_import_of_fastdet(exported):
 
 
 def test_the_model_is_left_as_it_was(tmp_path):
-    model = fastdet.FasterRCNN(TinyBackbone(), 3, min_size=64, max_size=96)
+    one_level = {"rpn_anchor_generator": _anchors((12, 20)), "box_featmap_names": ("0",)}
+    model = fastdet.FasterRCNN(TinyBackbone(), 3, min_size=64, max_size=96, **one_level)
     model.train()
     model.backbone[1].eval()
     export.export_pt2(model, tmp_path / "folder/model.pt2")
@@ -244,10 +245,10 @@ def test_half_precision_is_refused(tmp_path):
 class Suppress(nn.Module):
     def __init__(self, iou_threshold: float, max_keep: int) -> None:
         super().__init__()
-        self.numbers = iou_threshold, max_keep
+        self.settings = iou_threshold, max_keep
 
     def forward(self, boxes: Tensor, scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(ops.nms_padded(boxes, scores, *self.numbers, valid))
+        return tuple(ops.nms_padded(boxes, scores, *self.settings, valid))
 
 
 class Pool(nn.Module):
@@ -265,7 +266,7 @@ def in_onnx_runtime(module: nn.Module, *inputs: Tensor) -> list[Tensor]:
     from fastdet.export.onnx_operators import TABLE
 
     names = [f"in{k}" for k in range(len(inputs))]
-    made = torch.onnx.export(
+    exported = torch.onnx.export(
         module.eval(),
         inputs,
         dynamo=True,
@@ -275,7 +276,7 @@ def in_onnx_runtime(module: nn.Module, *inputs: Tensor) -> list[Tensor]:
         verbose=False,
     )
     given = zip(names, map(Tensor.numpy, inputs), strict=True)
-    session = onnxruntime.InferenceSession(made.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(exported.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     return [torch.from_numpy(value) for value in session.run(None, dict(given))]
 
 
@@ -339,11 +340,11 @@ def weights_file(tmp_path: Path) -> Path:
 def test_the_command_writes_what_finds_the_same(weights_file, tmp_path, capsys, suffix):
     path = tmp_path / f"out/model{suffix}"
     assert main(["export", "--weights", str(weights_file), "--to", str(path), "--device", "cpu"]) == 0
-    said = capsys.readouterr()
-    assert f"{path}: images [B, 3, 64, 64]" in said.out
-    assert "circle, square, triangle, star" in said.out
-    assert ("import fastdet" in said.out) == (suffix == ".pt2")
-    assert not said.err
+    output = capsys.readouterr()
+    assert f"{path}: images [B, 3, 64, 64]" in output.out
+    assert "circle, square, triangle, star" in output.out
+    assert ("import fastdet" in output.out) == (suffix == ".pt2")
+    assert not output.err
     model, _ = checkpoint.load_model(weights_file)
     images = [Shapes(3, size=64)[k][0] for k in range(3)]
     inputs = torch.stack(images), torch.full((3, 2), 64), torch.ones(3)
@@ -354,16 +355,16 @@ def test_the_command_writes_what_finds_the_same(weights_file, tmp_path, capsys, 
 def test_the_command_names_what_is_wrong(weights_file, tmp_path, capsys, monkeypatch):
     def fails(weights: Path, to: Path, *options: str) -> str:
         assert main(["export", "--weights", str(weights), "--to", str(to), *options]) == 2
-        said = capsys.readouterr().err
-        assert len(said.splitlines()) == 1, said
-        return said
+        output = capsys.readouterr().err
+        assert len(output.splitlines()) == 1, output
+        return output
 
     assert all(part in fails(weights_file, tmp_path / "a.trt") for part in ("--to", "a.trt", ".pt2", ".onnx"))
     assert "no such checkpoint" in fails(tmp_path / "none.pth", tmp_path / "a.pt2")
     (tmp_path / "file").touch()
-    said = fails(weights_file, tmp_path / "file/a.pt2")
-    assert all(part in said for part in ("--to", "file/a.pt2", "cannot be written"))
+    output = fails(weights_file, tmp_path / "file/a.pt2")
+    assert all(part in output for part in ("--to", "file/a.pt2", "cannot be written"))
     assert "--height" in fails(weights_file, tmp_path / "a.pt2", "--height", "0")
     monkeypatch.setitem(sys.modules, "onnx", None)
-    said = fails(weights_file, tmp_path / "a.onnx")
-    assert all(part in said for part in ("--to", "onnx", "pip install 'fastdet[onnx]'"))
+    output = fails(weights_file, tmp_path / "a.onnx")
+    assert all(part in output for part in ("--to", "onnx", "pip install 'fastdet[onnx]'"))

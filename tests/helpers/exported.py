@@ -1,4 +1,4 @@
-"""What a user of an exported model does, and how its detections are compared with the eager model's."""
+"""Running of exported models, and the comparison of their detections with the eager model's."""
 
 import importlib.util
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Run = Callable[..., tuple[Tensor, ...]]
 
 
 def laid_out(images: list[Tensor], model: fastdet.FasterRCNN) -> tuple[Tensor, Tensor, Tensor]:
-    """What a user of an exported model gives it: resized images on one canvas, their sizes and scales."""
+    """The inputs of an exported model: resized images on one canvas, their sizes and scales."""
     settings = model.settings
     # What lies beyond an image must not matter.
     canvas = torch.full((len(images), 3, *settings.size_buckets[0]), 0.7)
@@ -59,17 +59,17 @@ def write(model: fastdet.FasterRCNN, path: Path) -> None:
 def assert_same(
     found: tuple[Tensor, ...], eager: list[dict[str, Tensor]], images: list[Tensor], sizes: Tensor
 ) -> list[int]:
-    """The detections are the eager model's and the rest is zeros; gives the counts."""
+    """The detections are the eager model's and the rest is zeros; returns the counts."""
     boxes, scores, labels, count = found
     assert [value.dtype for value in found] == [torch.float32, torch.float32, torch.int64, torch.int64]
-    assert count.tolist() == [len(one["scores"]) for one in eager]
+    assert count.tolist() == [len(image["scores"]) for image in eager]
     factors = resize_factors([(image.shape[1], image.shape[2]) for image in images], sizes)
-    for k, one in enumerate(eager):
-        taken = int(count[k])
-        torch.testing.assert_close(boxes[k, :taken], one["boxes"] * factors[k], rtol=0, atol=1e-2)
-        torch.testing.assert_close(scores[k, :taken], one["scores"], rtol=0, atol=1e-4)
-        assert torch.equal(labels[k, :taken], one["labels"])
-        assert not boxes[k, taken:].any()
-        assert not scores[k, taken:].any()
-        assert not labels[k, taken:].any()
+    for k, detections in enumerate(eager):
+        kept = int(count[k])
+        torch.testing.assert_close(boxes[k, :kept], detections["boxes"] * factors[k], rtol=0, atol=1e-2)
+        torch.testing.assert_close(scores[k, :kept], detections["scores"], rtol=0, atol=1e-4)
+        assert torch.equal(labels[k, :kept], detections["labels"])
+        assert not boxes[k, kept:].any()
+        assert not scores[k, kept:].any()
+        assert not labels[k, kept:].any()
     return count.tolist()

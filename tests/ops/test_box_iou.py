@@ -34,7 +34,7 @@ def test_iou_equals_a_float64_loop(num_boxes1, num_boxes2):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_equals_torchvision_on_proper_boxes(kind):
+def test_every_kind_equals_torchvision_on_valid_boxes(kind):
     ours, theirs = PUBLIC[kind]
     boxes1, boxes2 = random_boxes(40), random_boxes(50)
     assert_close(ours(boxes1, boxes2), theirs(boxes1, boxes2))
@@ -77,7 +77,7 @@ def test_gradients(kind):
     ours, _ = PUBLIC[kind]
     boxes1 = random_boxes(3).double().requires_grad_()
     boxes2 = random_boxes(2).double().requires_grad_()
-    if kind == "complete":  # its weight is held constant on purpose, which a numeric gradient cannot know
+    if kind == "complete":  # its weight is constant on purpose, unlike in a numeric gradient
         ours(boxes1.float(), boxes2.float()).sum().backward()
         assert torch.isfinite(boxes1.grad).all()
     else:
@@ -85,15 +85,15 @@ def test_gradients(kind):
 
 
 def test_gradients_of_awkward_pairs_are_zeros():
-    """Where the value is 0 whatever the boxes do, and never NaN for the proper box of a pair."""
-    proper, awkward = torch.tensor([[0.0, 0.0, 10.0, 10.0]]), awkward_boxes()
+    """Where the value is 0 for all values of the boxes, and never NaN for the valid box of a pair."""
+    valid, awkward = torch.tensor([[0.0, 0.0, 10.0, 10.0]]), awkward_boxes()
     for kind in KINDS:
-        first, second = proper.clone().requires_grad_(), awkward.clone().requires_grad_()
+        first, second = valid.clone().requires_grad_(), awkward.clone().requires_grad_()
         rows = slice(None) if kind == "iou" else slice(0, 7)
         PUBLIC[kind][0](first, second[rows]).sum().backward()
         assert torch.isfinite(first.grad).all(), kind
         assert torch.isfinite(second.grad).all(), kind
-    first, second = proper.clone().requires_grad_(), awkward[4:10].clone().requires_grad_()
+    first, second = valid.clone().requires_grad_(), awkward[4:10].clone().requires_grad_()
     ops.box_iou(first, second).sum().backward()
     assert (first.grad == 0).all()
     assert (second.grad == 0).all()

@@ -16,8 +16,8 @@ NAN, INF = float("nan"), float("inf")
 
 
 def cell_anchors(count):
-    centre, half = torch.rand(count, 2) * 8, torch.rand(count, 2) * 20 + 4
-    return torch.cat([centre - half, centre + half], dim=1)
+    center, half = torch.rand(count, 2) * 8, torch.rand(count, 2) * 20 + 4
+    return torch.cat([center - half, center + half], dim=1)
 
 
 def head(batch, num_anchors, num_logits, height, width, dtype=torch.float32):
@@ -61,8 +61,8 @@ def loop_decode(deltas, logits, anchors, sizes, min_side, stride_h, stride_w, cl
 
 
 def assert_decoded(actual, expected):
-    for one, other in zip(actual, expected, strict=True):
-        assert_close(one.cpu(), other.cpu())
+    for found, wanted in zip(actual, expected, strict=True):
+        assert_close(found.cpu(), wanted.cpu())
 
 
 @pytest.mark.parametrize("clamp", [None, 0.5])
@@ -138,13 +138,13 @@ def test_layout_does_not_matter_and_images_are_independent():
     anchors, sizes = cell_anchors(4), torch.tensor([[80, 90], [40, 50], [60, 30]])
     expected = ops.decode(deltas, logits, anchors, sizes, stride=(16, 16), min_side=8.0)
     last = (x.contiguous(memory_format=torch.channels_last) for x in (deltas, logits))
-    for one, other in zip(ops.decode(*last, anchors, sizes, stride=(16, 16), min_side=8.0), expected, strict=True):
-        assert torch.equal(one, other)
+    for found, wanted in zip(ops.decode(*last, anchors, sizes, stride=(16, 16), min_side=8.0), expected, strict=True):
+        assert torch.equal(found, wanted)
     for image in range(3):
-        one = slice(image, image + 1)
-        alone = ops.decode(deltas[one], logits[one], anchors, sizes[one], stride=(16, 16), min_side=8.0)
-        assert torch.equal(alone.boxes, expected.boxes[one])
-        assert torch.equal(alone.scores, expected.scores[one])
+        rows = slice(image, image + 1)
+        alone = ops.decode(deltas[rows], logits[rows], anchors, sizes[rows], stride=(16, 16), min_side=8.0)
+        assert torch.equal(alone.boxes, expected.boxes[rows])
+        assert torch.equal(alone.scores, expected.scores[rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -196,7 +196,7 @@ def test_operator_contract():
     ],
 )
 def test_bad_input_names_the_argument(arguments, error, words):
-    good = {
+    valid = {
         "deltas": torch.zeros(2, 12, 4, 5),
         "logits": torch.zeros(2, 3, 4, 5),
         "cell_anchors": torch.zeros(3, 4),
@@ -204,7 +204,7 @@ def test_bad_input_names_the_argument(arguments, error, words):
         "stride": (16, 16),
     }
     with pytest.raises(error, match=words):
-        ops.decode(**(good | arguments))
+        ops.decode(**(valid | arguments))
 
 
 @pytest.mark.kernel

@@ -62,11 +62,11 @@ def case(batch, num_candidates, num_gt, seed=0, whole=True):
 
 
 def assert_equal(actual, expected):
-    """Bit for bit, but for the offsets, if there are any to compare with."""
-    for name, one, other in zip(("index", "iou", "label"), actual, expected, strict=False):
-        assert torch.equal(one.cpu(), other.cpu()), name
-    for one, other in zip(actual[3:], expected[3:], strict=False):
-        assert_close(one.cpu(), other)
+    """Bit for bit, but for the deltas, if there are any to compare with."""
+    for name, found, wanted in zip(("index", "iou", "label"), actual, expected, strict=False):
+        assert torch.equal(found.cpu(), wanted.cpu()), name
+    for found, wanted in zip(actual[3:], expected[3:], strict=False):
+        assert_close(found.cpu(), wanted)
 
 
 def assert_equals_loop(result, candidates, gt_boxes, gt_valid, valid, high, low, allow_low_quality):
@@ -114,8 +114,8 @@ def test_tiles_do_not_show(monkeypatch, seed, tile, block, spans):
 @pytest.mark.parametrize("whole", [False, True])
 def test_equals_torchvision(allow_low_quality, whole):
     candidates, gt_boxes, _, _ = case(1, 400, 30, whole=whole)
-    one = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    candidates, gt_boxes = candidates + one, gt_boxes + one
+    grow = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    candidates, gt_boxes = candidates + grow, gt_boxes + grow
     result = ops.match(candidates, gt_boxes, high=0.7, low=0.3, allow_low_quality=allow_low_quality)
     theirs = Matcher(0.7, 0.3, allow_low_quality)(torchvision.ops.box_iou(gt_boxes[0], candidates[0]))
     label = torch.where(theirs >= 0, 1, torch.where(theirs == Matcher.BELOW_LOW_THRESHOLD, 0, -1))
@@ -137,9 +137,9 @@ def test_candidates_of_one_and_of_many_images_and_any_layout():
     settings = {"high": 0.5, "low": 0.3, "allow_low_quality": True}
     batched = ops.match(candidates, gt_boxes, gt_valid, valid=valid, **settings)
     for image in range(3):
-        one = slice(image, image + 1)
-        alone = ops.match(candidates[image], gt_boxes[one], gt_valid[one], valid=valid[one], **settings)
-        assert_equal([part[one] for part in batched], alone)
+        rows = slice(image, image + 1)
+        alone = ops.match(candidates[image], gt_boxes[rows], gt_valid[rows], valid=valid[rows], **settings)
+        assert_equal([part[rows] for part in batched], alone)
     shared = ops.match(candidates[0], gt_boxes, gt_valid, valid=valid, **settings)
     assert_equal(shared, ops.match(candidates[:1].expand(3, -1, -1), gt_boxes, gt_valid, valid=valid, **settings))
     strided = candidates.transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -172,8 +172,8 @@ def test_awkward_boxes_overlap_nothing():
 def loop_covered(box, ignored):
     """The largest share of the area of `box` inside one of the `ignored`, in fp32."""
     shares = [np.float32(0)]
-    for other in ignored:
-        (x1, y1, x2, y2), (u1, v1, u2, v2) = np.float32(box), np.float32(other)
+    for region in ignored:
+        (x1, y1, x2, y2), (u1, v1, u2, v2) = np.float32(box), np.float32(region)
         width, height = min(x2, u2) - max(x1, u1), min(y2, v2) - max(y1, v1)
         area = (x2 - x1) * (y2 - y1)
         if width > 0 and height > 0 and area > 0 and np.isfinite([area, (u2 - u1) * (v2 - v1)]).all():
@@ -311,7 +311,7 @@ def test_block_sizes_are_powers_of_two():
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)])
-def test_offsets_are_those_of_the_positives_alone(weights):
+def test_deltas_are_those_of_the_positives_alone(weights):
     candidates, gt_boxes, gt_valid, valid = case(2, 300, 9, whole=False)
     arguments = {"high": 0.5, "low": 0.2, "allow_low_quality": True, "valid": valid, "weights": weights}
     index, _, label, deltas = ops.match(candidates, gt_boxes, gt_valid, **arguments)
@@ -323,7 +323,7 @@ def test_offsets_are_those_of_the_positives_alone(weights):
     assert_close(deltas[positive], theirs)
 
 
-def test_a_threshold_of_zero_makes_no_offsets_of_nothing():
+def test_a_threshold_of_zero_gives_no_deltas_without_overlap():
     boxes = torch.tensor([[0.0, 0.0, 0.0, 0.0], [5.0, 5.0, 9.0, 9.0]])
     result = ops.match(boxes, boxes[None, :1], high=0.0, low=0.0)
     assert (result.label == 1).all()

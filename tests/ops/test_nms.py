@@ -6,7 +6,7 @@ import torchvision
 
 from fastdet import ops
 from fastdet.ops.cpu import nms
-from fastdet.ops.nms import fp32_below, nms_cpu, nms_cuda, nms_padded
+from fastdet.ops.nms import nms_cpu, nms_cuda, nms_padded, round_threshold_down
 from tests.helpers.checks import awkward_boxes, check_operator, random_boxes
 
 THRESHOLDS = (0.1, 0.3, 0.5, 0.6, 0.7, 1 / 3)
@@ -71,7 +71,7 @@ def test_equals_torchvision_at_the_threshold(threshold):
 
 @pytest.mark.parametrize("threshold", [*THRESHOLDS, 0.0, 1.0])
 def test_threshold_is_rounded_down(threshold):
-    rounded = fp32_below(threshold)
+    rounded = round_threshold_down(threshold)
     assert rounded <= threshold
     assert torch.nextafter(torch.tensor(rounded), torch.tensor(math.inf)).item() > threshold
 
@@ -84,7 +84,7 @@ def test_many_blocks(count, side):
 
 
 def test_chain_is_decided_in_order():
-    """Each box overlaps only its neighbours, so every second one stays: the worst case for deciding in rounds."""
+    """Each box overlaps only its neighbors, so every second one stays: the worst case for deciding in rounds."""
     left = torch.arange(700.0) * 4
     boxes = torch.stack([left, left * 0, left + 10, left * 0 + 10], dim=1)
     scores = torch.linspace(1, 0, 700)
@@ -145,19 +145,19 @@ def test_max_keep_takes_the_first(count, max_keep):
 @pytest.mark.parametrize("sizes", [[20] * 15, [60, 50, 40] + [3] * 20, [90] + [1] * 30, [33] * 12 + [64, 0, 0]])
 @pytest.mark.parametrize("threshold", [0.0, 0.4, 1.0])
 def test_many_groups_side_by_side_equal_each_alone(monkeypatch, sizes, threshold):
-    """Groups of unequal sizes, in tiles of one row and of many, with gaps, and boxes that do not count."""
+    """Groups of unequal sizes, in tiles of one row and of many, with gaps, and boxes that are not valid."""
     boxes = random_boxes(len(sizes), max(sizes), side=40).round()
     boxes[0, 3] = math.nan
     valid = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
     valid &= torch.rand(valid.shape) < 0.9
     for tile, first_rows in ((1, 1), (500, 7), (1 << 17, 64)):
-        monkeypatch.setattr(nms, "_ABREAST_TILE", tile)
+        monkeypatch.setattr(nms, "_PAIRS", tile)
         monkeypatch.setattr(nms, "_ROWS", first_rows)
         index, count = nms_cpu(boxes, valid, threshold, 64)
-        for one, rows in enumerate((valid & boxes.isfinite().all(2)).unbind()):
-            mine = rows.nonzero()[:, 0]
-            expected = mine[reference(boxes[one][mine], torch.linspace(1, 0, len(mine)), threshold)][:64]
-            assert torch.equal(index[one, : int(count[one])], expected)
+        for group, mask in enumerate((valid & boxes.isfinite().all(2)).unbind()):
+            rows = mask.nonzero()[:, 0]
+            expected = rows[reference(boxes[group][rows], torch.linspace(1, 0, len(rows)), threshold)][:64]
+            assert torch.equal(index[group, : int(count[group])], expected)
 
 
 def test_padded_groups_are_independent_and_stop_at_max_keep():
@@ -174,15 +174,14 @@ def test_padded_groups_are_independent_and_stop_at_max_keep():
             assert (kept.index[group, count:] == 0).all()
 
 
-def test_presorted_rows_are_taken_as_they_stand():
+def test_presorted_rows_are_not_sorted_again():
     boxes, scores = random_boxes(2, 60, side=50), torch.rand(2, 60)
     order = scores.argsort(dim=1, descending=True)
     in_order = boxes.gather(1, order[..., None].expand(-1, -1, 4))
     presorted = nms_padded(in_order, scores.gather(1, order), 0.5, 60, presorted=True)
     plain = nms_padded(boxes, scores, 0.5, 60)
     assert torch.equal(presorted.count, plain.count)
-    taken = torch.arange(60) < plain.count[:, None]
-    assert torch.equal(order.gather(1, presorted.index)[taken], plain.index[taken])
+    assert torch.equal(order.gather(1, presorted.index)[plain.valid], plain.index[plain.valid])
 
 
 def test_padded_form_checks_its_arguments_and_widens():
@@ -229,9 +228,9 @@ def test_operator_contract():
     ],
 )
 def test_bad_input_names_the_argument(change, error, words):
-    good = {"boxes": random_boxes(3), "scores": torch.rand(3), "idxs": torch.zeros(3).long(), "iou_threshold": 0.5}
+    fitting = {"boxes": random_boxes(3), "scores": torch.rand(3), "idxs": torch.zeros(3).long(), "iou_threshold": 0.5}
     with pytest.raises(error, match=words):
-        ops.batched_nms(**{**good, **change})
+        ops.batched_nms(**{**fitting, **change})
 
 
 @pytest.mark.kernel

@@ -18,7 +18,7 @@ def _poisoned_memory() -> None:
 
 @contextmanager
 def disturbed(device: torch.device) -> Iterator[Callable[[], None]]:
-    """Gives what puts other work on a second stream, so that programs start in another order each time."""
+    """A function that puts other work on a second stream, so that programs start in another order each time."""
     if device.type == "cpu":
         yield lambda: None
         return
@@ -43,7 +43,7 @@ def test_same_bits_each_time(kernel_device: torch.device, build: Callable[[torch
         for repetition in range(INTERPRETED if interpreted else ON_A_GPU):
             disturb()
             actual = tensors(call.run())
-            differing = sum(int((one != other).sum()) for one, other in zip(actual, expected, strict=True))
+            differing = sum(int((found != wanted).sum()) for found, wanted in zip(actual, expected, strict=True))
             assert differing == 0, f"{differing} bytes differ in repetition {repetition} of {call.size}"
 
 

@@ -23,7 +23,7 @@ FOUR_LEVELS = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
 
 def sampled_by_definition(plane: np.ndarray, y: float, x: float) -> float:
-    """The features between the cells at (y, x): 0 further than a cell outside, held to the map nearer."""
+    """The features between the cells at (y, x): 0 further than a cell outside, clamped to the map nearer."""
     height, width = plane.shape
     if not (-1 <= y <= height and -1 <= x <= width):
         return 0.0
@@ -62,10 +62,10 @@ def loop_roi_align(
 
 def random_rois(num_rois: int, batch: int, side: float) -> Tensor:
     """Of all sizes; some stick out of a square of `side` pixels, lie outside it, or are inverted."""
-    centre = (torch.rand(num_rois, 2) * 1.4 - 0.2) * side
+    center = (torch.rand(num_rois, 2) * 1.4 - 0.2) * side
     half = torch.rand(num_rois, 2) ** 2 * side * 0.7 - 0.03 * side
     image = torch.randint(batch, (num_rois, 1)).float()
-    rois = torch.cat([image, centre - half, centre + half], 1)
+    rois = torch.cat([image, center - half, center + half], 1)
     rois[::3] = rois[::3].round()
     return rois
 
@@ -112,13 +112,13 @@ def pyramid(batch: int, channels: int, height: int, width: int, num_levels: int)
 
 def boxes_of_all_levels(num_boxes: int, side: float) -> Tensor:
     """[num_boxes, 4], with sides from a few pixels to twice `side`."""
-    centre = torch.rand(num_boxes, 2) * side
+    center = torch.rand(num_boxes, 2) * side
     half = torch.exp2(torch.rand(num_boxes, 1) * 9 - 8) * side * (0.5 + torch.rand(num_boxes, 2))
-    return torch.cat([centre - half, centre + half], 1)
+    return torch.cat([center - half, center + half], 1)
 
 
 def areas_beside(edges: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-    """The edges and the eighty numbers next to each."""
+    """The edges and the eighty fp32 values next to each."""
     whole = torch.int64 if dtype == torch.float64 else torch.int32
     bits = torch.tensor(edges, dtype=dtype).view(whole)[:, None] + torch.arange(-40, 41, dtype=whole)
     return bits.view(dtype).flatten()
@@ -200,7 +200,7 @@ def test_pyramids_equal_torchvisions(scales, ratio):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_levels_at_the_very_edges_are_torchvisions(canonical, dtype):
     scales = [2.0**-k for k in range(-1, 8)]
-    edges = _pyramid.edges(scales, *canonical, dtype)
+    edges = _pyramid.level_edges(scales, *canonical, dtype=dtype)
     assert len(edges) == len(scales) - 1
     assert edges == sorted(edges)
     ideal = [(canonical[0] * 2.0 ** (k - canonical[1])) ** 2 for k in range(0, 8)]
@@ -209,12 +209,12 @@ def test_levels_at_the_very_edges_are_torchvisions(canonical, dtype):
     boxes = torch.nn.functional.pad(areas[:, None].to(dtype), (2, 0))
     boxes = torch.cat([boxes, torch.ones_like(boxes[:, :1])], 1)
     expected = LevelMapper(-1, 7, *canonical)([boxes])
-    assert torch.equal(_pyramid.levels(torch.nn.functional.pad(boxes, (1, 0)), edges), expected)
+    assert torch.equal(_pyramid.assign_levels(torch.nn.functional.pad(boxes, (1, 0)), edges), expected)
 
 
 def test_a_box_at_an_edge_is_pooled_from_torchvisions_level():
     levels = [torch.full((1, 1, 4, 4), float(k)) for k in range(4)]
-    areas = areas_beside(_pyramid.edges(FOUR_LEVELS, 224, 4, torch.float32))
+    areas = areas_beside(_pyramid.level_edges(FOUR_LEVELS, 224, 4, dtype=torch.float32))
     boxes = torch.stack([torch.zeros_like(areas), torch.zeros_like(areas), areas, torch.ones_like(areas)], 1)
     boxes[:, :3:2] -= areas[:, None] / 2  # the one sample of a box lies in its middle
     pooled = ops.multiscale_roi_align(levels, [boxes], 1, FOUR_LEVELS, 1)
@@ -227,10 +227,10 @@ def test_a_box_at_an_edge_is_pooled_from_torchvisions_level():
 
 def test_negative_and_nan_areas_are_of_the_finest_level():
     nan, inf = float("nan"), float("inf")
-    edges = _pyramid.edges(FOUR_LEVELS, 224, 4, torch.float32)
+    edges = _pyramid.level_edges(FOUR_LEVELS, 224, 4, dtype=torch.float32)
     corners = [[0, 0, -900, 900], [0, 0, nan, 9], [inf, 0, inf, 9], [0, 0, inf, 9], [900, 900, 0, 0], [0, 0, 0, 0]]
     rois = torch.nn.functional.pad(torch.tensor(corners), (1, 0))
-    assert _pyramid.levels(rois, edges).tolist() == [0, 0, 0, 3, 3, 0]
+    assert _pyramid.assign_levels(rois, edges).tolist() == [0, 0, 0, 3, 3, 0]
 
 
 def test_gradcheck():
@@ -290,11 +290,11 @@ def test_padding_pools_nothing_and_takes_no_gradient(ratio, aligned):
     assert not pooled[:5].any()
     pooled[:5].sum().backward()
     assert not input.grad.any()
-    usual = [6, 7, 9, 11, 12]
-    expected = torchvision.ops.roi_align(input, rois[usual], (3, 2), 1 / 16, ratio, aligned)
-    assert torch.equal(pooled[usual], expected)
-    held = rois[5:6].clamp(-(2.0**24), 2.0**24)  # infinite: 2**20 cells to all sides
-    assert torch.equal(pooled[5:6], roi_align_of(input, held, 1 / 16, (3, 2), ratio, aligned))
+    regular = [6, 7, 9, 11, 12]
+    expected = torchvision.ops.roi_align(input, rois[regular], (3, 2), 1 / 16, ratio, aligned)
+    assert torch.equal(pooled[regular], expected)
+    clamped = rois[5:6].clamp(-(2.0**24), 2.0**24)  # infinite: 2**20 cells to all sides
+    assert torch.equal(pooled[5:6], roi_align_of(input, clamped, 1 / 16, (3, 2), ratio, aligned))
 
 
 def roi_align_of(input: Tensor, rois: Tensor, scale: float, size: tuple[int, int], ratio: int, aligned: bool) -> Tensor:
@@ -303,14 +303,14 @@ def roi_align_of(input: Tensor, rois: Tensor, scale: float, size: tuple[int, int
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-def test_vast_adaptive_boxes_equal_torchvision(monkeypatch, aligned):
+def test_large_adaptive_boxes_equal_torchvision(monkeypatch, aligned):
     input, rois, scale, size = random_case(8)
     ours, theirs = input.clone().requires_grad_(), input.clone().requires_grad_()
-    monkeypatch.setattr(MODULE, "VAST", 40)
+    monkeypatch.setattr(MODULE, "MAX_SAMPLES", 40)
     pooled = ops.roi_align(ours, rois, size, scale, -1, aligned)
     expected = torchvision.ops.roi_align(theirs, rois, size, scale, -1, aligned)
     assert_close(pooled, expected)
-    assert not torch.equal(pooled, expected), "some of the boxes are vast"
+    assert not torch.equal(pooled, expected), "some of the boxes are large"
     grad = torch.randn(pooled.shape)
     pooled.backward(grad)
     expected.backward(grad)
@@ -321,8 +321,8 @@ def test_the_largest_boxes_cost_neither_memory_nor_time():
     input = torch.ones(1, 2, 6, 8, requires_grad=True)
     rois = torch.tensor([[0, -1e9, -1e9, 1e9, 1e9], [0, -1e6, 2, 1e6, 4]])
     pooled = ops.roi_align(input, rois, (1, 1))
-    far = 2.0**21
-    assert_close(pooled[0].flatten(), torch.full((2,), 8 * 10 / far**2), torch.float64)
+    side = 2.0**21
+    assert_close(pooled[0].flatten(), torch.full((2,), 8 * 10 / side**2), torch.float64)
     assert_close(pooled[1].flatten(), torch.full((2,), 10 / 2e6))
     pooled[1].sum().backward()
     assert_close(input.grad[0, 0].sum(), torch.tensor(10 / 2e6))
@@ -396,7 +396,7 @@ def test_compiles_with_gradients_into_one_graph_for_all_sizes():
     assert counter.frame_count == 1
 
 
-def test_on_a_gpu_results_are_channels_last_and_the_host_does_not_wait():
+def test_on_a_gpu_results_are_channels_last_and_there_is_no_host_sync():
     with FakeTensorMode():
         levels = [torch.empty(2, 5, 7, 9, device="cuda", requires_grad=True), torch.empty(2, 5, 4, 5, device="cuda")]
         boxes, valid = torch.empty(2, 3, 4, device="cuda"), torch.empty(2, 3, dtype=torch.bool, device="cuda")
@@ -544,14 +544,14 @@ Case = tuple[str, list[Tensor], Tensor, list[float], tuple[int, int], tuple[int,
 def kernel_cases() -> Iterator[Case]:
     """Maps of few cells: interpreted, each tile of four by four takes its time."""
     torch.manual_seed(0)
-    one = (224.0, 4)
+    canonical = (224.0, 4)
     boxes = torch.nn.functional.pad(boxes_of_all_levels(11, 36.0), (1, 0))
     boxes[::2, 0] = 1
-    far = awkward_rois()
+    awkward = awkward_rois()
     halves = [2.0**-k for k in range(5)]
     yield "pyramid", pyramid(2, 5, 9, 7, 3), boxes, halves[2:], (2, 3), (2, False, 24.0, 3)
     yield "five levels", pyramid(1, 2, 7, 5, 5), boxes, halves, (1, 2), (1, True, 4.0, 1)
-    yield "repeated level", [torch.randn(2, 3, 4, 5)] * 2, boxes, [0.125, 0.125], (2, 2), (2, False, *one)
+    yield "repeated level", [torch.randn(2, 3, 4, 5)] * 2, boxes, [0.125, 0.125], (2, 2), (2, False, *canonical)
     yield (
         "no cells",
         [torch.randn(2, 3, 4, 5), torch.randn(2, 3, 0, 2)],
@@ -561,15 +561,15 @@ def kernel_cases() -> Iterator[Case]:
         (2, False, 24.0, 2),
     )
     yield "adaptive", pyramid(2, 3, 6, 9, 2), boxes, halves[1:3], (2, 1), (-1, False, 24.0, 2)
-    yield "adaptive, aligned", [torch.randn(2, 3, 5, 6)], random_rois(7, 2, 6), [1.0], (2, 3), (-1, True, *one)
-    yield "three", [torch.randn(2, 3, 5, 6)], random_rois(6, 2, 12), [0.5], (3, 2), (3, False, *one)
-    yield "one", [torch.randn(1, 1, 1, 1)], random_rois(2, 1, 1), [1.0], (1, 1), (2, False, *one)
-    yield "blocks", [torch.randn(1, 300, 3, 4)], random_rois(3, 1, 8), [0.5], (2, 1), (2, False, *one)
-    yield "many", [torch.randn(3, 2, 3, 3)], random_rois(131, 3, 10), [0.3], (1, 1), (1, False, *one)
-    yield "awkward", [torch.randn(2, 4, 7, 9)], far, [1 / 16], (3, 2), (2, False, *one)
-    yield "awkward, aligned", [torch.randn(2, 4, 7, 9)], far, [1 / 16], (1, 2), (2, True, *one)
-    yield "awkward, adaptive", [torch.randn(2, 4, 3, 5)], far, [1 / 16], (1, 1), (0, False, *one)
-    yield "awkward, middle", [torch.randn(2, 4, 3, 5)], far, [1 / 16], (1, 1), (1, False, *one)
+    yield "adaptive, aligned", [torch.randn(2, 3, 5, 6)], random_rois(7, 2, 6), [1.0], (2, 3), (-1, True, *canonical)
+    yield "three", [torch.randn(2, 3, 5, 6)], random_rois(6, 2, 12), [0.5], (3, 2), (3, False, *canonical)
+    yield "one", [torch.randn(1, 1, 1, 1)], random_rois(2, 1, 1), [1.0], (1, 1), (2, False, *canonical)
+    yield "blocks", [torch.randn(1, 300, 3, 4)], random_rois(3, 1, 8), [0.5], (2, 1), (2, False, *canonical)
+    yield "many", [torch.randn(3, 2, 3, 3)], random_rois(131, 3, 10), [0.3], (1, 1), (1, False, *canonical)
+    yield "awkward", [torch.randn(2, 4, 7, 9)], awkward, [1 / 16], (3, 2), (2, False, *canonical)
+    yield "awkward, aligned", [torch.randn(2, 4, 7, 9)], awkward, [1 / 16], (1, 2), (2, True, *canonical)
+    yield "awkward, adaptive", [torch.randn(2, 4, 3, 5)], awkward, [1 / 16], (1, 1), (0, False, *canonical)
+    yield "awkward, middle", [torch.randn(2, 4, 3, 5)], awkward, [1 / 16], (1, 1), (1, False, *canonical)
 
 
 CASES = {name: case for name, *case in kernel_cases()}
@@ -622,7 +622,7 @@ def test_kernels_in_half_precision(kernel_device, dtype):
 @pytest.mark.kernel
 def test_kernels_choose_the_level_at_the_very_edges(kernel_device):
     scales, rules = list(FOUR_LEVELS), (1, False, 224.0, 4)
-    areas = areas_beside(_pyramid.edges(scales, 224, 4, torch.float32)).reshape(3, 81)[:, 38:43].flatten()
+    areas = areas_beside(_pyramid.level_edges(scales, 224, 4, dtype=torch.float32)).reshape(3, 81)[:, 38:43].flatten()
     zero = torch.zeros_like(areas)
     rois = torch.stack([zero, zero - areas / 2, zero, areas / 2, zero + 1], 1)
     levels = [torch.full((1, 1, 1, 1), float(k)) for k in range(4)]

@@ -59,10 +59,10 @@ def loop_gradient(grad: Tensor, rois: Tensor, argmax: Tensor, shape: tuple[int, 
 
 def random_rois(num_rois: int, batch: int, side: float) -> Tensor:
     """Of all sizes; some stick out of a square of `side` pixels, lie outside it, or are inverted."""
-    centre = (torch.rand(num_rois, 2) * 1.4 - 0.2) * side
+    center = (torch.rand(num_rois, 2) * 1.4 - 0.2) * side
     half = torch.rand(num_rois, 2) ** 2 * side * 0.7 - 0.03 * side
     image = torch.randint(batch, (num_rois, 1)).float()
-    rois = torch.cat([image, centre - half, centre + half], 1)
+    rois = torch.cat([image, center - half, center + half], 1)
     rois[::3] = rois[::3].round()  # corners on half a cell, where the direction of rounding shows
     return rois
 
@@ -196,8 +196,8 @@ def test_padding_pools_nothing_and_takes_no_gradient():
     assert (input.grad == 0).all()
     assert torch.equal(pooled[6:8], torchvision.ops.roi_pool(input, rois[6:8], (3, 2), 1 / 16))
     assert (pooled[8:10] == 0).all()
-    one, _ = torch.ops.fastdet.roi_pool(input, rois[5:6], 1 / 16, 1, 1)  # infinite: all of the map
-    assert torch.equal(one[0, :, 0, 0], input[1].flatten(1).max(1).values)
+    pooled, _ = torch.ops.fastdet.roi_pool(input, rois[5:6], 1 / 16, 1, 1)  # infinite: all of the map
+    assert torch.equal(pooled[0, :, 0, 0], input[1].flatten(1).max(1).values)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_compiles_with_gradients_into_one_graph_for_all_sizes():
     assert counter.frame_count == 1
 
 
-def test_on_a_gpu_results_are_channels_last_and_the_host_does_not_wait():
+def test_on_a_gpu_results_are_channels_last_and_there_is_no_host_sync():
     with FakeTensorMode():
         input = torch.empty(2, 5, 7, 9, device="cuda", requires_grad=True)
         boxes, valid = torch.empty(2, 3, 4, device="cuda"), torch.empty(2, 3, dtype=torch.bool, device="cuda")
@@ -356,16 +356,16 @@ def test_compiles_with_a_scale_that_changes():
         assert torch.equal(compiled(scale), ops.roi_pool(features, rois, 2, scale))
 
 
-def test_workers_start_no_teams_of_their_own():
+def test_workers_start_no_threads_of_their_own():
     """A team of each would be more threads than cores, after which OpenMP is slow in the whole process."""
-    before, seen = torch.get_num_threads(), []
+    before, threads = torch.get_num_threads(), []
     torch.set_num_threads(3)
     try:
-        _rois.in_slices(2, 1, lambda first, last: seen.append(torch.get_num_threads()))
+        _rois.run_in_slices(2, 1, lambda first, last: threads.append(torch.get_num_threads()))
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
-    assert seen == [1] * 2
+    assert threads == [1] * 2
 
 
 @pytest.mark.parametrize(

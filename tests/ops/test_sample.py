@@ -9,7 +9,7 @@ from fastdet import ops
 from fastdet.ops.sample import sample_cpu, sample_cuda
 from tests.helpers.checks import check_operator
 
-module = importlib.import_module("fastdet.ops.sample")  # the name in the package is the function's
+module = importlib.import_module("fastdet.ops.cpu.sample")
 BITS = [29, 2]
 
 
@@ -19,7 +19,7 @@ def key_bits(request, monkeypatch):
     monkeypatch.setattr(module, "KEY_BITS", request.param)
     if request.node.get_closest_marker("kernel"):
         if torch.cuda.is_available() and request.param != BITS[0]:
-            pytest.skip("a compiled kernel has its number of bits")
+            pytest.skip("a compiled kernel has a fixed number of bits")
         codes = importlib.import_module("fastdet.kernels.common.sample_codes")
         kernel = importlib.import_module("fastdet.kernels.sample")
         constexpr = type(codes.KEY_BITS)
@@ -49,8 +49,8 @@ def loop_sample(label, key, num_samples, max_positive):
     """The rules for one image, by sorting lists."""
 
     def smallest(wanted, count):
-        mine = sorted((k, i) for i, (one, k) in enumerate(zip(label, key, strict=True)) if one == wanted)
-        return sorted(i for _, i in mine[:count])
+        ranked = sorted((k, i) for i, (value, k) in enumerate(zip(label, key, strict=True)) if value == wanted)
+        return sorted(i for _, i in ranked[:count])
 
     positives = smallest(1, min(max_positive, num_samples))
     index = positives + smallest(0, num_samples - len(positives))
@@ -73,8 +73,8 @@ def assert_equals_loop(result, label, seed, num_samples, max_positive, bits=BITS
     assert index.shape == weight.shape == (batch, num_samples)
     key = loop_keys(batch * num_candidates, int(seed), bits)
     for image in range(batch):
-        mine = key[image * num_candidates : (image + 1) * num_candidates]
-        expected = loop_sample(label[image].tolist(), mine, num_samples, max_positive)
+        keys = key[image * num_candidates : (image + 1) * num_candidates]
+        expected = loop_sample(label[image].tolist(), keys, num_samples, max_positive)
         assert index[image].tolist() == expected[0]
         assert weight[image].tolist() == expected[1]
 
@@ -137,9 +137,9 @@ def test_the_choice_is_uniform():
     index, _ = ops.sample(label, 9, 4)
     counts = torch.zeros(trials, 36).scatter_(1, index, 1.0)
     for wanted, chosen in ((1, 4), (0, 5)):
-        mine = counts[:, (label[0] == wanted)]
-        assert (mine.sum(1) == chosen).all()
-        alone, together = mine.mean(0), (mine[:, :-1] * mine[:, 1:]).mean(0)
+        chosen_counts = counts[:, (label[0] == wanted)]
+        assert (chosen_counts.sum(1) == chosen).all()
+        alone, together = chosen_counts.mean(0), (chosen_counts[:, :-1] * chosen_counts[:, 1:]).mean(0)
         for frequency, probability in ((alone, chosen / 12), (together, chosen * (chosen - 1) / (12 * 11))):
             spread = math.sqrt(probability * (1 - probability) / trials)
             assert (frequency - probability).abs().max() < 4.5 * spread
@@ -192,8 +192,8 @@ def test_when_the_candidates_are_thinned_first():
 def test_kernel_equals_cpu(kernel_device, key_bits, num_candidates, num_samples, max_positive):
     label, seed = case(2, num_candidates)
     actual = sample_cuda(label.to(kernel_device), seed.to(kernel_device), num_samples, max_positive)
-    for one, other in zip(actual, sample_cpu(label, seed, num_samples, max_positive), strict=True):
-        assert torch.equal(one.cpu(), other)
+    for found, wanted in zip(actual, sample_cpu(label, seed, num_samples, max_positive), strict=True):
+        assert torch.equal(found.cpu(), wanted)
 
 
 @pytest.mark.kernel
@@ -208,8 +208,8 @@ def test_kernel_in_many_tiles_equals_cpu(kernel_device, key_bits, monkeypatch, n
     label, seed = case(2, 1000)
     label[1, :500] = 1
     actual = sample_cuda(label.to(kernel_device), seed.to(kernel_device), num_samples, max_positive)
-    for one, other in zip(actual, sample_cpu(label, seed, num_samples, max_positive), strict=True):
-        assert torch.equal(one.cpu(), other)
+    for found, wanted in zip(actual, sample_cpu(label, seed, num_samples, max_positive), strict=True):
+        assert torch.equal(found.cpu(), wanted)
 
 
 @pytest.mark.kernel
@@ -235,6 +235,6 @@ def test_seeds_that_are_near_choose_otherwise():
     assert len(set(chosen)) == len(chosen)
     moved = {frozenset(index ^ bit for index in one) for one in chosen for bit in (1, 2, 64)}
     assert not moved & set(chosen), "the same choice, moved"
-    shared = sum(len(one & other) for one, other in zip(chosen[::2], chosen[1::2], strict=True)) / 256
+    shared = sum(len(first & second) for first, second in zip(chosen[::2], chosen[1::2], strict=True)) / 256
     # Of 16 x 16 pairs one in 128: 2, and over 256 seeds a deviation of 0.08.
     assert abs(shared - 2) < 0.4

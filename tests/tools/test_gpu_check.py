@@ -130,7 +130,8 @@ def test_without_a_gpu_one_sentence(
 def test_every_step_names_files_that_exist(tmp_path: Path) -> None:
     steps = gpu_check.steps(tmp_path)
     named = {part for step in steps for part in step.command if re.fullmatch(r"(tests|bench)/\w+\.py", part)}
-    assert {"tests/ops/test_nms.py", "tests/ops/test_waits.py", "bench/bench_nms.py", "bench/bench_model.py"} <= named
+    examples = {"tests/ops/test_nms.py", "tests/ops/test_host_sync.py", "bench/bench_nms.py", "bench/bench_model.py"}
+    assert examples <= named
     assert all((gpu_check.ROOT / path).is_file() for path in named)
     assert len({step.name for step in steps}) == len(steps)
     assert gpu_check.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"

@@ -1,1 +1,1 @@
-"""The CPU implementations of the operations."""
+"""The CPU implementations of the operations, and formulas in plain torch that serve every device."""

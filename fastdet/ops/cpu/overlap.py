@@ -6,44 +6,51 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Pairs of a tile: few enough for a core's cache, and for torch to keep to one thread, so that no operator waits for
-# another thread.
+# Pairs of a tile: few enough for a core's cache, and for torch to run an operator on one thread, without the cost of
+# synchronizing threads.
 TILE = 32 * 1024 - 1
 
 Planes = Sequence[Tensor]  # x1, y1, x2, y2 and area, apart
-Memory = Sequence[Tensor]  # three tensors of the shape of the result
+Scratch = Sequence[Tensor]  # three tensors of the shape of the result
 
 
-def make_proper(planes: Planes, allowed: Tensor | None = None) -> None:
-    """Put each box that can overlap nothing (inverted, no area, not finite, not `allowed`) at the origin.
+def to_planes(boxes: Tensor, out: Tensor | None = None) -> Tensor:
+    """x1, y1, x2, y2 and area of `boxes` [..., 4], apart: [5, ...]."""
+    planes = boxes.new_empty(5, *boxes.shape[:-1]) if out is None else out
+    planes[:4] = boxes.movedim(-1, 0)
+    torch.mul(planes[2] - planes[0], planes[3] - planes[1], out=planes[4])
+    return planes
 
-    There it has no extent, but an area of 1: so no tile has to look for it, nor for NaN.
+
+def reset_invalid(planes: Tensor, valid: Tensor | None = None) -> Tensor:
+    """`planes`, in which each box that overlaps nothing (inverted, without area, not finite, not `valid`) is moved to
+    the origin.
+
+    There it has no extent, but an area of 1: no tile has to test for it, nor for NaN.
     """
-    x1, y1, x2, y2, area = planes
-    proper = (area > 0) & (area < math.inf) & (x2 > x1)
-    if allowed is not None:
-        proper &= allowed
-    if not proper.all():
-        improper = ~proper
-        for corner in (x1, y1, x2, y2):
-            corner.masked_fill_(improper, 0.0)
-        area.masked_fill_(improper, 1.0)
+    overlapping = (planes[4] > 0) & (planes[4] < math.inf) & (planes[2] > planes[0])
+    if valid is not None:
+        overlapping &= valid
+    if not overlapping.all():
+        planes.masked_fill_(~overlapping, 0.0)
+        planes[4].masked_fill_(~overlapping, 1.0)
+    return planes
 
 
-def intersection(first: Planes, second: Planes, memory: Memory) -> Tensor:
-    """Shared areas of proper boxes, which broadcast, in the first tensor of `memory`.
+def intersection(first: Planes, second: Planes, scratch: Scratch) -> Tensor:
+    """Shared areas of boxes, none of them invalid, which broadcast, in the first tensor of `scratch`.
 
-    What two intervals share is one of them held to the other. The last dimension should be that of `second`.
+    What two intervals share is one of them clamped to the other. The last dimension should be that of `second`.
     """
     ax1, ay1, ax2, ay2, _ = first
     bx1, by1, bx2, by2, _ = second
-    out, one, other = memory
-    torch.clamp(ax2, bx1, bx2, out=out).sub_(torch.clamp(ax1, bx1, bx2, out=one))
-    torch.clamp(ay2, by1, by2, out=other).sub_(torch.clamp(ay1, by1, by2, out=one))
-    return out.mul_(other)
+    out, low, height = scratch
+    torch.clamp(ax2, bx1, bx2, out=out).sub_(torch.clamp(ax1, bx1, bx2, out=low))
+    torch.clamp(ay2, by1, by2, out=height).sub_(torch.clamp(ay1, by1, by2, out=low))
+    return out.mul_(height)
 
 
-def iou(first: Planes, second: Planes, memory: Memory) -> Tensor:
+def iou(first: Planes, second: Planes, scratch: Scratch) -> Tensor:
     """IoU, rounded at each step as the kernels round; else as `intersection`."""
-    inter = intersection(first, second, memory)
-    return inter.div_(torch.add(first[4], second[4], out=memory[1]).sub_(inter))
+    inter = intersection(first, second, scratch)
+    return inter.div_(torch.add(first[4], second[4], out=scratch[1]).sub_(inter))

@@ -1,4 +1,4 @@
-"""On a GPU the host never waits: not for an operation, not for a step of the detector, and inference is one graph."""
+"""On a GPU no operation and no step of the detector has a host sync, and inference is one graph."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,8 +29,8 @@ def gpu() -> torch.device:
 
 
 @contextmanager
-def no_waiting() -> Iterator[None]:
-    """An operator of torch that would make the host wait for the GPU raises."""
+def no_host_sync() -> Iterator[None]:
+    """An operator of torch that has a host sync raises."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -39,10 +39,10 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def twice_without_waiting(call: Callable[[], object]) -> None:
-    """The first call may wait: it compiles kernels and opens libraries."""
+def twice_without_host_sync(call: Callable[[], object]) -> None:
+    """The first call may synchronize: it compiles kernels and opens libraries."""
     call()
-    with no_waiting():
+    with no_host_sync():
         for _ in range(2):
             call()
     torch.cuda.synchronize()
@@ -70,16 +70,16 @@ def detections(model: FasterRCNN, images: Tensor, sizes: Tensor, scales: Tensor)
     return found
 
 
-def test_the_mode_catches_a_wait(gpu: torch.device) -> None:
+def test_the_mode_catches_a_host_sync(gpu: torch.device) -> None:
     ones = torch.ones(3, device=gpu)
-    for wait in (lambda: ones.sum().item(), ones.nonzero, ones.tolist, ones.cpu, lambda: torch.ones(3).to(gpu)):
-        with no_waiting(), pytest.raises(RuntimeError, match="synchroniz"):
-            wait()
+    for sync in (lambda: ones.sum().item(), ones.nonzero, ones.tolist, ones.cpu, lambda: torch.ones(3).to(gpu)):
+        with no_host_sync(), pytest.raises(RuntimeError, match="synchroniz"):
+            sync()
 
 
 @pytest.mark.parametrize("build", CALLS, ids=lambda build: build.__name__)
 def test_operations(gpu: torch.device, build: Callable[[torch.device, bool], Call]) -> None:
-    twice_without_waiting(build(gpu, False).run)
+    twice_without_host_sync(build(gpu, False).run)
 
 
 def test_padded_forms(gpu: torch.device) -> None:
@@ -97,7 +97,7 @@ def test_padded_forms(gpu: torch.device) -> None:
         gradients(ops.batched_roi_pool(levels[1], boxes, 3, 1 / 8, valid))
         gradients(ops.batched_roi_align(levels, boxes, 3, [1 / 4, 1 / 8], 2, False, valid))
 
-    twice_without_waiting(every)
+    twice_without_host_sync(every)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -113,7 +113,7 @@ def test_training_step(gpu: torch.device, backbone: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    twice_without_waiting(step)
+    twice_without_host_sync(step)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -121,7 +121,7 @@ def test_inference(gpu: torch.device, backbone: str) -> None:
     model = detector(backbone, gpu).eval()
     images, sizes, _, scales = padded_inputs(gpu)
     with torch.no_grad():
-        twice_without_waiting(lambda: detections(model, images, sizes, scales))
+        twice_without_host_sync(lambda: detections(model, images, sizes, scales))
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -133,7 +133,7 @@ def test_inference_is_one_cuda_graph(gpu: torch.device, backbone: str, monkeypat
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.no_grad():
         expected = [detections(model, content, sizes, scales) for content in (others, images)]
-        assert not torch.equal(expected[0].boxes, expected[1].boxes), "the case cannot tell one input from the other"
+        assert not torch.equal(expected[0].boxes, expected[1].boxes), "the case gives the same for both inputs"
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             detections(model, images, sizes, scales)
