@@ -21,7 +21,7 @@ from fastdet.graphs.trainer import GraphedDetector, GraphedTrainer
 from fastdet.models.preserve import preserve_rng, preserve_tensors
 from fastdet.structures import Batch
 from tests.helpers.detectors import NUM_CLASSES, small_detector, small_scene
-from tests.helpers.host_sync import Refuse
+from tests.helpers.host_sync import RefuseHostSync
 
 # What the scene is padded to, and the rows that its ground truth is padded to: then all draws are the model's own.
 SHAPE, MAX_BOXES = (3, 3, 96, 88), 4
@@ -159,7 +159,7 @@ def test_the_step_waits_nowhere():
     images, targets = small_scene()
     batch, padded, _ = model.preprocess(images, targets)
     for amp in (None, torch.bfloat16, torch.float16):
-        with Refuse():
+        with RefuseHostSync():
             training_step(model, optimizer, LossScale.start(amp, CPU), batch, padded, amp=amp, clip_norm=1.0)
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.calls import CALLS, Call
 from fastdet import Detections, FasterRCNN, Targets, ops
 from fastdet.ops.nms import nms_padded
 from tests.helpers.checks import random_boxes
+from tools.calls import CALLS, OpCall
 
 pytestmark = pytest.mark.cuda
 
@@ -78,7 +78,7 @@ def test_the_mode_catches_a_wait(gpu: torch.device) -> None:
 
 
 @pytest.mark.parametrize("build", CALLS, ids=lambda build: build.__name__)
-def test_operations(gpu: torch.device, build: Callable[[torch.device, bool], Call]) -> None:
+def test_operations(gpu: torch.device, build: Callable[[torch.device, bool], OpCall]) -> None:
     twice_without_waiting(build(gpu, False).run)
 
 
