@@ -13,7 +13,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 import fastdet
 from bench.costs import Step
-from fastdet.graphs.trainer import GraphedDetector, GraphedTrainer
+from fastdet.graphs import GraphedDetector, GraphedTrainer
 
 CLASSES = 21
 BOXES = 8
