@@ -1,4 +1,4 @@
-"""`pytest` runs tests/, `pytest --benchmark-only` runs bench/; a path given by hand is taken as it is."""
+"""`pytest` runs tests/, `pytest --benchmark-only` runs bench/; paths on the command line override both."""
 
 import pytest
 

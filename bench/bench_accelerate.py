@@ -52,7 +52,7 @@ if torch.cuda.is_available():
 @pytest.mark.parametrize(("name", "height", "width", "batch"), CASES)
 @pytest.mark.parametrize("mode", ["train", "infer"])
 def test_step(
-    versus: Callable[..., None], device: torch.device, name: str, height: int, width: int, batch: int, mode: str
+    compare: Callable[..., None], device: torch.device, name: str, height: int, width: int, batch: int, mode: str
 ) -> None:
     images, targets = scene(batch, height, width, device)
 
@@ -73,7 +73,7 @@ def test_step(
 
     ours, theirs = built(name, height, width, device)
     size = f"{name.removeprefix('fasterrcnn_')} {height}x{width}, {batch}"
-    versus(step(ours), step(theirs), op=f"accelerated, {mode}", size=size, rounds=rounds())
+    compare(step(ours), step(theirs), op=f"accelerated, {mode}", size=size, rounds=rounds())
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def rpn_outputs(model: nn.Module, batch: int, device: torch.device) -> tuple[lis
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("mode", ["train", "infer"])
 def test_filter_proposals(
-    versus: Callable[..., None], device: torch.device, models: tuple[nn.Module, nn.Module], batch: int, mode: str
+    compare: Callable[..., None], device: torch.device, models: tuple[nn.Module, nn.Module], batch: int, mode: str
 ) -> None:
     anchors, deltas, logits = rpn_outputs(models[1], batch, device)
     proposals = models[1].rpn.box_coder.decode(deltas, anchors).view(batch, -1, 4)
@@ -119,18 +119,18 @@ def test_filter_proposals(
         return run
 
     size = f"five levels of {HEIGHT}x{WIDTH}, {mode}, {batch}"
-    versus(*map(call, models), op="filter_proposals", size=size, rounds=rounds())
+    compare(*map(call, models), op="filter_proposals", size=size, rounds=rounds())
 
 
-def test_decode(versus: Callable[..., None], device: torch.device, models: tuple[nn.Module, nn.Module]) -> None:
+def test_decode(compare: Callable[..., None], device: torch.device, models: tuple[nn.Module, nn.Module]) -> None:
     anchors, deltas, _ = rpn_outputs(models[1], 1, device)
     calls = [lambda model=model: model.rpn.box_coder.decode(deltas, anchors) for model in models]
-    versus(*calls, op="box_coder.decode", size=f"{len(deltas)} anchors", rounds=rounds())
+    compare(*calls, op="box_coder.decode", size=f"{len(deltas)} anchors", rounds=rounds())
 
 
-def test_anchors(versus: Callable[..., None], device: torch.device, models: tuple[nn.Module, nn.Module]) -> None:
+def test_anchors(compare: Callable[..., None], device: torch.device, models: tuple[nn.Module, nn.Module]) -> None:
     calls = [lambda model=model: rpn_anchors(model, device) for model in models]
-    versus(*calls, op="anchor_generator", size=f"five levels of {HEIGHT}x{WIDTH}, 2", rounds=rounds())
+    compare(*calls, op="anchor_generator", size=f"five levels of {HEIGHT}x{WIDTH}, 2", rounds=rounds())
 
 
 def rpn_anchors(model: nn.Module, device: torch.device) -> list[Tensor]:
@@ -140,7 +140,7 @@ def rpn_anchors(model: nn.Module, device: torch.device) -> list[Tensor]:
 
 @pytest.mark.parametrize("num_boxes", [8, 50])
 def test_assign_targets_to_anchors(
-    versus: Callable[..., None], device: torch.device, models: tuple[nn.Module, nn.Module], num_boxes: int
+    compare: Callable[..., None], device: torch.device, models: tuple[nn.Module, nn.Module], num_boxes: int
 ) -> None:
     generator = torch.Generator().manual_seed(1)
     targets = [{"boxes": boxes(generator, num_boxes, HEIGHT, WIDTH).to(device)} for _ in range(2)]
@@ -148,12 +148,12 @@ def test_assign_targets_to_anchors(
     given = [(model.rpn, rpn_anchors(model, device)) for model in models]
     calls = [lambda rpn=rpn, anchors=anchors: rpn.assign_targets_to_anchors(anchors, targets) for rpn, anchors in given]
     size = f"{HEIGHT}x{WIDTH}, {num_boxes} boxes, 2"
-    versus(*calls, op="assign_targets (anchors)", size=size, rounds=rounds())
+    compare(*calls, op="assign_targets (anchors)", size=size, rounds=rounds())
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0])
 def test_postprocess_detections(
-    versus: Callable[..., None], device: torch.device, models: tuple[nn.Module, nn.Module], spread: float
+    compare: Callable[..., None], device: torch.device, models: tuple[nn.Module, nn.Module], spread: float
 ) -> None:
     generator = torch.Generator().manual_seed(2)
     logits = (torch.randn(1000, CLASSES, generator=generator) * spread).to(device)
@@ -163,12 +163,12 @@ def test_postprocess_detections(
         lambda heads=model.roi_heads: heads.postprocess_detections(logits, deltas, proposals, [(HEIGHT, WIDTH)])
         for model in models
     ]
-    versus(*calls, op="postprocess_detections", size=f"1000 x {CLASSES}, logits N(0, {spread})", rounds=rounds())
+    compare(*calls, op="postprocess_detections", size=f"1000 x {CLASSES}, logits N(0, {spread})", rounds=rounds())
 
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
 def test_box_roi_pool(
-    versus: Callable[..., None], device: torch.device, models: tuple[nn.Module, nn.Module], mode: str
+    compare: Callable[..., None], device: torch.device, models: tuple[nn.Module, nn.Module], mode: str
 ) -> None:
     generator = torch.Generator().manual_seed(3)
     proposals = [boxes(generator, 256, HEIGHT, WIDTH).to(device) for _ in range(2)]
@@ -187,4 +187,4 @@ def test_box_roi_pool(
 
         return run
 
-    versus(*map(call, models), op=f"box_roi_pool, {mode}", size="512 boxes x 32 channels, 4 levels", rounds=rounds())
+    compare(*map(call, models), op=f"box_roi_pool, {mode}", size="512 boxes x 32 channels, 4 levels", rounds=rounds())

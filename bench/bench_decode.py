@@ -17,7 +17,7 @@ CLAMP = math.log(1000 / 16)
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch", [1, 16] if torch.cuda.is_available() else [1])
-def test_proposals(versus, device, batch, dtype):
+def test_proposals(compare, device, batch, dtype):
     """From what the head's convolutions gave to clipped boxes and scores."""
     generator = torch.Generator().manual_seed(0)
     deltas = (torch.randn(batch, 36, *GRID, generator=generator) * 0.3).to(device, getattr(torch, dtype))
@@ -40,7 +40,7 @@ def test_proposals(versus, device, batch, dtype):
 
     torch.testing.assert_close(ours().boxes, torch.stack(theirs()[0]), rtol=1e-5, atol=1e-2)
     num_anchors = GRID[0] * GRID[1] * 9
-    versus(
+    compare(
         ours,
         theirs,
         op="decode",

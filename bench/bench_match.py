@@ -8,7 +8,7 @@ from fastdet import ops
 
 
 @pytest.mark.parametrize("num_gt", [5, 50])
-def test_anchor_targets(versus, device, num_gt):
+def test_anchor_targets(compare, device, num_gt):
     """Match, label and encode, as the region proposal network's targets need it."""
     anchors = scenes.anchors().to(device)
     gt_boxes = scenes.uniform(num_gt)[0].to(device)
@@ -22,10 +22,10 @@ def test_anchor_targets(versus, device, num_gt):
         matched = matcher(box_iou(gt_boxes, anchors))
         return matched, coder.encode_single(gt_boxes[matched.clamp(min=0)], anchors)
 
-    (label, locs), (matched, their_locs) = ours(), theirs()
+    (label, deltas), (matched, their_deltas) = ours(), theirs()
     assert torch.equal(label == 1, matched >= 0)
-    torch.testing.assert_close(locs[label == 1], their_locs[label == 1])
-    versus(
+    torch.testing.assert_close(deltas[label == 1], their_deltas[label == 1])
+    compare(
         ours,
         theirs,
         op="match",

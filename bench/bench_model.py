@@ -1,4 +1,4 @@
-"""The whole step in every way there is to run it, beside torchvision's detector of the same weights and numbers."""
+"""The whole step in every way there is to run it, beside torchvision's detector with the same weights and settings."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import costs, roofline, whole_step
-from bench.between import Between
+from bench.between_networks import TimerOutsideNetworks
 from bench.whole_step import Case
 
 CUDA = torch.cuda.is_available()
@@ -30,7 +30,7 @@ WAYS = [(case, way) for case in CASES for way in ("graphed", "eager")]
 WAYS += [(case, "compiled") for case in CASES if CUDA or case.batch == BATCHES[-1]]
 
 
-def called(case: Case, way: str = "eager") -> str:
+def op_name(case: Case, way: str = "eager") -> str:
     mode = "train" if case.training else "infer"
     return f"model, {mode}" + ("" if way == "eager" else f", {way}")
 
@@ -39,7 +39,7 @@ def size(case: Case) -> str:
     return f"{case.name} {case.height} x {case.width}, batch {case.batch}"
 
 
-def named(value: object) -> str:
+def case_id(value: object) -> str:
     if isinstance(value, Case):
         mode, dtype = "train" if value.training else "infer", str(value.dtype).removeprefix("torch.")
         return f"{mode}-{value.batch}-{dtype}"
@@ -47,8 +47,8 @@ def named(value: object) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _as_fast_as_torch_can() -> Iterator[None]:
-    """TF32 in fp32, and the fastest convolutions for shapes that do not change; for both contenders."""
+def _fast_convolutions() -> Iterator[None]:
+    """TF32 in fp32, and the fastest convolutions for shapes that do not change; for both detectors."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     switches: list[tuple[Any, str]] = [(matmul, "allow_tf32"), (cudnn, "allow_tf32"), (cudnn, "benchmark")]
     before = [getattr(backend, name) for backend, name in switches]
@@ -59,8 +59,8 @@ def _as_fast_as_torch_can() -> Iterator[None]:
         setattr(backend, name, value)
 
 
-def steady(call: Callable[[], object]) -> float:
-    """Milliseconds of a step among others on a GPU, the host's time included: of as many in a row as take 50 ms."""
+def steady_state_ms(call: Callable[[], object]) -> float:
+    """Milliseconds of a step among others on a GPU, host time included: the mean of as many in a row as take 50 ms."""
     once = _in_a_row(call, 1)
     count = math.ceil(50 / once)
     return once if count == 1 else _in_a_row(call, count)
@@ -76,44 +76,44 @@ def _in_a_row(call: Callable[[], object], count: int) -> float:
 
 
 @functools.lru_cache(maxsize=1)
-def torchvisions(case: Case) -> tuple[costs.Step, costs.Cost]:
-    return costs.measured(lambda: whole_step.torchvisions(case), DEVICE)
+def measure_torchvision(case: Case) -> tuple[costs.Step, costs.Cost]:
+    return costs.measure(lambda: whole_step.torchvision_step(case), DEVICE)
 
 
-@pytest.mark.parametrize(("case", "way"), WAYS, ids=named)
-def test_step(versus: Callable[..., None], case: Case, way: str) -> None:
+@pytest.mark.parametrize(("case", "way"), WAYS, ids=case_id)
+def test_step(compare: Callable[..., None], case: Case, way: str) -> None:
     if way == "compiled" and not CUDA and not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
-    theirs, their_cost = torchvisions(case)
-    ours, our_cost = costs.measured(lambda: whole_step.WAYS[way](case), DEVICE)
+    theirs, their_cost = measure_torchvision(case)
+    ours, our_cost = costs.measure(lambda: whole_step.WAYS[way](case), DEVICE)
     if not case.training:
         # Not just as many: torchvision's boxes are bf16 too under autocast, several pixels coarse.
         found, expected = (sum(len(each["scores"]) for each in step.run()) for step in (ours, theirs))
         assert min(found, expected) > 0.5 * max(found, expected, 1), f"{found} and {expected} detections"
     floor = roofline.vgg16_training if case.training else roofline.vgg16_inference
-    versus(
+    compare(
         ours.run,
         theirs.run,
-        op=called(case, way),
+        op=op_name(case, way),
         size=size(case),
         dtype=str(case.dtype).removeprefix("torch."),
         rounds=7 if CUDA else 5,
         floor=floor(case.batch) if case.name == "vgg16" and case.dtype == torch.bfloat16 else (),
         images=case.batch,
         costs=(our_cost, their_cost),
-        **({"clock": steady} if CUDA else {}),
+        **({"clock": steady_state_ms} if CUDA else {}),
     )
 
 
 @pytest.mark.skipif(CUDA, reason="a GPU's work is not done when its layer's call returns")
-def test_between_the_networks(versus: Callable[..., None]) -> None:
+def test_between_the_networks(compare: Callable[..., None]) -> None:
     """All of a training step but the backbone, the box head and the optimizer."""
     case = Case(NAME, HEIGHT, WIDTH, 4, True, torch.float32, DEVICE)
-    ours, theirs = (Between(build(case)) for build in (whole_step.eager, whole_step.torchvisions))
-    versus(
+    ours, theirs = (TimerOutsideNetworks(build(case)) for build in (whole_step.eager, whole_step.torchvision_step))
+    compare(
         ours,
         theirs,
-        op=f"{called(case)}, between networks",
+        op=f"{op_name(case)}, between networks",
         size=size(case),
         rounds=9,
         clock=lambda call: call(),

@@ -8,7 +8,7 @@ from fastdet import ops
 
 @pytest.mark.parametrize("scene", ["uniform", "clustered", "jittered_anchors"])
 @pytest.mark.parametrize(("count", "keep"), [(12000, 2000), (6000, 300)])
-def test_proposals(versus, device, scene, count, keep):
+def test_proposals(compare, device, scene, count, keep):
     boxes, scores = (tensor.to(device) for tensor in getattr(scenes, scene)(count))
     ours = lambda: ops.nms_padded(boxes[None], scores[None], 0.7, keep)  # noqa: E731
     theirs = lambda: torchvision.ops.nms(boxes, scores, 0.7)[:keep]  # noqa: E731
@@ -17,13 +17,13 @@ def test_proposals(versus, device, scene, count, keep):
     expected = torchvision.ops.nms(boxes.cpu(), scores.cpu(), 0.7)[:keep]
     assert torch.equal(kept.index[0, : int(kept.count[0])].cpu(), expected)
     size = f"{scene} {count} -> {keep}, IoU 0.7"
-    # Of 6000 boxes the 300th to be kept comes early: most pairs are never needed, and how many is not known before.
+    # Of 6000 boxes the 300th to be kept comes early: most pairs are never needed, and how many depends on the data.
     floor = roofline.nms(1, count) if keep == 2000 else ()
-    versus(ours, theirs, op="nms", size=size, rounds=7, floor=floor, graph=True)
+    compare(ours, theirs, op="nms", size=size, rounds=7, floor=floor, graph=True)
 
 
 @pytest.mark.parametrize("scene", ["uniform", "clustered", "jittered_anchors"])
-def test_every_class(versus, device, scene):
+def test_every_class(compare, device, scene):
     """300 RoIs in 90 classes, each class with boxes of its own, and all of them candidates."""
     images, classes, num_rois = 16 if torch.cuda.is_available() else 1, 90, 300
     groups = images * classes
@@ -37,9 +37,9 @@ def test_every_class(versus, device, scene):
     def theirs() -> torch.Tensor:
         return torchvision.ops.batched_nms(flat_boxes, flat_scores, group, 0.5)
 
-    # torchvision tells groups apart by shifted coordinates, which rounds a few decisions the other way.
+    # torchvision separates groups by shifted coordinates, which rounds a few decisions the other way.
     assert abs(int(ours().count.sum()) - len(theirs())) <= groups * num_rois // 1000
-    versus(
+    compare(
         ours,
         theirs,
         op="batched nms",
@@ -51,7 +51,7 @@ def test_every_class(versus, device, scene):
 
 
 @pytest.mark.parametrize(("images", "classes"), [(1, 20), (4, 90)])
-def test_classes_above_a_score(versus, device, images, classes):
+def test_classes_above_a_score(compare, device, images, classes):
     """300 RoIs in every class: of each image and class those with a score above 0.05, suppressed at 0.3."""
     boxes, _ = scenes.clustered(images * 300)
     boxes = boxes.reshape(images, 1, 300, 4).expand(-1, classes, -1, -1).reshape(-1, 300, 4)
@@ -69,4 +69,4 @@ def test_classes_above_a_score(versus, device, images, classes):
         return ops.nms_padded(boxes, scores, 0.3, 300, valid)
 
     size = f"{images} x {classes} x 300 above 0.05, IoU 0.3"
-    versus(ours, theirs, op="batched nms", size=size, rounds=7, graph=True)
+    compare(ours, theirs, op="batched nms", size=size, rounds=7, graph=True)

@@ -14,7 +14,7 @@ sizes = pytest.mark.parametrize(
 )
 
 
-def training(images: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def training_inputs(images: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Features of VGG16, on a GPU channels-last, and 128 RoIs for each image."""
     features = torch.randn(images, 512, 37, 56, generator=torch.Generator().manual_seed(0)).relu()
     boxes, _ = scenes.jittered_anchors(images * 128)
@@ -25,11 +25,11 @@ def training(images: int, dtype: torch.dtype, device: torch.device) -> tuple[Ten
 
 
 def torchvision_roi_pool(features: Tensor, rois: Tensor) -> Tensor:
-    """torchvision's has no bf16: it is upcast, as autocast does there."""
+    """torchvision's operator, which does not support bf16: features are upcast, as autocast does."""
     return torchvision.ops.roi_pool(features.float(), rois, 7, SCALE).to(features.dtype)
 
 
-def name(features: Tensor, rois: Tensor) -> str:
+def describe(features: Tensor, rois: Tensor) -> str:
     return f"{len(rois)} RoIs of {'x'.join(map(str, features.shape))} to 7x7"
 
 
@@ -38,17 +38,17 @@ def floor(features: Tensor, rois: Tensor) -> tuple[roofline.Work]:
 
 
 @sizes
-def test_forward(versus, device, images, dtype):
-    features, rois = training(images, dtype, device)
+def test_forward(compare, device, images, dtype):
+    features, rois = training_inputs(images, dtype, device)
     ours = lambda: ops.roi_pool(features, rois, 7, SCALE)  # noqa: E731
     planes = features.contiguous()  # as torchvision has it
     theirs = lambda: torchvision_roi_pool(planes, rois)  # noqa: E731
     assert torch.equal(ours(), theirs())
-    versus(
+    compare(
         ours,
         theirs,
         op="roi_pool",
-        size=name(features, rois),
+        size=describe(features, rois),
         dtype=str(dtype).removeprefix("torch."),
         floor=floor(features, rois),
         graph=True,
@@ -56,8 +56,8 @@ def test_forward(versus, device, images, dtype):
 
 
 @sizes
-def test_forward_and_backward(versus, device, images, dtype):
-    features, rois = training(images, dtype, device)
+def test_forward_and_backward(compare, device, images, dtype):
+    features, rois = training_inputs(images, dtype, device)
     planes = features.contiguous().clone().requires_grad_()  # as torchvision has it
     features.requires_grad_()
     grad = torch.randn(len(rois), 512, 7, 7, generator=torch.Generator().manual_seed(1)).to(device, dtype)
@@ -70,11 +70,11 @@ def test_forward_and_backward(versus, device, images, dtype):
 
     if device.type == "cpu":  # on a GPU torchvision adds in no fixed order
         assert torch.equal(ours(), theirs())
-    versus(
+    compare(
         ours,
         theirs,
         op="roi_pool with gradient",
-        size=name(features, rois),
+        size=describe(features, rois),
         dtype=str(dtype).removeprefix("torch."),
         floor=floor(features, rois) * 2,
         graph=True,

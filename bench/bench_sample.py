@@ -11,7 +11,7 @@ CASES = {"anchors": (18648, 0.002, 256, 128), "proposals": (2000, 0.1, 128, 32)}
 
 @pytest.mark.parametrize("batch", [1, 16] if torch.cuda.is_available() else [1, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_labels(versus, device, case, batch):
+def test_labels(compare, device, case, batch):
     """From labels to the indices of the chosen."""
     num_candidates, share, num_samples, max_positive = CASES[case]
     draw = torch.rand(batch, num_candidates, generator=torch.Generator().manual_seed(0))
@@ -28,4 +28,4 @@ def test_labels(versus, device, case, batch):
     assert int(ours().weight.sum()) == sum(len(index) for index in theirs())
     size = f"{batch} x {num_candidates} {case}, {num_samples} taken"
     floor = roofline.sample(label.numel(), batch * num_samples)
-    versus(ours, theirs, op="sample", size=size, dtype="int64", rounds=20, floor=floor, graph=True)
+    compare(ours, theirs, op="sample", size=size, dtype="int64", rounds=20, floor=floor, graph=True)

@@ -17,102 +17,104 @@ from fastdet import ops
 from fastdet.ops.nms import nms_padded
 
 
-class Call(NamedTuple):
-    """`run()` gives the operation's results, new ones each time; `size` says in words how large the input is."""
+class OpCall(NamedTuple):
+    """`run()` gives the operation's results, new ones each time; `size` describes the size of the input."""
 
     size: str
     run: Callable[[], Any]
 
 
-def nms_training(device: torch.device, small: bool) -> Call:
+def nms_training(device: torch.device, small: bool) -> OpCall:
     return _nms(device, *((1, 70, 20) if small else (1, 12000, 2000)), threshold=0.7)
 
 
-def nms_inference(device: torch.device, small: bool) -> Call:
+def nms_inference(device: torch.device, small: bool) -> OpCall:
     return _nms(device, *((2, 50, 5) if small else (1, 6000, 300)), threshold=0.7)
 
 
-def nms_classes(device: torch.device, small: bool) -> Call:
+def nms_classes(device: torch.device, small: bool) -> OpCall:
     return _nms(device, *((5, 20, 20) if small else (90 * 16, 300, 300)), threshold=0.5)
 
 
-def _nms(device: torch.device, groups: int, count: int, max_keep: int, *, threshold: float) -> Call:
+def _nms(device: torch.device, groups: int, count: int, max_keep: int, *, threshold: float) -> OpCall:
     if groups == 1:
         boxes, scores = (part[None] for part in scenes.jittered_anchors(count))
     else:
         boxes, scores = (part.unflatten(0, (groups, count)) for part in scenes.clustered(groups * count))
     scores, order = scores.sort(dim=1, descending=True)
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
-    given = boxes.to(device), scores.to(device)
-    return Call(
-        f"{groups} x {count} to {max_keep}", lambda: nms_padded(*given, threshold, max_keep=max_keep, presorted=True)
+    inputs = boxes.to(device), scores.to(device)
+    return OpCall(
+        f"{groups} x {count} to {max_keep}", lambda: nms_padded(*inputs, threshold, max_keep=max_keep, presorted=True)
     )
 
 
-def match(device: torch.device, small: bool) -> Call:
+def match(device: torch.device, small: bool) -> OpCall:
     anchors, gt_boxes = scenes.anchors()[:: 187 if small else 1].to(device), scenes.uniform(50)[0][None].to(device)
-    return Call(f"{len(anchors)} x 50", lambda: ops.match(anchors, gt_boxes, high=0.7, low=0.3, allow_low_quality=True))
+    return OpCall(
+        f"{len(anchors)} x 50", lambda: ops.match(anchors, gt_boxes, high=0.7, low=0.3, allow_low_quality=True)
+    )
 
 
-def decode(device: torch.device, small: bool) -> Call:
+def decode(device: torch.device, small: bool) -> OpCall:
     return _decode(device, 2 if small else 1, (3, 5) if small else (37, 56))
 
 
-def decode_batch(device: torch.device, small: bool) -> Call:
+def decode_batch(device: torch.device, small: bool) -> OpCall:
     return _decode(device, 3 if small else 16, (3, 5) if small else (37, 56))
 
 
-def _decode(device: torch.device, batch: int, grid: tuple[int, int]) -> Call:
+def _decode(device: torch.device, batch: int, grid: tuple[int, int]) -> OpCall:
     generator = torch.Generator().manual_seed(0)
     deltas = (torch.randn(batch, 36, *grid, generator=generator) * 0.3).to(device)
     logits = torch.randn(batch, 18, *grid, generator=generator).to(device)
     anchors = scenes.anchors()[:9].to(device)
     sizes = torch.tensor([[600, 901]] * batch, device=device)
     min_side = torch.full((batch,), 16.0, device=device)
-    return Call(
+    return OpCall(
         f"{batch} x {grid[0] * grid[1] * 9} anchors",
         lambda: ops.decode(deltas, logits, anchors, sizes, stride=(16, 16), min_side=min_side),
     )
 
 
-def sample_anchors(device: torch.device, small: bool) -> Call:
+def sample_anchors(device: torch.device, small: bool) -> OpCall:
     return _sample(device, *((200, 0.05, 32, 16) if small else (18648, 0.002, 256, 128)))
 
 
-def sample_proposals(device: torch.device, small: bool) -> Call:
+def sample_proposals(device: torch.device, small: bool) -> OpCall:
     return _sample(device, *((100, 0.1, 16, 4) if small else (2000, 0.1, 128, 32)))
 
 
-def _sample(device: torch.device, count: int, share: float, num_samples: int, max_positive: int) -> Call:
+def _sample(device: torch.device, count: int, share: float, num_samples: int, max_positive: int) -> OpCall:
     generator = torch.Generator().manual_seed(0)
     draw = torch.rand(1, count, generator=generator)
     label = torch.where(draw < share, 1, torch.where(draw < 0.6, 0, -1)).to(device)
     seed = torch.tensor([1]).to(device)
-    return Call(f"{num_samples} of {count}", lambda: ops.sample(label, num_samples, max_positive, seed))
+    return OpCall(f"{num_samples} of {count}", lambda: ops.sample(label, num_samples, max_positive, seed))
 
 
-def box_iou(device: torch.device, small: bool) -> Call:
+def box_iou(device: torch.device, small: bool) -> OpCall:
     count = 75 if small else 12000
     first, second = (scenes.uniform(count, seed)[0].to(device) for seed in (0, 1))
-    return Call(f"{count} x {count}", lambda: ops.box_iou(first, second))
+    return OpCall(f"{count} x {count}", lambda: ops.box_iou(first, second))
 
 
-def roi_pool(device: torch.device, small: bool) -> Call:
+def roi_pool(device: torch.device, small: bool) -> OpCall:
     features, rois = _one_level(device, small)
-    return Call(_named(features, rois), lambda: ops.roi_pool(features, rois, _bins(small), 1 / 16))
+    return OpCall(_describe(features, rois), lambda: ops.roi_pool(features, rois, _bins(small), 1 / 16))
 
 
-def roi_pool_gradient(device: torch.device, small: bool) -> Call:
+def roi_pool_gradient(device: torch.device, small: bool) -> OpCall:
     features, rois = _one_level(device, small)
     return _gradient([features], rois, _bins(small), lambda: ops.roi_pool(features, rois, _bins(small), 1 / 16))
 
 
-def roi_align(device: torch.device, small: bool) -> Call:
+def roi_align(device: torch.device, small: bool) -> OpCall:
     levels, rois = _pyramid(device, small)
-    return Call(_named(levels[0], rois), _aligned(levels, rois, _bins(small)))
+    return OpCall(_describe(levels[0], rois), _aligned(levels, rois, _bins(small)))
 
 
-def roi_align_gradient(device: torch.device, small: bool) -> Call:
+def roi_align_gradient(device: torch.device, small: bool) -> OpCall:
     levels, rois = _pyramid(device, small)
     return _gradient(levels, rois, _bins(small), _aligned(levels, rois, _bins(small)))
 
@@ -126,15 +128,15 @@ def _aligned(levels: list[Tensor], rois: Tensor, bins: int) -> Callable[[], Tens
     return lambda: ops.multiscale_roi_align(levels, rois, bins, scales)
 
 
-def _gradient(levels: list[Tensor], rois: Tensor, bins: int, pool: Callable[[], Tensor]) -> Call:
-    size = _named(levels[0], rois)
+def _gradient(levels: list[Tensor], rois: Tensor, bins: int, pool: Callable[[], Tensor]) -> OpCall:
+    size = _describe(levels[0], rois)
     for level in levels:
         level.requires_grad_()
     shape = len(rois), levels[0].shape[1], bins, bins
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(
         levels[0].device, levels[0].dtype, memory_format=torch.channels_last
     )
-    return Call(size, lambda: torch.autograd.grad(pool(), levels, grad))
+    return OpCall(size, lambda: torch.autograd.grad(pool(), levels, grad))
 
 
 def _one_level(device: torch.device, small: bool) -> tuple[Tensor, Tensor]:
@@ -160,11 +162,11 @@ def _rois(boxes: Tensor) -> Tensor:
     return torch.cat([boxes.new_zeros(len(boxes), 1), boxes], dim=1)
 
 
-def _named(features: Tensor, rois: Tensor) -> str:
+def _describe(features: Tensor, rois: Tensor) -> str:
     return f"{len(rois)} RoIs of {'x'.join(map(str, features.shape))}, {str(features.dtype).removeprefix('torch.')}"
 
 
-CALLS: tuple[Callable[[torch.device, bool], Call], ...] = (
+CALLS: tuple[Callable[[torch.device, bool], OpCall], ...] = (
     nms_training,
     nms_inference,
     nms_classes,

@@ -1,4 +1,4 @@
-"""How benchmarks measure: two contenders in turn in one process, percentiles, roofline, and one table at the end."""
+"""How benchmarks measure: two implementations in turn, percentiles, roofline, and one table at the end."""
 
 import importlib.util
 import time
@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from bench import report, roofline
-from bench.costs import Cost
+from bench.costs import Call, Cost
 
-Call = Callable[[], object]
 Clock = Callable[[Call], float]  # milliseconds of one call
 
 _ROWS: list[report.Row] = []
@@ -31,7 +30,7 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def rates(device: torch.device) -> roofline.Device | None:
-    """What floors are computed from, None on a GPU whose rates are not known."""
+    """The rates that floors are computed from, None on a GPU whose rates are unknown."""
     return roofline.DEVICES.get(device_name()) if device.type == "cuda" else roofline.this_cpu()
 
 
@@ -52,12 +51,12 @@ def gpu_clock() -> Clock:
     Writing 512 MiB empties the cache, and a few times over it keeps the GPU busy for as long as the host needs to
     launch a call of some tens of kernels, so that what is timed is not the host.
     """
-    other = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    scratch = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
 
     def milliseconds(call: Call) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(4):
-            other.zero_()
+            scratch.zero_()
         start.record()
         call()
         end.record()
@@ -67,7 +66,7 @@ def gpu_clock() -> Clock:
     return milliseconds
 
 
-def replayed(call: Call) -> Call | None:
+def capture_replay(call: Call) -> Call | None:
     """The replay of `call` as one CUDA graph, None (and a warning) where it cannot be captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -89,7 +88,7 @@ def replayed(call: Call) -> Call | None:
 
 if importlib.util.find_spec("pytest_benchmark") is None:
 
-    class _Plain:
+    class _PlainBenchmark:
         """The part of pytest-benchmark's fixture that is used here, where it is not installed."""
 
         def __init__(self) -> None:
@@ -102,16 +101,16 @@ if importlib.util.find_spec("pytest_benchmark") is None:
                 function()
 
     @pytest.fixture
-    def benchmark() -> _Plain:
-        return _Plain()
+    def benchmark() -> _PlainBenchmark:
+        return _PlainBenchmark()
 
 
 @pytest.fixture
-def versus(benchmark: Any, clock: Clock, rates: roofline.Device | None) -> Callable[..., None]:
-    """`versus(ours, theirs, op=, size=, ...)` times both in turn: theirs runs before each round of ours.
+def compare(benchmark: Any, clock: Clock, rates: roofline.Device | None) -> Callable[..., None]:
+    """`compare(ours, theirs, op=, size=, ...)` times both in turn: theirs runs before each round of ours.
 
     `floor` are the phases of the work (see roofline.py), left out where none is known. With `graph` a GPU times ours in
-    a CUDA graph as well: for what never waits for the GPU. `rounds` is 50 on a GPU and 10 elsewhere if left out.
+    a CUDA graph as well: for calls without a host sync. `rounds` is 50 on a GPU and 10 elsewhere if left out.
     `clock` takes the place of the usual one. `images` of a whole step, and the `costs` of ours and theirs, go into the
     table.
     """
@@ -143,10 +142,10 @@ def versus(benchmark: Any, clock: Clock, rates: roofline.Device | None) -> Calla
             rounds=rounds,
             iterations=1,
         )
-        replay = replayed(ours) if graph and cuda else None
+        replay = capture_replay(ours) if graph and cuda else None
         graphed_ms = None if replay is None else report.spread([clock(replay) for _ in range(rounds)]).p50
         floor_us = roofline.floor_us(rates, floor) if rates and floor else None
-        row = report.compared(
+        row = report.make_row(
             op,
             size,
             dtype,

@@ -1,4 +1,4 @@
-"""Epochs of fine-tuning on photographs, fastdet's detector and torchvision's in turn: same layers, numbers and loop.
+"""Epochs of fine-tuning on photographs, fastdet's detector and torchvision's in turn: same layers, settings and loop.
 
     python -m bench.fine_tuning BCCD --weights-backbone mobilenet_v2_features.pth
 
@@ -29,7 +29,7 @@ from fastdet.data import VOC
 from fastdet.engine import TrainSettings, train
 
 SIZES = ((24,), (48,), (96,), (192,))
-NUMBERS: dict[str, Any] = {
+SETTINGS: dict[str, Any] = {
     "min_size": 320,
     "max_size": 480,
     "rpn_pre_nms_top_n_train": 500,
@@ -41,7 +41,7 @@ NUMBERS: dict[str, Any] = {
 }
 
 
-def fastdets(num_classes: int, weights: str | None) -> nn.Module:
+def build_fastdet(num_classes: int, weights: str | None) -> nn.Module:
     return fastdet.FasterRCNN(
         "mobilenet_v2_fpn",
         num_classes,
@@ -49,11 +49,11 @@ def fastdets(num_classes: int, weights: str | None) -> nn.Module:
         trainable_backbone_layers=3,
         freeze_batchnorm=True,
         rpn_anchor_generator=fastdet.AnchorGenerator(SIZES),
-        **NUMBERS,
+        **SETTINGS,
     )
 
 
-def torchvisions(num_classes: int) -> nn.Module:
+def build_torchvision(num_classes: int) -> nn.Module:
     body = torchvision.models.mobilenet_v2(norm_layer=FrozenBatchNorm2d).features[:18]
     levels = {"6": "0", "13": "1", "17": "2"}
     return TheirFasterRCNN(
@@ -63,7 +63,7 @@ def torchvisions(num_classes: int) -> nn.Module:
         box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 7, 2),
         box_head=TwoMLPHead(128 * 49, 256),
         box_predictor=FastRCNNPredictor(256, num_classes),
-        **NUMBERS,
+        **SETTINGS,
     )
 
 
@@ -71,16 +71,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="a folder in the VOC layout")
     parser.add_argument("--weights-backbone", help="a file, or IMAGENET1K_V1")
-    parser.add_argument("--images", type=int, help="only so many")
+    parser.add_argument("--images", type=int, help="use the first N only", metavar="N")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     data = VOC(options.data, "trainval")
     images = Subset(data, range(min(options.images or len(data), len(data))))
-    ours = fastdets(len(data.class_names) + 1, options.weights_backbone)
-    theirs = torchvisions(len(data.class_names) + 1)
+    ours = build_fastdet(len(data.class_names) + 1, options.weights_backbone)
+    theirs = build_torchvision(len(data.class_names) + 1)
     theirs.load_state_dict(ours.state_dict())
-    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        other.requires_grad_(one.requires_grad)
+    for our_parameter, their_parameter in zip(ours.parameters(), theirs.parameters(), strict=True):
+        their_parameter.requires_grad_(our_parameter.requires_grad)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seconds: dict[str, list[float]] = {"fastdet": [], "torchvision": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -91,8 +91,8 @@ def main() -> None:
                 train(model.to(device), images, Path(folder) / name, settings, overwrite=True, progress=False)
                 seconds[name].append(time.perf_counter() - start)
                 print(f"{name}: {seconds[name][-1]:.1f} s an epoch of {len(images)} images", flush=True)
-    one, other = (statistics.median(times) for times in seconds.values())
-    print(f"medians: fastdet {one:.1f} s, torchvision {other:.1f} s, ratio {other / one:.2f}")
+    ours_s, theirs_s = (statistics.median(times) for times in seconds.values())
+    print(f"medians: fastdet {ours_s:.1f} s, torchvision {theirs_s:.1f} s, ratio {theirs_s / ours_s:.2f}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ _FASTER, _SLOWER, _FLOOR = "#2a7f62", "#b5523b", "#4a6fa5"
 
 
 class Result(NamedTuple):
-    """What is drawn of a row of the table; see `table.Row`."""
+    """The part of a row of the table that is drawn; see `report.Row`."""
 
     op: str
     size: str
@@ -45,7 +45,7 @@ def read(path: Path) -> list[Result]:
 
 
 def label(row: Result) -> str:
-    """What the row is of; fp32 and the integers of the sampler go without saying."""
+    """The operation, its size and its dtype; fp32 and the integers of the sampler are left out."""
     return f"{row.op}: {row.size}" + (f", {row.dtype}" if "16" in row.dtype else "")
 
 
@@ -78,11 +78,11 @@ def draw(results: list[Result], path: Path) -> None:
 
 
 def _bars(axes: Axes, values: Sequence[float | None], color: str | list[str], title: str) -> None:
-    """Horizontal bars from 1 on a log axis, each with its number; a row of None stays empty."""
-    there = [value for value in values if value is not None]
+    """Horizontal bars from 1 on a log axis, each with its value; a row of None stays empty."""
+    known = [value for value in values if value is not None]
     axes.set_xscale("log")
-    # Room beside the longest bars for their numbers.
-    axes.set_xlim(min([*there, 0.8]) / 1.8, max([*there, 1.25]) * 1.8)
+    # Space beside the longest bars for their values.
+    axes.set_xlim(min([*known, 0.8]) / 1.8, max([*known, 1.25]) * 1.8)
     axes.axvline(1, color="black", linewidth=1)
     # A logarithm has no bar from 0: each starts at 1.
     axes.barh(range(len(values)), [(value or 1.0) - 1 for value in values], left=1, color=color, height=0.7)

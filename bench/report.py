@@ -52,11 +52,11 @@ class Row:
     torchvision_peak_mib: float | None = None
     launches: int | None = None
     torchvision_launches: int | None = None
-    waits: int | None = None
-    torchvision_waits: int | None = None
+    host_syncs: int | None = None
+    torchvision_host_syncs: int | None = None
 
 
-def compared(
+def make_row(
     op: str,
     size: str,
     dtype: str,
@@ -100,12 +100,12 @@ def lines(rows: Sequence[Row]) -> list[str]:
         )
         for row in rows
     ]
-    return _columns([head, *cells])
+    return _align_columns([head, *cells])
 
 
 def step_lines(rows: Sequence[Row]) -> list[str]:
     """What is measured of whole steps alone: ours / torchvision's in each column."""
-    head = ("op", "size", "dtype", "images/s", "peak, MiB", "launches", "waits")
+    head = ("op", "size", "dtype", "images/s", "peak, MiB", "launches", "host syncs")
     cells = [
         (
             row.op,
@@ -114,19 +114,19 @@ def step_lines(rows: Sequence[Row]) -> list[str]:
             f"{_or_dash(row.images_per_s, '.1f')} / {_or_dash(row.torchvision_images_per_s, '.1f')}",
             f"{_or_dash(row.peak_mib, '.0f')} / {_or_dash(row.torchvision_peak_mib, '.0f')}",
             f"{_or_dash(row.launches, 'd')} / {_or_dash(row.torchvision_launches, 'd')}",
-            f"{_or_dash(row.waits, 'd')} / {_or_dash(row.torchvision_waits, 'd')}",
+            f"{_or_dash(row.host_syncs, 'd')} / {_or_dash(row.torchvision_host_syncs, 'd')}",
         )
         for row in rows
     ]
-    return _columns([head, *cells])
+    return _align_columns([head, *cells])
 
 
-def _columns(lines: Sequence[Sequence[str]]) -> list[str]:
+def _align_columns(lines: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(_aligned(line, widths)) for line in lines]
+    return ["  ".join(_pad_cells(line, widths)) for line in lines]
 
 
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+def _pad_cells(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
     return [f"{cell:{'<' if i < 3 else '>'}{width}}" for i, (cell, width) in enumerate(zip(cells, widths, strict=True))]
 
 

@@ -69,12 +69,12 @@ def box_iou(num_first: int, num_second: int) -> tuple[Work]:
 
 
 def decode(num_anchors: int, num_logits: int, itemsize: int) -> tuple[Work]:
-    """Read 4 offsets and the logits of each anchor, write its box and score."""
+    """Read 4 deltas and the logits of each anchor, write its box and score."""
     return (Work(bytes=num_anchors * ((4 + num_logits) * itemsize + 20)),)
 
 
 def match(num_candidates: int, num_gt: int) -> tuple[Work, Work]:
-    """The best of each side; then labels, indices, IoUs and offsets, for which every pair is computed again."""
+    """The best of each side; then labels, indices, IoUs and deltas, for which every pair is computed again."""
     pairs = PAIR_INSTRUCTIONS * num_candidates * num_gt
     return (
         Work(bytes=16 * (num_candidates + num_gt), instructions=pairs),

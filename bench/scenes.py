@@ -17,29 +17,29 @@ def anchors() -> Tensor:
 
 
 def uniform(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Boxes and scores: centres anywhere, sides of 16 to 200 pixels."""
+    """Boxes and scores: centers anywhere, sides of 16 to 200 pixels."""
     generator = torch.Generator().manual_seed(seed)
-    centre = torch.rand(count, 2, generator=generator) * torch.tensor([_WIDTH, _HEIGHT])
+    center = torch.rand(count, 2, generator=generator) * torch.tensor([_WIDTH, _HEIGHT])
     side = 16 + torch.rand(count, 2, generator=generator) * 184
-    return _finish(centre, side, generator)
+    return _finish(center, side, generator)
 
 
 def clustered(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Boxes and scores: about 100 objects, every box a disturbed copy of one."""
+    """Boxes and scores: about 100 objects, every box a perturbed copy of one."""
     generator = torch.Generator().manual_seed(seed)
-    centre = torch.rand(100, 2, generator=generator) * torch.tensor([_WIDTH, _HEIGHT])
+    center = torch.rand(100, 2, generator=generator) * torch.tensor([_WIDTH, _HEIGHT])
     side = 32 + torch.rand(100, 2, generator=generator) * 200
-    which = torch.randint(100, (count,), generator=generator)
-    centre = centre[which] + 0.15 * side[which] * torch.randn(count, 2, generator=generator)
-    side = side[which] * torch.exp(0.2 * torch.randn(count, 2, generator=generator))
-    return _finish(centre, side, generator)
+    object_index = torch.randint(100, (count,), generator=generator)
+    center = center[object_index] + 0.15 * side[object_index] * torch.randn(count, 2, generator=generator)
+    side = side[object_index] * torch.exp(0.2 * torch.randn(count, 2, generator=generator))
+    return _finish(center, side, generator)
 
 
 def jittered_anchors(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Boxes and scores: anchors, each moved and stretched by about a tenth, as an untrained RPN's proposals."""
     generator = torch.Generator().manual_seed(seed)
-    every = anchors()
-    chosen = every[torch.randperm(len(every), generator=generator)[:count]]
+    candidates = anchors()
+    chosen = candidates[torch.randperm(len(candidates), generator=generator)[:count]]
     return _jittered(chosen, generator)
 
 
@@ -54,13 +54,13 @@ def by_class(
 
 
 def _jittered(boxes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    centre, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-    centre = centre + 0.1 * side * torch.randn(side.shape, generator=generator)
+    center, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    center = center + 0.1 * side * torch.randn(side.shape, generator=generator)
     side = side * torch.exp(0.1 * torch.randn(side.shape, generator=generator))
-    return _finish(centre, side, generator)
+    return _finish(center, side, generator)
 
 
-def _finish(centre: Tensor, side: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    boxes = torch.cat([centre - side / 2, centre + side / 2], dim=1)
+def _finish(center: Tensor, side: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    boxes = torch.cat([center - side / 2, center + side / 2], dim=1)
     limit = torch.tensor([_WIDTH, _HEIGHT, _WIDTH, _HEIGHT])
     return boxes.clamp(min=0).minimum(limit), torch.rand(len(boxes), generator=generator)

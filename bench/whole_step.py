@@ -37,19 +37,19 @@ class Case(NamedTuple):
     lr: float = 0.0
 
     @property
-    def numbers(self) -> dict[str, Any]:
+    def size_settings(self) -> dict[str, Any]:
         return {"min_size": self.height, "max_size": max(self.height, self.width)}
 
     @property
     def trainable(self) -> int | None:
-        """The blocks that train: of VGG16 all but the first two, as in the paper, else all."""
+        """How many blocks train: of VGG16 all but the first two, as in the paper, else all."""
         return 3 if self.name == "vgg16" else None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def optimizer(self, model: nn.Module, graphed: bool = False) -> torch.optim.Optimizer | None:
-        """Fused for all, as a graph wants it, which wants the rate as a tensor too; None where nothing trains."""
+        """Fused for all, as a graph requires; there the learning rate is a tensor. None where nothing trains."""
         if not self.training:
             return None
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -57,15 +57,15 @@ class Case(NamedTuple):
 
 
 class RoIMaxPool(MultiScaleRoIAlign):
-    """torchvision's place for RoI pooling, filled with its RoI max-pool over one level."""
+    """torchvision's module for RoI pooling, with its RoI max-pool over one level."""
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        # In fp32 as under autocast on a GPU: on a CPU it knows no bf16.
+        # In fp32 as under autocast on a GPU: on a CPU it does not support bf16.
         return torchvision.ops.roi_pool(x["0"].float(), [each.float() for each in boxes], self.output_size, 1 / 16)
 
 
-def our_model(case: Case) -> fastdet.FasterRCNN:
-    """With random weights that find something. The RPN has as many hidden channels as torchvision's."""
+def build_fastdet(case: Case) -> fastdet.FasterRCNN:
+    """With random weights that give detections. The RPN has as many hidden channels as torchvision's."""
     torch.manual_seed(0)
     with case.device:
         model = fastdet.FasterRCNN(
@@ -74,18 +74,18 @@ def our_model(case: Case) -> fastdet.FasterRCNN:
             trainable_backbone_layers=case.trainable,
             rpn_hidden_channels=None,
             size_divisible=1,
-            **case.numbers,
+            **case.size_settings,
         )
     with torch.no_grad():
-        seen = model.eval().inspect(scene(case._replace(batch=1))[0])
+        inspected = model.eval().inspect(scene(case._replace(batch=1))[0])
         predictor = model.roi_heads.box_predictor.cls_score
-        predictor.weight /= seen["class_logits"].std()
+        predictor.weight /= inspected["class_logits"].std()
         predictor.bias[0] = BACKGROUND
     return model.train(case.training)
 
 
-def their_model(case: Case, ours: fastdet.FasterRCNN) -> nn.Module:
-    """torchvision's FasterRCNN as torchvision makes it, of the weights of `ours` and of its numbers."""
+def build_torchvision(case: Case, ours: fastdet.FasterRCNN) -> nn.Module:
+    """torchvision's FasterRCNN as torchvision builds it, with the weights and the settings of `ours`."""
     settings = ours.settings
     with case.device:
         backbone, head = fastdet.models.backbones.build(case.name, trainable_layers=case.trainable)
@@ -116,11 +116,11 @@ def their_model(case: Case, ours: fastdet.FasterRCNN) -> nn.Module:
             },
             # As many as there can be.
             box_detections_per_img=settings.rpn_post_nms_top_n_test * (CLASSES - 1),
-            **case.numbers,
+            **case.size_settings,
         )
     weights = ours.state_dict()
     for kind in ("weight", "bias"):
-        # One logit an anchor, the object's, in the place of the background's and the object's.
+        # One logit an anchor in the place of two: the object's less the background's.
         both = weights[f"rpn.head.cls_logits.{kind}"].unflatten(0, (-1, 2))
         weights[f"rpn.head.cls_logits.{kind}"] = both[:, 1] - both[:, 0]
     model.load_state_dict(weights)
@@ -141,21 +141,21 @@ def scene(case: Case) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 
 
 def eager(case: Case) -> Step:
-    """The model's call, and torch's own loop."""
-    return _called(case, our_model(case))
+    """The model's call in an eager loop."""
+    return _call_step(case, build_fastdet(case))
 
 
 def compiled(case: Case) -> Step:
     """The same through torch.compile."""
-    model = our_model(case)
+    model = build_fastdet(case)
     torch._dynamo.reset()
     model.compile(fullgraph=True)
-    return _called(case, model)._replace(in_operators=False)
+    return _call_step(case, model)._replace(in_operators=False)
 
 
 def graphed(case: Case) -> Step:
     """As one CUDA graph; on a CPU its eager stand-in."""
-    model = our_model(case)
+    model = build_fastdet(case)
     images, targets = scene(case)
     batch, padded, _ = model.preprocess(images, targets)
     shape = case.batch, 3, case.height, case.width
@@ -169,7 +169,7 @@ def graphed(case: Case) -> Step:
             model,
             None,
             in_operators=False,
-            others=lambda: detector.nbytes,
+            other_bytes=lambda: detector.nbytes,
         )
     trainer = GraphedTrainer(model, optimizer, shape, BOXES, amp=amp)
     return Step(
@@ -178,55 +178,55 @@ def graphed(case: Case) -> Step:
         model,
         optimizer,
         in_operators=False,
-        others=lambda: trainer.nbytes,
+        other_bytes=lambda: trainer.nbytes,
     )
 
 
-def torchvisions(case: Case) -> Step:
-    """Its targets lie on the device beforehand, and nothing checks or copies them."""
-    model = their_model(case, our_model(case))
+def torchvision_step(case: Case) -> Step:
+    """torchvision's detector. Its targets lie on the device beforehand: nothing checks or copies them."""
+    model = build_torchvision(case, build_fastdet(case))
     images, targets = scene(case)
-    there = [{name: value.to(case.device) for name, value in target.items()} for target in targets]
-    given = there if case.training else None
-    batch, resized = model.transform(images, given)
+    on_device = [{name: value.to(case.device) for name, value in target.items()} for target in targets]
+    given_targets = on_device if case.training else None
+    batch, resized = model.transform(images, given_targets)
 
-    def behind_the_transform() -> Any:
+    def without_transform() -> Any:
         features = OrderedDict([("0", model.backbone(batch.tensors))])
         proposals, rpn_losses = model.rpn(batch, features, resized)
         found, box_losses = model.roi_heads(features, proposals, batch.image_sizes, resized)
         return {**rpn_losses, **box_losses} if case.training else found
 
-    return _looped(case, model, partial(model, images, given), behind_the_transform)
+    return _loop_step(case, model, partial(model, images, given_targets), without_transform)
 
 
 WAYS: dict[str, Callable[[Case], Step]] = {"eager": eager, "compiled": compiled, "graphed": graphed}
 
 
-def _called(case: Case, model: fastdet.FasterRCNN) -> Step:
+def _call_step(case: Case, model: fastdet.FasterRCNN) -> Step:
     images, targets = scene(case)
     batch, padded, _ = model.preprocess(images, targets)
-    given = (targets, padded) if case.training else (None, None)
+    given_targets, given_padded = (targets, padded) if case.training else (None, None)
 
-    def core() -> Any:
+    def forward_padded() -> Any:
         # As the model calls it, so that nothing is compiled twice.
         losses, found = model.forward_padded(
             batch.images,
             batch.sizes,
-            given[1],
+            given_padded,
             batch.scales,
             compute_losses=case.training,
             compute_detections=not case.training,
         )
         return losses if case.training else found
 
-    return _looped(case, model, lambda: model(images, given[0]), core)
+    return _loop_step(case, model, lambda: model(images, given_targets), forward_padded)
 
 
-def _looped(case: Case, model: nn.Module, call: Callable[[], Any], padded: Callable[[], Any]) -> Step:
-    """The loop around calls that give losses in training, and else detections, which it gives back."""
+def _loop_step(case: Case, model: nn.Module, call: Callable[[], Any], padded: Callable[[], Any]) -> Step:
+    """The loop around calls that give losses in training and detections otherwise; the latter are returned."""
     optimizer = case.optimizer(model)
 
-    def once(call: Callable[[], Any]) -> Any:
+    def run_once(call: Callable[[], Any]) -> Any:
         if optimizer is None:
             with torch.inference_mode(), case.autocast():
                 return call()
@@ -237,4 +237,4 @@ def _looped(case: Case, model: nn.Module, call: Callable[[], Any], padded: Calla
         optimizer.step()
         return None
 
-    return Step(partial(once, call), partial(once, padded), model, optimizer)
+    return Step(partial(run_once, call), partial(run_once, padded), model, optimizer)

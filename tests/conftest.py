@@ -1,4 +1,4 @@
-"""What the tests share: where kernels run, poisoned memory, tolerances, and how absent things are skipped."""
+"""Shared by the tests: where kernels run, poisoned memory, the seed, and what is skipped where something is missing."""
 
 import os
 from collections import Counter
@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say which operations' kernels ran, and how."""
+    """Report which operations' kernels ran, and how."""
     ran = Counter(
         Path(report.location[0]).stem.removeprefix("test_")
         for report in terminalreporter.getreports("passed")
@@ -35,18 +35,18 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     )
     if ran:
         how = "interpreted on the CPU" if INTERPRETED else f"on {torch.cuda.get_device_name()}"
-        told = ", ".join(f"{name} ({count} tests)" for name, count in sorted(ran.items()))
-        terminalreporter.write_line(f"kernels run {how} and compared with the CPU implementation: {told}")
+        counts = ", ".join(f"{name} ({count} tests)" for name, count in sorted(ran.items()))
+        terminalreporter.write_line(f"kernels run {how} and compared with the CPU implementation: {counts}")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared_dir() -> Path:
     return SHARED
 
 
 @pytest.fixture
 def kernel_device() -> torch.device:
-    """Where a launcher finds its tensors: the GPU, or the CPU when Triton interprets."""
+    """The device of a launcher's tensors: the GPU, or the CPU where Triton interprets."""
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 

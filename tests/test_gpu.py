@@ -1,4 +1,4 @@
-"""What a GPU alone can show of rooms whose other tests need more than the operations do."""
+"""Tests that need a GPU, of packages whose other tests need packages that a GPU machine may lack."""
 
 import pytest
 import torch

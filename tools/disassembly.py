@@ -1,4 +1,4 @@
-"""What the machine code of a compiled kernel says of its loads, stores, loops and registers."""
+"""Loads, stores, loops and registers of a compiled kernel, read from its machine code."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ _AMD_BYTES = {"byte": 1, "ubyte": 1, "sbyte": 1, "short": 2, "ushort": 2, "sshor
 
 @dataclass(frozen=True)
 class Code:
-    """One kernel: `instructions` in order, and its natural loops as the places of the instructions that they repeat."""
+    """One kernel: its instructions in order, and its natural loops as the indices of the instructions they repeat."""
 
     instructions: tuple[str, ...]
     loops: tuple[frozenset[int], ...]
@@ -37,9 +37,9 @@ class Code:
         repeated = frozenset().union(*self.loops)
         loads: Counter[int] = Counter()
         stores: Counter[int] = Counter()
-        for place, instruction in enumerate(self.instructions):
+        for index, instruction in enumerate(self.instructions):
             found = access(instruction)
-            if found and (place in repeated) == inside:
+            if found and (index in repeated) == inside:
                 (loads if found[0] == "load" else stores)[found[1]] += 1
         return loads, stores
 
@@ -51,31 +51,31 @@ def access(instruction: str) -> tuple[str, int] | None:
         width = re.search(r"\.[US]?(8|16|32|64|128|256)\b", modifiers)
         return "store" if kind == "STG" else "load", int(width.group(1)) // 8 if width else 4
     if found := _AMD_ACCESS.search(instruction):
-        kind, what = found.groups()
-        words = re.match(r"dwordx(\d)", what)
-        return kind, 4 * int(words.group(1)) if words else _AMD_BYTES.get(what.split("_")[0], 4)
+        kind, width = found.groups()
+        words = re.match(r"dwordx(\d)", width)
+        return kind, 4 * int(words.group(1)) if words else _AMD_BYTES.get(width.split("_")[0], 4)
     return None
 
 
-def natural_loops(followers: list[set[int]]) -> tuple[frozenset[int], ...]:
-    """The loops of code whose instruction i is followed by one of `followers[i]`, entered at instruction 0.
+def natural_loops(successors: list[set[int]]) -> tuple[frozenset[int], ...]:
+    """The loops of code whose instruction i is followed by one of `successors[i]`, entered at instruction 0.
 
     A branch closes a loop if every path to it passes its target. Another backward branch only leads back from a rare
     path that the compiler laid behind the code, and repeats nothing.
     """
-    before: list[set[int]] = [set() for _ in followers]
-    for place, nexts in enumerate(followers):
-        for follower in nexts:
-            before[follower].add(place)
+    predecessors: list[set[int]] = [set() for _ in successors]
+    for index, nexts in enumerate(successors):
+        for successor in nexts:
+            predecessors[successor].add(index)
     bodies: dict[int, set[int]] = {}
-    for head, lasts in enumerate(before):
-        for last in lasts if len(lasts) > 1 or head == 0 else ():
-            body, waiting = {head}, [last]
-            while waiting and (head == 0 or 0 not in body):
-                place = waiting.pop()
-                if place not in body:
-                    body.add(place)
-                    waiting.extend(before[place])
+    for head, sources in enumerate(predecessors):
+        for source in sources if len(sources) > 1 or head == 0 else ():
+            body, pending = {head}, [source]
+            while pending and (head == 0 or 0 not in body):
+                index = pending.pop()
+                if index not in body:
+                    body.add(index)
+                    pending.extend(predecessors[index])
             if head == 0 or 0 not in body:
                 bodies.setdefault(head, set()).update(body)
     return tuple(frozenset(bodies[head]) for head in sorted(bodies))
@@ -84,13 +84,13 @@ def natural_loops(followers: list[set[int]]) -> tuple[frozenset[int], ...]:
 def sass(text: str) -> Code:
     """Of the output of `cuobjdump -sass` for one kernel. A called routine is no part of the loop that calls it."""
     lines = [(int(address, 16), instruction) for address, instruction in _SASS.findall(text)]
-    places = {address: place for place, (address, _) in enumerate(lines)}
-    followers = []
-    for place, (_, instruction) in enumerate(lines):
+    index_of = {address: index for index, (address, _) in enumerate(lines)}
+    successors = []
+    for index, (_, instruction) in enumerate(lines):
         jump = _SASS_JUMP.search(instruction)
-        target = {places[int(jump.group(2), 16)]} if jump and int(jump.group(2), 16) in places else set()
-        followers.append(target | _next(place, len(lines), not _SASS_NO_FALL_THROUGH.match(instruction)))
-    return Code(tuple(instruction for _, instruction in lines), natural_loops(followers))
+        target = {index_of[int(jump.group(2), 16)]} if jump and int(jump.group(2), 16) in index_of else set()
+        successors.append(target | _fall_through(index, len(lines), not _SASS_NO_FALL_THROUGH.match(instruction)))
+    return Code(tuple(instruction for _, instruction in lines), natural_loops(successors))
 
 
 def amdgcn(text: str) -> Code:
@@ -103,17 +103,17 @@ def amdgcn(text: str) -> Code:
             labels[line[:-1]] = len(instructions)
         elif re.match(r"[a-z]+_", line):
             instructions.append(line)
-    followers = []
-    for place, instruction in enumerate(instructions):
+    successors = []
+    for index, instruction in enumerate(instructions):
         jump = _AMD_JUMP.search(instruction)
         target = {labels[jump.group(1)]} if jump else set()
         falls_through = not instruction.startswith(("s_branch", "s_endpgm"))
-        followers.append(target | _next(place, len(instructions), falls_through))
-    return Code(tuple(instructions), natural_loops(followers))
+        successors.append(target | _fall_through(index, len(instructions), falls_through))
+    return Code(tuple(instructions), natural_loops(successors))
 
 
-def _next(place: int, length: int, falls_through: bool) -> set[int]:
-    return {place + 1} if falls_through and place + 1 < length else set()
+def _fall_through(index: int, length: int, falls_through: bool) -> set[int]:
+    return {index + 1} if falls_through and index + 1 < length else set()
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ def usage_of(assembly: dict[str, Any]) -> Usage:
     if "cubin" not in assembly:
         return amd_usage(assembly["amdgcn"])
     text = _cuobjdump(assembly["cubin"], "-res-usage")
-    numbers = {name: sum(map(int, re.findall(rf"\b{name}:(\d+)", text))) for name in ("REG", "LOCAL", "STACK")}
-    return Usage(numbers["REG"], numbers["LOCAL"] + numbers["STACK"])
+    totals = {name: sum(map(int, re.findall(rf"\b{name}:(\d+)", text))) for name in ("REG", "LOCAL", "STACK")}
+    return Usage(totals["REG"], totals["LOCAL"] + totals["STACK"])
 
 
 def code_of(assembly: dict[str, Any]) -> Code:

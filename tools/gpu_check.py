@@ -3,7 +3,7 @@
     python -m tools.gpu_check --out DIR
 
 The steps run one after another, each in a process with a limit of its own; one that fails or is late stops none of the
-others. DIR then holds summary.txt (a line a step), logs.txt (what each step said), bench.csv, benchmarks.png and
+others. DIR then holds summary.txt (a line a step), logs.txt (the output of each step), bench.csv, benchmarks.png and
 sweep.csv. The status is 0 where every step passed, 1 where one did not, 2 where there is no GPU. Needs torch, triton
 and pytest, and no network.
 """
@@ -44,7 +44,7 @@ PASSED, FAILED, LATE, ABSENT = "passed", "FAILED", "LATE", "left out"
 class Step:
     """A command with a limit in seconds; "{seconds}" in it becomes what it has for its work.
 
-    `absent` says why it cannot run here; `adds` names a CSV that it writes and the one to which that is added.
+    `absent` is the reason why it cannot run here; `adds` names a CSV that it writes and the one to which that is added.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Step:
 
 
 class Result(NamedTuple):
-    """How a step ended, after how many seconds, and the lines that say what failed, or the last one."""
+    """How a step ended, after how many seconds, and the lines of its output that name what failed, or the last one."""
 
     step: str
     outcome: str
     seconds: float
-    told: list[str]
+    lines: list[str]
 
 
 def run(step: Step, log: Path, seconds: float) -> Result:
@@ -90,14 +90,14 @@ def run(step: Step, log: Path, seconds: float) -> Result:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     outcome = LATE if late else FAILED if process.returncode else PASSED
-    return Result(step.name, outcome, time.monotonic() - start, told(log.read_text(errors="replace"), outcome))
+    return Result(step.name, outcome, time.monotonic() - start, summary_lines(log.read_text(errors="replace"), outcome))
 
 
-def told(log: str, outcome: str) -> list[str]:
+def summary_lines(log: str, outcome: str) -> list[str]:
     """The lines that name what failed, if any, and the last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    named = re.compile(r"(FAILED|ERROR) \S+|failed: |cannot be swept: |=+ (Invalid|Error|Warning: Race|Error: Race)")
-    failed = [line for line in lines if named.match(line)] if outcome != PASSED else []
+    failure = re.compile(r"(FAILED|ERROR) \S+|failed: |cannot be swept: |=+ (Invalid|Error|Warning: Race|Error: Race)")
+    failed = [line for line in lines if failure.match(line)] if outcome != PASSED else []
     more = [f"and {len(failed) - 12} more"] if len(failed) > 12 else []
     return [*failed[:12], *more, *lines[-1:]]
 
@@ -119,7 +119,7 @@ def run_all(steps: Sequence[Step], out: Path, total: float = TOTAL) -> list[Resu
             else:
                 result = run(step, log, min(step.limit, left))
             results.append(result)
-            logs.write(f"==== {step.name}: {result.outcome}\n{' '.join(step.command)}\n{shortened(log)}\n")
+            logs.write(f"==== {step.name}: {result.outcome}\n{' '.join(step.command)}\n{shorten(log)}\n")
             logs.flush()
             if step.adds:
                 add_rows(*step.adds)
@@ -128,7 +128,8 @@ def run_all(steps: Sequence[Step], out: Path, total: float = TOTAL) -> list[Resu
     return results
 
 
-def shortened(log: Path) -> str:
+def shorten(log: Path) -> str:
+    """The text of a log, with its middle left out where it is longer than `LONGEST_LOG`."""
     text, half = log.read_text(errors="replace"), LONGEST_LOG // 2
     return text if len(text) <= 2 * half else f"{text[:half]}\n[... {len(text) - 2 * half} ...]\n{text[-half:]}"
 
@@ -136,7 +137,7 @@ def shortened(log: Path) -> str:
 def table(results: Sequence[Result]) -> str:
     lines = [f"{'step':<26} {'result':<9} {'seconds':>7}  what"]
     for result in results:
-        first, *others = [line[:200] for line in result.told] or [""]
+        first, *others = [line[:200] for line in result.lines] or [""]
         lines.append(f"{result.step:<26} {result.outcome:<9} {result.seconds:>7.1f}  {first}")
         lines += [f"{'':<26} {'':<9} {'':>7}  {line}" for line in others]
     return "\n".join(lines) + "\n"
@@ -147,16 +148,16 @@ def add_rows(part: Path, whole: Path) -> None:
     if not part.exists():
         return
     header, *rows = part.read_text().splitlines(keepends=True)
-    known = whole.read_text() if whole.exists() else header
-    whole.write_text(known + "".join(rows))
+    previous = whole.read_text() if whole.exists() else header
+    whole.write_text(previous + "".join(rows))
     part.unlink()
 
 
 def steps(out: Path) -> list[Step]:
-    """All there is to do, the most telling first: the last ones get what time is left."""
+    """All steps, the most informative first: the last ones get what time is left."""
     python = [sys.executable]
     has_benchmark = importlib.util.find_spec("pytest_benchmark") is not None
-    # Without its plugin pytest does not know the options of the project's settings.
+    # Without its plugin pytest rejects the options of the project's settings.
     pytest = [
         *python,
         "-m",
@@ -171,7 +172,7 @@ def steps(out: Path) -> list[Step]:
         if path not in alone and re.search(r"mark\.(kernel|cuda)\b", (ROOT / path).read_text())
     ]
     side_by_side = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-    benches = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "bench").glob("bench_*.py"))
+    benches = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "bench").rglob("bench_*.py"))
     drawing = None if importlib.util.find_spec("matplotlib") else "matplotlib is not installed"
     model, accelerate = "bench/bench_model.py", "bench/bench_accelerate.py"
 
@@ -186,7 +187,7 @@ def steps(out: Path) -> list[Step]:
         Step("environment", [*python, "-m", "tools.gpu_check", "--environment"], 40),
         Step("operations", [*pytest, "-m", "kernel or cuda", *side_by_side, *marked], 150),
         Step("same bits 50 times", [*pytest, alone[0]], 90),
-        Step("no wait, one graph", [*pytest, alone[1]], 80),
+        Step("no host sync, one graph", [*pytest, alone[1]], 80),
         benchmark("benchmarks: operations", [path for path in benches if path not in (model, accelerate)], 100),
         benchmark("benchmarks: model", [model, "-k", "not compiled"], 170),
         Step(
@@ -195,7 +196,7 @@ def steps(out: Path) -> list[Step]:
             30,
             absent=drawing,
         ),
-        # What it compiles the sanitizer need not wait for.
+        # Compiles the kernels, so that the time limit of the sanitizer does not include that.
         Step("small calls", [*python, "-m", "bench.calls"], 45),
         sanitizer("memcheck", 45),
         sanitizer("racecheck", 45),
@@ -210,10 +211,10 @@ def steps(out: Path) -> list[Step]:
 
 
 def sanitizer(tool: str, limit: float) -> Step:
-    """compute-sanitizer over a small call of each operation, watching our own kernels and no others."""
+    """compute-sanitizer over a small call of each operation, watching the kernels of fastdet alone."""
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    known = subprocess.run([program, "--help"], capture_output=True, text=True, check=False).stdout if program else ""
-    only = next((option for option in ("--kernel-name", "--kernel-regex") if option in known), None)
+    usage = subprocess.run([program, "--help"], capture_output=True, text=True, check=False).stdout if program else ""
+    only = next((option for option in ("--kernel-name", "--kernel-regex") if option in usage), None)
     source = "".join(path.read_text() for path in sorted((ROOT / "kernels").rglob("*.py")))
     names = sorted(set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)))
     command = [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
@@ -223,7 +224,7 @@ def sanitizer(tool: str, limit: float) -> Step:
         tool,
         [*command, sys.executable, "-m", "bench.calls"],
         limit,
-        # Without torch's cache each tensor ends where its memory ends, so that one step too far is seen.
+        # Without torch's cache each tensor ends where its allocation ends, so that an access beyond it is detected.
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         absent=None if program else "there is no compute-sanitizer",
     )
@@ -258,7 +259,7 @@ def slug(device: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run everything that needs a GPU.")
     parser.add_argument("--out", type=Path, default=Path("gpu-check"))
-    parser.add_argument("--environment", action="store_true", help="only print what the machine is")
+    parser.add_argument("--environment", action="store_true", help="only print the device and the versions")
     options = parser.parse_args(arguments)
     import torch
 

@@ -1,4 +1,4 @@
-"""`python -m tools.kernel_sheet [FILE]`: every kernel, compiled ahead of time for devices that need not be here.
+"""`python -m tools.kernel_sheet [FILE]`: every kernel, compiled ahead of time for devices that need not be present.
 
 Each operation is called as the detector calls it, its launches are caught and compiled for every target, and the
 machine code is read. Counted are: registers and spilled bytes of a thread; shared memory of a program; the warps that
@@ -31,7 +31,7 @@ from fastdet.ops.sample import sample_cuda
 from tools.disassembly import code_of, usage_of
 from tools.launches import TARGETS, Launch, launches_of
 
-FILE = Path(__file__).parent / "results" / "kernel_sheet.csv"
+FILE = Path(__file__).parents[1] / "bench" / "results" / "kernel_sheet.csv"
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def occupancy(device: Device, warps: int, registers: int, shared: int) -> tuple[
     return min(by_registers * warps, device.warps) / device.warps, min(by_shared * warps, device.warps) / device.warps
 
 
-def _written(widths: Counter[int]) -> str:
+def _format_widths(widths: Counter[int]) -> str:
     return " + ".join(f"{count} x {width}" for width, count in sorted(widths.items()))
 
 
@@ -206,10 +206,10 @@ def measure(call: str, launch: Launch, target: str, compiled: Any) -> Row:
         shared,
         round(by_registers, 3),
         round(by_shared, 3),
-        _written(loads_in),
-        _written(loads_out),
-        _written(stores_in),
-        _written(stores_out),
+        _format_widths(loads_in),
+        _format_widths(loads_out),
+        _format_widths(stores_in),
+        _format_widths(stores_out),
         code.longest_loop(),
         unit,
         round(per_unit, 1),
@@ -217,16 +217,16 @@ def measure(call: str, launch: Launch, target: str, compiled: Any) -> Row:
 
 
 def rows(calls: dict[str, Callable[[], object]] = CALLS) -> Iterator[Row]:
-    """The sheet, call after call; a launch that an earlier call has made already is left out."""
-    seen: set[tuple[str, str]] = set()
-    # To disassemble takes as long as to compile, in a process of its own.
+    """The rows of the sheet, call by call; a launch that an earlier call made already is left out."""
+    compiled: set[tuple[str, str]] = set()
+    # Disassembling takes as long as compiling, and runs in a separate process.
     with ThreadPoolExecutor(2) as pool:
         for call, function in calls.items():
             jobs = []
             for launch in launches_of(function):
                 key = launch.source().hash(), str(launch.options())
-                if key not in seen:
-                    seen.add(key)
+                if key not in compiled:
+                    compiled.add(key)
                     jobs += [pool.submit(measure, call, launch, t, launch.compile(t)) for t in TARGETS]
             yield from (job.result() for job in jobs)
 
@@ -242,10 +242,10 @@ def main(path: Path = FILE) -> None:
         for row in rows():
             writer.writerow(asdict(row))
             occupied = f"{min(row.occupancy_by_registers, row.occupancy_by_shared):.0%}"
-            numbers = row.warps, row.registers, row.spilled_bytes, row.shared_bytes, occupied, row.loop_instructions
+            columns = row.warps, row.registers, row.spilled_bytes, row.shared_bytes, occupied, row.loop_instructions
             per_unit = "" if row.instructions_per_unit != row.instructions_per_unit else row.instructions_per_unit
             loads = f"in loops {row.loads_in_loops or 'none'}; outside {row.loads_outside or 'none'}"
-            print(line.format(row.call, row.kernel, row.target, *numbers, per_unit, loads))
+            print(line.format(row.call, row.kernel, row.target, *columns, per_unit, loads))
     print(f"written to {path}")
 
 

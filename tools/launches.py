@@ -1,4 +1,4 @@
-"""Catches kernel launches as they are made and compiles them ahead of time, for devices that are not here."""
+"""Catches kernel launches as they are made and compiles them ahead of time, for devices that need not be present."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -35,14 +35,14 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One `kernel[grid](**arguments)` that was asked for."""
+    """One `kernel[grid](**arguments)` that a launcher requested."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
 
     def source(self) -> ASTSource:
-        """The same specialisation that Triton's launcher would choose: types, constants, divisibility by 16."""
+        """The same specialization that Triton's launcher would choose: types, constants, divisibility by 16."""
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
             value = self.arguments[parameter.name]
@@ -74,7 +74,7 @@ class Launch:
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
+def record_launches() -> Iterator[list[Launch]]:
     """Collects the launches made inside, without running any."""
     launches: list[Launch] = []
 
@@ -87,7 +87,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def launches_of(call: Callable[[], object]) -> list[Launch]:
-    """What `call` launches, the same specialisation of a kernel once."""
-    with recorded() as launches:
+    """What `call` launches, the same specialization of a kernel once."""
+    with record_launches() as launches:
         call()
     return list({(launch.source().hash(), str(launch.options())): launch for launch in launches}.values())

@@ -5,7 +5,7 @@
 For each operation the search begins at what the kernel's `config(...)` returns for the call. It halves and doubles one
 field at a time, goes on from the fastest of these if that gains enough, and ends where none does. Every result is
 compared, bit for bit, with that of the default; one that differs is reported and never gone on from. Each operation
-has a process of its own, so that what one of its launches breaks stays with it.
+runs in a separate process, so that a launch that breaks the GPU's context ends that operation alone.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from unittest import mock
 
 import torch
 
-from bench import calls
-from bench.calls import Call, kernels_on, tensors
+from bench.calls import OpCall, kernels_on, tensors
+from tools import calls
 
 # A gain below this share of the time is noise.
 _GAIN = 0.02
@@ -39,7 +39,7 @@ class Target(NamedTuple):
     What does not `fits` is not tried: the kernels may never end with it.
     """
 
-    build: Callable[[torch.device, bool], Call]
+    build: Callable[[torch.device, bool], OpCall]
     module: str
     function: str = "config"
     fits: Callable[[Config], bool] = lambda config: True
@@ -78,8 +78,8 @@ TARGETS = (
 )
 
 
-class Measured(NamedTuple):
-    """One configuration: microseconds, None where `note` says why it does not count."""
+class Measurement(NamedTuple):
+    """One configuration: microseconds, None where `note` is the reason why it does not count."""
 
     us: float | None
     note: str = ""
@@ -96,53 +96,53 @@ class Row(NamedTuple):
     note: str
 
 
-def named(config: Config) -> str:
+def describe(config: Config) -> str:
     return " ".join(f"{field}={value}" for field, value in config._asdict().items())
 
 
-def neighbours(config: Config) -> list[Config]:
-    """Those with one of its numbers halved or doubled; what compiles longest, the largest blocks, comes last."""
-    numbers = {field: value for field, value in config._asdict().items() if type(value) is int and value > 0}
-    halved = [config._replace(**{field: value // 2}) for field, value in numbers.items() if value > 1]
-    return halved + [config._replace(**{field: value * 2}) for field, value in reversed(numbers.items())]
+def neighbors(config: Config) -> list[Config]:
+    """Those with one field halved or doubled; what compiles longest, the largest blocks, comes last."""
+    values = {field: value for field, value in config._asdict().items() if type(value) is int and value > 0}
+    halved = [config._replace(**{field: value // 2}) for field, value in values.items() if value > 1]
+    return halved + [config._replace(**{field: value * 2}) for field, value in reversed(values.items())]
 
 
 def climb(
-    start: Config, measure: Callable[[Config], Measured], fits: Callable[[Config], bool]
-) -> Iterator[tuple[Config, Measured]]:
-    """Measure `start`, those of its neighbours that fit, of the fastest neighbour's, and so on while that gains."""
-    best, seen = (start, measure(start)), {start}
+    start: Config, measure: Callable[[Config], Measurement], fits: Callable[[Config], bool]
+) -> Iterator[tuple[Config, Measurement]]:
+    """Measure `start`, those of its neighbors that fit, of the fastest neighbor's, and so on while that gains."""
+    best, tried = (start, measure(start)), {start}
     yield best
     while best[1].us is not None:
-        here, limit = best[0], best[1].us * (1 - _GAIN)
-        for config in neighbours(here):
-            if config not in seen and fits(config):
-                seen.add(config)
+        center, limit = best[0], best[1].us * (1 - _GAIN)
+        for config in neighbors(center):
+            if config not in tried and fits(config):
+                tried.add(config)
                 measured = measure(config)
                 yield config, measured
                 if measured.us is not None and measured.us < min(limit, best[1].us):
                     best = config, measured
-        if best[0] == here:
+        if best[0] == center:
             return
 
 
 @contextmanager
-def chosen(target: Target, change: Callable[[Config], Config]) -> Iterator[list[Config]]:
-    """The kernel's choice is passed through `change`; gives the list of the choices as they were made."""
+def intercept_choice(target: Target, change: Callable[[Config], Config]) -> Iterator[list[Config]]:
+    """Pass the kernel's choice through `change`; yields the list of the original choices."""
     module = importlib.import_module(f"fastdet.kernels.{target.module}")
-    original, made = getattr(module, target.function), []
+    original, choices = getattr(module, target.function), []
 
     def choose(*args: Any, **kwargs: Any) -> Config:
-        made.append(original(*args, **kwargs))
-        return change(made[-1])
+        choices.append(original(*args, **kwargs))
+        return change(choices[-1])
 
     with mock.patch.object(module, target.function, choose):
-        yield made
+        yield choices
 
 
-def moved(change_from: Config, change_to: Config, config: Config) -> Config:
-    """`config` with the fields in which the two others differ: where one call makes several choices, all move."""
-    pairs = zip(change_from._fields, change_from, change_to, strict=True)
+def apply_difference(before: Config, after: Config, config: Config) -> Config:
+    """`config` with the fields in which `before` and `after` differ: all the choices of one call change alike."""
+    pairs = zip(before._fields, before, after, strict=True)
     return config._replace(**{field: new for field, old, new in pairs if old != new})
 
 
@@ -167,22 +167,22 @@ def sweep(
 ) -> Iterator[Row]:
     """The rows of one target, the default's first. Raises where the default itself fails."""
     call = target.build(device, small)
-    with chosen(target, lambda config: config) as made, kernels_on(device):
+    with intercept_choice(target, lambda config: config) as choices, kernels_on(device):
         expected = tensors(call.run())
-    if not made:
-        raise LookupError(f"the call never asks {target.module}.{target.function}")
-    default = made[0]
+    if not choices:
+        raise LookupError(f"the call never runs {target.module}.{target.function}")
+    default = choices[0]
 
-    def measure(config: Config) -> Measured:
+    def measure(config: Config) -> Measurement:
         try:
-            with chosen(target, functools.partial(moved, default, config)), kernels_on(device):
+            with intercept_choice(target, functools.partial(apply_difference, default, config)), kernels_on(device):
                 if not all(map(torch.equal, tensors(call.run()), expected)):
-                    return Measured(None, "differs from the default's result")
-                return Measured(clock(call.run))
+                    return Measurement(None, "differs from the default's result")
+                return Measurement(clock(call.run))
         except Exception as error:
             if config == default:
                 raise
-            return Measured(None, one_line(error))
+            return Measurement(None, one_line(error))
 
     reference: float | None = None
     for config, measured in climb(default, measure, target.fits):
@@ -190,10 +190,10 @@ def sweep(
         us, ratio = "", ""
         if measured.us is not None and reference is not None:
             us, ratio = f"{measured.us:.2f}", f"{reference / measured.us:.3f}"
-        yield Row(target.name, call.size, named(config), us, ratio, measured.note)
+        yield Row(target.name, call.size, describe(config), us, ratio, measured.note)
 
 
-def into_file(target: Target, path: Path) -> None:
+def sweep_into(target: Target, path: Path) -> None:
     """Sweep on the GPU, each row written as it is found."""
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
@@ -221,8 +221,8 @@ def main(arguments: list[str] | None = None) -> int:
     for number, target in enumerate(present):
         share = (end - time.monotonic()) / (len(present) - number)
         print(f"{target.name}, {share:.0f} s", flush=True)
-        # CUDA is not initialised here, so that a fork may use it: that saves each process the imports.
-        process = multiprocessing.get_context("fork").Process(target=into_file, args=(target, options.csv))
+        # CUDA is not initialized here, so that a fork may use it: that saves each process the imports.
+        process = multiprocessing.get_context("fork").Process(target=sweep_into, args=(target, options.csv))
         process.start()
         process.join(max(share, 0.0))
         if process.is_alive():

@@ -19,6 +19,7 @@ from fastdet.engine import checkpoint
 from tests.helpers.checks import awkward_boxes, random_boxes
 from tests.helpers.detectors import TinyBackbone
 from tests.helpers.exported import FORMATS, assert_same, laid_out, loaded, needs_onnx, write
+from tests.helpers.weights import calibrate_batchnorm, randomize_heads
 
 ROOT = Path(__file__).resolve().parents[2]
 CANVAS = (64, 96)
@@ -86,16 +87,9 @@ def make_detector(backbone: Any, changes: dict[str, Any]) -> fastdet.FasterRCNN:
     }
     built = backbone if isinstance(backbone, str) else backbone()
     model = fastdet.FasterRCNN(built, 5, **{**common, **changes})
-    # As initialized every box scores alike; stronger heads and ordinary features make the steps decide something.
-    for name, parameter in model.named_parameters():
-        if name.endswith("weight") and ("rpn.head" in name or "box_predictor" in name):
-            nn.init.normal_(parameter, std=(3 if "cls_score" in name else 1) / parameter[0].numel() ** 0.5)
-    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = None
+    randomize_heads(model, lambda name, weight: (3 if "cls_score" in name else 1) / weight[0].numel() ** 0.5)
     items = [Shapes(8, size=64, seed=5)[k] for k in range(8)]
-    with torch.no_grad():
-        model.train()([image for image, _ in items], [target for _, target in items])
+    calibrate_batchnorm(model, lambda: model([image for image, _ in items], [target for _, target in items]))
     return model.eval()
 
 

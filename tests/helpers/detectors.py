@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from fastdet import VGG16, AnchorGenerator, FasterRCNN
+from tests.helpers.weights import randomize_heads
 
 NUM_CLASSES = 4
 
-# Numbers at which everything that happens in the large detector happens in the small one.
-SMALL_NUMBERS: dict[str, Any] = {
+# Settings with which every step of the large detector has something to do in the small one.
+SMALL_SETTINGS: dict[str, Any] = {
     "min_size": 64,
     "max_size": 96,
     "rpn_anchor_generator": AnchorGenerator(sizes=((16, 32),), strides=(16,), offset=8.0, rounded=False),
@@ -38,11 +39,8 @@ class TinyBackbone(nn.Sequential):
 
 def small_detector(seed: int = 0, **overrides: Any) -> FasterRCNN:
     torch.manual_seed(seed)
-    model = FasterRCNN(TinyBackbone(), NUM_CLASSES, **{"settings": VGG16, **SMALL_NUMBERS, **overrides})
-    # As initialised every box scores alike; stronger heads make the steps decide something.
-    for name, parameter in model.named_parameters():
-        if name.endswith("weight") and ("rpn.head" in name or "box_predictor" in name):
-            nn.init.normal_(parameter, std=0.3)
+    model = FasterRCNN(TinyBackbone(), NUM_CLASSES, **{"settings": VGG16, **SMALL_SETTINGS, **overrides})
+    randomize_heads(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""What would make the host wait for a GPU, found on the CPU."""
+"""Host syncs with a GPU, detected on the CPU."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.costs import DATA_DEPENDENT
 
 
-class Refuse(TorchDispatchMode):
-    """Raises where an operator would make the host wait for a GPU."""
+class RefuseHostSync(TorchDispatchMode):
+    """Raises where an operator would be a host sync."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
         if name in DATA_DEPENDENT:
-            raise AssertionError(f"{func} makes the host wait")
+            raise AssertionError(f"{func} is a host sync")
         if name in ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"):
             for index in args[1]:
                 if index is not None and index.dtype in (torch.bool, torch.uint8):

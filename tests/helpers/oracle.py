@@ -1,6 +1,6 @@
 """The detector's steps in NumPy float64, one image, one box at a time: slow, obvious, and written from the paper.
 
-Nothing of fastdet is used here. `s` is a `fastdet.Settings`; sampling is left out (everything that may train does).
+Nothing of fastdet is used here. `s` is a `fastdet.Settings`; sampling is left out (every candidate is used).
 """
 
 import math
@@ -39,8 +39,8 @@ def encode(anchor, box, weights=(1, 1, 1, 1)):
     return [weights[0] * dx, weights[1] * dy, weights[2] * math.log(bw / aw), weights[3] * math.log(bh / ah)]
 
 
-def decode(anchor, loc, weights=(1, 1, 1, 1)):
-    dx, dy, dw, dh = (value / weight for value, weight in zip(loc, weights, strict=True))
+def decode(anchor, delta, weights=(1, 1, 1, 1)):
+    dx, dy, dw, dh = (value / weight for value, weight in zip(delta, weights, strict=True))
     aw, ah = anchor[2] - anchor[0], anchor[3] - anchor[1]
     x, y = (anchor[0] + anchor[2]) / 2 + dx * aw, (anchor[1] + anchor[3]) / 2 + dy * ah
     width, height = aw * math.exp(dw), ah * math.exp(dh)
@@ -65,8 +65,8 @@ def suppress(boxes, scores, threshold):
 
 
 def anchor_targets(all_anchors, truth, height, width, s):
-    """Labels, and offsets of the positives; `truth` is a list of boxes."""
-    labels, locs = np.full(len(all_anchors), -1), np.zeros((len(all_anchors), 4))
+    """Labels, and deltas of the positives; `truth` is a list of boxes."""
+    labels, deltas = np.full(len(all_anchors), -1), np.zeros((len(all_anchors), 4))
     inside_only = s.rpn_anchors_inside_only
     eligible = [i for i, box in enumerate(all_anchors) if not inside_only or is_inside(box, height, width)]
     overlap = {i: [iou(all_anchors[i], box) for box in truth] for i in eligible}
@@ -77,22 +77,22 @@ def anchor_targets(all_anchors, truth, height, width, s):
         if best >= s.rpn_fg_iou_thresh:
             labels[i] = 1
         if truth:
-            locs[i] = encode(all_anchors[i], truth[int(np.argmax(overlap[i]))])
+            deltas[i] = encode(all_anchors[i], truth[int(np.argmax(overlap[i]))])
     for g in range(len(truth)):
         best = max((overlap[i][g] for i in eligible), default=0.0)
         for i in eligible:
             if best > 0 and abs(overlap[i][g] - best) < 1e-6:
                 labels[i] = 1
-    locs[labels != 1] = 0
-    return labels, locs
+    deltas[labels != 1] = 0
+    return labels, deltas
 
 
-def proposals(all_anchors, locs, scores, height, width, scale, s, training):
+def proposals(all_anchors, deltas, scores, height, width, scale, s, training):
     pre = s.rpn_pre_nms_top_n_train if training else s.rpn_pre_nms_top_n_test
     post = s.rpn_post_nms_top_n_train if training else s.rpn_post_nms_top_n_test
     found = []
-    for anchor, loc, score in zip(all_anchors, locs, scores, strict=True):
-        box = clip(decode(anchor, loc), height, width)
+    for anchor, delta, score in zip(all_anchors, deltas, scores, strict=True):
+        box = clip(decode(anchor, delta), height, width)
         if min(box[2] - box[0], box[3] - box[1]) >= s.rpn_min_size * scale:
             found.append((score[1] - score[0], box))
     found = sorted(found, key=lambda item: -item[0])[:pre]
@@ -101,7 +101,7 @@ def proposals(all_anchors, locs, scores, height, width, scale, s, training):
 
 
 def roi_targets(candidates, truth, truth_labels, s):
-    """(box, label, offsets) of every candidate that may train."""
+    """(box, label, deltas) of every candidate that is eligible."""
     out = []
     for box in candidates:
         overlap = [iou(box, other) for other in truth]
@@ -124,40 +124,40 @@ def cross_entropy(logits, label):
     return top + math.log(sum(math.exp(value - top) for value in logits)) - logits[label]
 
 
-def rpn_losses(logits, locs, labels, target_locs, s):
+def rpn_losses(logits, deltas, labels, target_deltas, s):
     """Arrays [rows, 2], [rows, 4], [rows], [rows, 4] over all images."""
     objectness = box = 0.0
     for i, label in enumerate(labels):
         if label >= 0:
             objectness += cross_entropy(logits[i], label)
         if label == 1:
-            box += sum(smooth_l1(a - b, s.rpn_smooth_l1_beta) for a, b in zip(locs[i], target_locs[i], strict=True))
-    labelled = max((labels >= 0).sum(), 1)
-    return objectness / labelled, box / labelled
+            box += sum(smooth_l1(a - b, s.rpn_smooth_l1_beta) for a, b in zip(deltas[i], target_deltas[i], strict=True))
+    labeled = max((labels >= 0).sum(), 1)
+    return objectness / labeled, box / labeled
 
 
-def roi_losses(scores, locs, labels, target_locs, s):
+def roi_losses(scores, deltas, labels, target_deltas, s):
     """Arrays [rows, classes], [rows, 4 * classes], [rows], [rows, 4] over all samples."""
     classifier = box = 0.0
     for i, label in enumerate(labels):
         classifier += cross_entropy(scores[i], label)
         if label > 0:
-            chosen = locs[i][4 * label : 4 * label + 4]
-            box += sum(smooth_l1(a - b, s.box_smooth_l1_beta) for a, b in zip(chosen, target_locs[i], strict=True))
+            chosen = deltas[i][4 * label : 4 * label + 4]
+            box += sum(smooth_l1(a - b, s.box_smooth_l1_beta) for a, b in zip(chosen, target_deltas[i], strict=True))
     return classifier / max(len(labels), 1), box / max(len(labels), 1)
 
 
-def detections(rois, locs, scores, height, width, s):
+def detections(rois, deltas, scores, height, width, s):
     """(score, label, box) of one image, best first."""
     out = []
     classes = scores.shape[1]
     for label in range(1, classes):
-        boxes, chances = [], []
-        for roi, loc, score in zip(rois, locs, scores, strict=True):
-            chance = math.exp(score[label] - max(score)) / sum(math.exp(value - max(score)) for value in score)
-            box = clip(decode(roi, loc[4 * label : 4 * label + 4], s.bbox_reg_weights), height, width)
-            if chance > s.box_score_thresh:
+        boxes, kept_scores = [], []
+        for roi, delta, score in zip(rois, deltas, scores, strict=True):
+            probability = math.exp(score[label] - max(score)) / sum(math.exp(value - max(score)) for value in score)
+            box = clip(decode(roi, delta[4 * label : 4 * label + 4], s.bbox_reg_weights), height, width)
+            if probability > s.box_score_thresh:
                 boxes.append(box)
-                chances.append(chance)
-        out += [(chances[i], label, boxes[i]) for i in suppress(boxes, chances, s.box_nms_thresh)]
+                kept_scores.append(probability)
+        out += [(kept_scores[i], label, boxes[i]) for i in suppress(boxes, kept_scores, s.box_nms_thresh)]
     return sorted(out, key=lambda item: -item[0])[: s.box_detections_per_img]

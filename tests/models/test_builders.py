@@ -1,4 +1,4 @@
-"""The detectors by name: with torchvision's state dicts, torchvision's numbers."""
+"""The detectors by name: with torchvision's state dicts they give torchvision's outputs."""
 
 import inspect
 import re
@@ -20,12 +20,10 @@ from tests.helpers.parity import (
     EVERYTHING,
     assert_same_detections,
     assert_same_losses,
-    calibrate,
-    enliven,
+    sample_all_candidates,
     scene,
-    strengthen,
-    take_all_candidates,
 )
+from tests.helpers.weights import calibrate_batchnorm, randomize_heads, rescale_heads
 
 BUILDERS = (
     "fasterrcnn_resnet50_fpn",
@@ -54,9 +52,11 @@ def pair(request, images_and_targets):
     """torchvision's detector and ours, from one state dict."""
     torch.manual_seed(0)
     theirs = getattr(detection, request.param)(weights=None, **SMALL)
-    calibrate(theirs, images_and_targets[0])
-    enliven(theirs, images_and_targets[0])
-    take_all_candidates(theirs)
+    images = images_and_targets[0]
+    batch = torch.stack([nn.functional.interpolate(image[None], (128, 192))[0] for image in images])
+    calibrate_batchnorm(theirs, lambda: theirs.backbone(batch))
+    rescale_heads(theirs, images)
+    sample_all_candidates(theirs)
     everything = {**EVERYTHING, "box_batch_size_per_image": 120}
     ours = getattr(fastdet, request.param)(weights=None, **SMALL, **everything)
     ours.load_state_dict(theirs.state_dict())
@@ -83,11 +83,11 @@ def test_losses_are_torchvisions(pair, images_and_targets):
     assert_same_losses(expected, found)
 
 
-def test_names_and_numbers_of_parameters_are_torchvisions(pair):
+def test_names_and_shapes_of_parameters_are_torchvisions(pair):
     theirs, ours = pair
     assert list(ours.state_dict()) == list(theirs.state_dict())
-    for (name, one), (other_name, other) in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
-        assert (name, one.shape) == (other_name, other.shape)
+    for expected, found in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
+        assert (expected[0], expected[1].shape) == (found[0], found[1].shape)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -108,11 +108,11 @@ def hub(tmp_path, monkeypatch):
     return folder
 
 
-def put(folder, weights, state):
+def save_checkpoint(folder, weights, state):
     torch.save(state, folder / weights.url.rsplit("/", 1)[1])
 
 
-def frozen(model):
+def frozen_parameters(model):
     return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
 
@@ -121,18 +121,18 @@ def frozen(model):
 def test_named_weights_come_through_torchvisions_enums(hub, name, trainable):
     weights = detection.__dict__[{v.lower(): v for v in dir(detection)}[name + "_weights"]].COCO_V1
     torch.manual_seed(1)
-    put(hub, weights, getattr(detection, name)(weights=None, weights_backbone=None).state_dict())
+    save_checkpoint(hub, weights, getattr(detection, name)(weights=None, weights_backbone=None).state_dict())
     theirs = getattr(detection, name)(weights=weights, trainable_backbone_layers=trainable)
     for given in (weights, "COCO_V1"):
         ours = getattr(fastdet, name)(weights=given, trainable_backbone_layers=trainable)
         assert ours.num_classes == 91
-        assert frozen(ours) == frozen(theirs)
+        assert frozen_parameters(ours) == frozen_parameters(theirs)
         assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items())
         norms = [[m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)] for model in (theirs, ours)]
         assert [norm.eps for norm in norms[0]] == [norm.eps for norm in norms[1]]
 
 
-def test_the_names_of_older_files_are_understood(pair, tmp_path):
+def test_the_names_of_older_files_are_converted(pair, tmp_path):
     """torchvision's file of 2019 calls the convolutions of the pyramid and of the RPN by shorter names."""
     theirs, ours = pair
     state = theirs.state_dict()
@@ -160,11 +160,11 @@ def test_named_weights_of_the_backbone(hub, name):
     network = {"fasterrcnn_resnet50_fpn": "resnet50"}.get(name, "mobilenet_v3_large")
     weights = torchvision.models.get_model_weights(network)
     torch.manual_seed(1)
-    put(hub, weights.IMAGENET1K_V1, torchvision.models.get_model(network).state_dict())
+    save_checkpoint(hub, weights.IMAGENET1K_V1, torchvision.models.get_model(network).state_dict())
     theirs = getattr(detection, name)(weights_backbone=weights.IMAGENET1K_V1, num_classes=4)
     for given in (weights.IMAGENET1K_V1, "IMAGENET1K_V1"):
         ours = getattr(fastdet, name)(weights_backbone=given, num_classes=4)
-        assert frozen(ours) == frozen(theirs)
+        assert frozen_parameters(ours) == frozen_parameters(theirs)
         state = theirs.state_dict()
         for key, value in ours.state_dict().items():
             assert "body" not in key or torch.equal(value, state[key]), key
@@ -173,7 +173,7 @@ def test_named_weights_of_the_backbone(hub, name):
 
 def test_without_weights_everything_trains():
     model = fastdet.fasterrcnn_mobilenet_v3_large_fpn(weights_backbone=None, num_classes=3)
-    assert not frozen(model)
+    assert not frozen_parameters(model)
     assert any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
 
 
@@ -197,22 +197,22 @@ def test_another_number_of_classes_is_refused_or_replaced(tmp_path):
 
 
 def test_files_that_are_no_weights_of_this_detector(tmp_path):
-    def content(name, what):
+    def saved(name, content):
         path = tmp_path / name
-        torch.save(what, path)
+        torch.save(content, path)
         return path
 
     build = fastdet.fasterrcnn_mobilenet_v3_large_fpn
     other = torchvision.models.mobilenet_v2().state_dict()
-    whole = content("whole.pth", build(weights_backbone=None, num_classes=3).state_dict())
+    whole = saved("whole.pth", build(weights_backbone=None, num_classes=3).state_dict())
     (tmp_path / "short.pth").write_bytes(whole.read_bytes()[:5000])
     for path, words in (
         (
-            content("other.pth", {"model": other}),
+            saved("other.pth", {"model": other}),
             r"other\.pth does not fit the model: \d+ missing, \d+ unexpected \((.*; ){5}",
         ),
-        (content("list.pth", [1, 2]), r"list\.pth"),
-        (content("numbers.pth", {"a": 1}), r"numbers\.pth"),
+        (saved("list.pth", [1, 2]), r"list\.pth"),
+        (saved("numbers.pth", {"a": 1}), r"numbers\.pth"),
         (tmp_path / "short.pth", r"short\.pth"),
         (tmp_path / "none.pth", r"none\.pth"),
     ):
@@ -249,12 +249,12 @@ def test_detectron2s_detector(tmp_path):
     fastdet.fasterrcnn_resnet50_fpn_detectron2(weights=tmp_path / "old.pth", image_mean=(1.0, 2.0, 3.0))
     settings = again.settings
     assert (settings.box_aligned, settings.box_sampling_ratio, settings.rpn_smooth_l1_beta) == (True, 0, 0)
-    seen = again.eval().inspect([torch.rand(3, 100, 128)])
-    assert seen["images"].max() > 50, "0..255"
-    assert seen["anchors"][0].tolist() == pytest.approx([-22.6274, -11.3137, 22.6274, 11.3137], abs=1e-3)
+    inspected = again.eval().inspect([torch.rand(3, 100, 128)])
+    assert inspected["images"].max() > 50, "0..255"
+    assert inspected["anchors"][0].tolist() == pytest.approx([-22.6274, -11.3137, 22.6274, 11.3137], abs=1e-3)
 
 
-def test_new_predictors_start_as_in_the_library_that_they_stand_for():
+def test_new_predictors_are_initialized_as_in_the_reference_library():
     torch.manual_seed(6)
     ours, paper = (
         fastdet.FasterRCNN(name, 50).roi_heads.box_predictor for name in ("mobilenet_v2_fpn", "mobilenet_v2")
@@ -269,7 +269,7 @@ def test_new_predictors_start_as_in_the_library_that_they_stand_for():
     assert not paper.bbox_pred.bias.any()
 
 
-def test_torchvisions_objects_are_understood():
+def test_torchvisions_objects_are_accepted():
     """The constructor call of a torchvision user, with one import changed."""
 
     def build(cls):
@@ -292,7 +292,7 @@ def test_torchvisions_objects_are_understood():
 
     theirs, ours = build(detection.FasterRCNN), build(fastdet.FasterRCNN)
     assert ours.num_classes == 4
-    strengthen(theirs, std=0.1)
+    randomize_heads(theirs, std=0.1)
     ours.load_state_dict(theirs.state_dict())
     images, _ = scene((128, 160), (96, 70))
     with torch.no_grad():
@@ -310,11 +310,11 @@ def test_a_backbone_without_a_pyramid_as_torchvisions_users_build_it():
         backbone.out_channels = 1280
         anchors = TheirAnchorGenerator(sizes=((16, 32, 64, 128, 256),), aspect_ratios=((0.5, 1.0, 2.0),))
         pool = MultiScaleRoIAlign(featmap_names=["0"], output_size=7, sampling_ratio=2)
-        numbers = {"min_size": 128, "max_size": 192, "rpn_post_nms_top_n_test": 50}
-        return cls(backbone, num_classes=2, rpn_anchor_generator=anchors, box_roi_pool=pool, **numbers)
+        settings = {"min_size": 128, "max_size": 192, "rpn_post_nms_top_n_test": 50}
+        return cls(backbone, num_classes=2, rpn_anchor_generator=anchors, box_roi_pool=pool, **settings)
 
     theirs, ours = build(detection.FasterRCNN), build(fastdet.FasterRCNN)
-    strengthen(theirs, std=0.1)
+    randomize_heads(theirs, std=0.1)
     ours.load_state_dict(theirs.state_dict())
     images, _ = scene((128, 160), (96, 70))
     with torch.no_grad():
@@ -341,7 +341,7 @@ def test_every_way_to_name_weights(hub, written):
     enum = torchvision.models.MobileNet_V2_Weights
     state = torchvision.models.mobilenet_v2().state_dict()
     for member in enum:
-        put(hub, member, state)
+        save_checkpoint(hub, member, state)
     given = enum.IMAGENET1K_V1 if written == "enum" else written
     model = fastdet.FasterRCNN("mobilenet_v2_fpn", 3, weights_backbone=given)
     assert torch.equal(model.backbone.body["0"][0].weight, state["features.0.0.weight"])
@@ -354,19 +354,19 @@ def test_torchvisions_none_means_the_default():
 
 
 def test_anchors_of_a_subclass_are_refused():
-    class Mine(TheirAnchorGenerator):
+    class Subclass(TheirAnchorGenerator):
         pass
 
-    with pytest.raises(ValueError, match=r"rpn_anchor_generator .* got Mine"):
-        fastdet.FasterRCNN("small", 3, rpn_anchor_generator=Mine())
+    with pytest.raises(ValueError, match=r"rpn_anchor_generator .* got Subclass"):
+        fastdet.FasterRCNN("small", 3, rpn_anchor_generator=Subclass())
 
 
-def test_pooling_that_cannot_be_said_in_settings_is_refused():
-    class Mine(MultiScaleRoIAlign):
+def test_pooling_without_equivalent_settings_is_refused():
+    class Subclass(MultiScaleRoIAlign):
         pass
 
     for pool, words in (
-        (Mine(["0"], 7, 2), "got Mine"),
+        (Subclass(["0"], 7, 2), "got Subclass"),
         (MultiScaleRoIAlign(["0"], (7, 5), 2), "7 x 5"),
         (MultiScaleRoIAlign(["0"], 7, 2, canonical_scale=112), r"\(112, 4\)"),
     ):
@@ -375,7 +375,7 @@ def test_pooling_that_cannot_be_said_in_settings_is_refused():
 
 
 @pytest.mark.parametrize("name", [name for name in backbones.NAMED if name != "vgg16"])
-def test_every_backbone_gives_the_levels_it_says(name):
+def test_every_backbone_gives_the_levels_of_its_entry(name):
     named = backbones.NAMED[name]
     backbone, _ = backbones.build(name)
     with torch.no_grad():
@@ -392,8 +392,8 @@ def test_every_backbone_gives_the_levels_it_says(name):
 def test_backbones_train_and_detect(name):
     torch.manual_seed(4)
     images, targets = scene((64, 96), (64, 64), classes=3)
-    numbers = {"min_size": 64, "max_size": 96, "rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 20}
-    model = fastdet.FasterRCNN(name, 3, **numbers)
+    settings = {"min_size": 64, "max_size": 96, "rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 20}
+    model = fastdet.FasterRCNN(name, 3, **settings)
     sum(model(images, targets).values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     assert len(model.eval()(images)) == 2

@@ -25,8 +25,8 @@ def padded(batch: int) -> tuple[Tensor, Tensor, Targets, Tensor]:
 
 def pyramid() -> FasterRCNN:
     torch.manual_seed(0)
-    numbers = {"rpn_post_nms_top_n_train": 30, "rpn_post_nms_top_n_test": 20, "box_batch_size_per_image": 16}
-    return FasterRCNN("resnet18_fpn", NUM_CLASSES, **numbers, box_representation_size=16)
+    settings = {"rpn_post_nms_top_n_train": 30, "rpn_post_nms_top_n_test": 20, "box_batch_size_per_image": 16}
+    return FasterRCNN("resnet18_fpn", NUM_CLASSES, **settings, box_representation_size=16)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
@@ -52,7 +52,7 @@ def test_two_graphs_serve_batches_of_one_to_eight(build, training):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-def test_a_compiled_core_serves_the_models_call(training):
+def test_a_compiled_step_serves_the_models_call(training):
     model = small_detector().train(training)
     images, targets = small_scene()
     torch.manual_seed(2)
@@ -66,23 +66,23 @@ def test_a_compiled_core_serves_the_models_call(training):
     detections = model.eval()(images)
     with_features = model(images, return_features=True, return_class_scores=True)
     assert counter.frame_count == 3 - (not training), "each set of outputs is a graph"
-    for one, other in zip(with_features, detections, strict=True):
-        torch.testing.assert_close(one["boxes"], other["boxes"])
-        assert one["features"].shape == (len(one["boxes"]), 16)
-        torch.testing.assert_close(one["class_scores"].amax(1) >= one["scores"] - 1e-5, one["scores"] > 0)
+    for found, expected in zip(with_features, detections, strict=True):
+        torch.testing.assert_close(found["boxes"], expected["boxes"])
+        assert found["features"].shape == (len(found["boxes"]), 16)
+        torch.testing.assert_close(found["class_scores"].amax(1) >= found["scores"] - 1e-5, found["scores"] > 0)
 
 
-def test_a_copy_of_a_compiled_model_runs_its_own_weights():
+def test_a_copy_of_a_compiled_model_runs_with_the_copied_weights():
     model = small_detector().eval()
     images, _ = small_scene()
     expected = model(images)
     model.compile(backend="eager", fullgraph=True)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        for one, other in zip(copied(images), expected, strict=True):
-            assert torch.equal(one["scores"], other["scores"])
+        for found, original in zip(copied(images), expected, strict=True):
+            assert torch.equal(found["scores"], original["scores"])
         with torch.no_grad():
             for parameter in copied.parameters():
                 parameter.zero_()
         assert {score for each in copied(images) for score in each["scores"].tolist()} == {0.25}
         assert copied.compiled_step is None
-    assert model.compiled_step is not None, "which stays compiled"
+    assert model.compiled_step is not None, "the original stays compiled"

@@ -1,4 +1,4 @@
-"""Under `torch.use_deterministic_algorithms(True)` two runs from one seed end in the same bits, and nothing refuses."""
+"""Under `torch.use_deterministic_algorithms(True)` no operator raises, and two runs of one seed give the same bits."""
 
 from collections.abc import Iterator
 
@@ -22,8 +22,8 @@ def _poisoned_memory() -> Iterator[None]:
 
 def pyramid() -> FasterRCNN:
     torch.manual_seed(0)
-    numbers = {"rpn_post_nms_top_n_train": 30, "box_batch_size_per_image": 16, "box_representation_size": 16}
-    return FasterRCNN("mobilenet_v2_fpn", NUM_CLASSES, min_size=64, max_size=96, **numbers)
+    settings = {"rpn_post_nms_top_n_train": 30, "box_batch_size_per_image": 16, "box_representation_size": 16}
+    return FasterRCNN("mobilenet_v2_fpn", NUM_CLASSES, min_size=64, max_size=96, **settings)
 
 
 def trained(model: FasterRCNN, device: torch.device, seed: int, steps: int = STEPS) -> dict[str, Tensor]:
@@ -43,7 +43,7 @@ def trained(model: FasterRCNN, device: torch.device, seed: int, steps: int = STE
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("build", [small_detector, pyramid])
 def test_two_runs_end_in_the_same_bits(build, device, monkeypatch):
-    # What cuBLAS wants for a fixed order of its sums.
+    # cuBLAS sums in a fixed order with this alone.
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     first, second = (trained(build(), torch.device(device), seed=1) for _ in range(2))
     assert all(value.isfinite().all() for value in first.values())

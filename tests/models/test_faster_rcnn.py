@@ -28,42 +28,42 @@ def photograph():
     return image, {"boxes": boxes, "labels": torch.tensor([12, 20])}
 
 
-def test_the_numbers_of_vgg16_in_training(vgg16, photograph):
+def test_the_shapes_of_vgg16_in_training(vgg16, photograph):
     image, target = photograph
     with torch.no_grad():
-        seen = vgg16.train().inspect([image], [target])
-    assert seen["images"].shape == (1, 3, 600, 901)
-    assert seen["features"].shape == (1, 512, 37, 56)
-    assert seen["anchors"].shape == (18648, 4)
-    assert int(seen["anchors_inside"].sum()) == 6928
-    assert seen["rpn_deltas"].shape == (1, 18648, 4)
-    assert seen["rpn_logits"].shape == (1, 18648, 2)
-    assert seen["proposals"].boxes.shape == (1, 2000, 4)
-    labels = seen["anchor_labels"]
+        inspected = vgg16.train().inspect([image], [target])
+    assert inspected["images"].shape == (1, 3, 600, 901)
+    assert inspected["features"].shape == (1, 512, 37, 56)
+    assert inspected["anchors"].shape == (18648, 4)
+    assert int(inspected["anchors_inside"].sum()) == 6928
+    assert inspected["rpn_deltas"].shape == (1, 18648, 4)
+    assert inspected["rpn_logits"].shape == (1, 18648, 2)
+    assert inspected["proposals"].boxes.shape == (1, 2000, 4)
+    labels = inspected["anchor_labels"]
     assert int((labels >= 0).sum()) == 256
     assert 1 <= int((labels == 1).sum()) <= 128
-    assert (labels[~seen["anchors_inside"]] == -1).all()
-    assert (seen["anchor_deltas"][~seen["anchors_inside"]] == 0).all()
-    samples = seen["samples"]
+    assert (labels[~inspected["anchors_inside"]] == -1).all()
+    assert (inspected["anchor_deltas"][~inspected["anchors_inside"]] == 0).all()
+    samples = inspected["samples"]
     assert samples.boxes.shape == (1, 128, 4)
     # An untrained RPN proposes too few boxes that overlap something to fill every slot.
     positive = (samples.labels > 0) & (samples.weight > 0)
     assert 2 <= int(positive.sum()) <= 32, "the ground truth itself is among the positives"
-    assert seen["pooled"].shape == (1, 128, 512, 7, 7)
-    assert seen["box_deltas"].shape == (1, 128, 84)
-    assert seen["class_logits"].shape == (1, 128, 21)
-    assert set(seen["losses"]) == LOSSES
+    assert inspected["pooled"].shape == (1, 128, 512, 7, 7)
+    assert inspected["box_deltas"].shape == (1, 128, 84)
+    assert inspected["class_logits"].shape == (1, 128, 21)
+    assert set(inspected["losses"]) == LOSSES
 
 
-def test_the_numbers_of_vgg16_in_evaluation(vgg16, photograph):
+def test_the_shapes_of_vgg16_in_evaluation(vgg16, photograph):
     with torch.no_grad():
-        seen = vgg16.eval().inspect([photograph[0]])
-    assert seen["proposals"].boxes.shape == (1, 300, 4)
-    assert int(seen["proposals"].count[0]) == 300
-    assert seen["box_deltas"].shape == (1, 300, 84)
-    assert seen["class_logits"].shape == (1, 300, 21)
-    assert seen["detections"].boxes.shape == (1, 300 * 20, 4)
-    assert seen["detections"].scores.shape == (1, 300 * 20)
+        inspected = vgg16.eval().inspect([photograph[0]])
+    assert inspected["proposals"].boxes.shape == (1, 300, 4)
+    assert int(inspected["proposals"].count[0]) == 300
+    assert inspected["box_deltas"].shape == (1, 300, 84)
+    assert inspected["class_logits"].shape == (1, 300, 21)
+    assert inspected["detections"].boxes.shape == (1, 300 * 20, 4)
+    assert inspected["detections"].scores.shape == (1, 300 * 20)
 
 
 def test_vgg16_takes_its_layers_and_the_classifiers_weights_from_torchvision(tmp_path):
@@ -79,7 +79,7 @@ def test_vgg16_takes_its_layers_and_the_classifiers_weights_from_torchvision(tmp
     expected = [f"backbone.{i}.{kind}" for i in (0, 2, 5, 7) for kind in ("weight", "bias")]
     assert frozen == expected, "conv1 and conv2"
     torch.save(model.state_dict(), tmp_path / "detector.pth")
-    again = fastdet.fasterrcnn_vgg16(weights=tmp_path / "detector.pth", weights_backbone="not looked at")
+    again = fastdet.fasterrcnn_vgg16(weights=tmp_path / "detector.pth", weights_backbone="not read")
     assert [name for name, parameter in again.named_parameters() if not parameter.requires_grad] == expected
     assert all(torch.equal(state[name], value) for name, value in again.state_dict().items())
 
@@ -172,22 +172,22 @@ def test_losses_and_detections_in_one_call_in_either_mode():
                 assert torch.equal(one["boxes"], other["boxes"])
 
 
-def test_core_is_what_the_call_runs():
+def test_the_call_runs_the_padded_forward():
     model = small_detector().eval()
     images, _ = small_scene()
-    seen = model.inspect([images[0]])
-    losses, detections = model.forward_padded(seen["images"], torch.tensor([[64, 80]]))
+    inspected = model.inspect([images[0]])
+    losses, detections = model.forward_padded(inspected["images"], torch.tensor([[64, 80]]))
     assert losses is None
-    assert torch.equal(detections.boxes, seen["detections"].boxes)
+    assert torch.equal(detections.boxes, inspected["detections"].boxes)
     with pytest.raises(ValueError, match="targets are needed"):
-        model.forward_padded(seen["images"], torch.tensor([[64, 80]]), compute_losses=True)
+        model.forward_padded(inspected["images"], torch.tensor([[64, 80]]), compute_losses=True)
     none = fastdet.Targets(torch.zeros(1, 0, 4), torch.zeros(1, 0).long(), torch.zeros(1, 0).bool())
     with pytest.raises(ValueError, match="at least one row"):
-        model.forward_padded(seen["images"], torch.tensor([[64, 80]]), none, compute_losses=True)
+        model.forward_padded(inspected["images"], torch.tensor([[64, 80]]), none, compute_losses=True)
 
 
 def test_minimum_side_is_in_pixels_of_the_original_image():
-    """The same pixels, said to be resized by 3, need sides three times as long."""
+    """With a scale of 3 the same pixels need sides three times as long."""
     model = small_detector(rpn_min_size=8.0).eval()
     images, _ = small_scene()
     pixels, sizes = model.inspect([images[0]])["images"], torch.tensor([[64, 80]])
@@ -203,15 +203,15 @@ def test_minimum_side_is_in_pixels_of_the_original_image():
 def test_an_image_without_boxes_trains_on_background():
     model = small_detector().train()
     images, targets = small_scene()
-    seen = model.inspect([images[1]], [targets[1]])
-    assert (seen["anchor_labels"] <= 0).all()
-    assert (seen["samples"].labels == 0).all()
-    assert seen["samples"].weight.sum() > 0
-    total = sum(seen["losses"].values())
+    inspected = model.inspect([images[1]], [targets[1]])
+    assert (inspected["anchor_labels"] <= 0).all()
+    assert (inspected["samples"].labels == 0).all()
+    assert inspected["samples"].weight.sum() > 0
+    total = sum(inspected["losses"].values())
     total.backward()
     assert torch.isfinite(total)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-    assert seen["losses"]["loss_box_reg"] == 0
+    assert inspected["losses"]["loss_box_reg"] == 0
 
 
 def test_ignored_boxes_are_not_trained_on():
@@ -228,8 +228,8 @@ def test_ignored_boxes_are_not_trained_on():
 
 def covered_by(boxes, region):
     """The share of each box's area inside a region."""
-    corner, far = torch.maximum(boxes[:, :2], region[:2]), torch.minimum(boxes[:, 2:], region[2:])
-    return (far - corner).clamp(min=0).prod(1) / (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    top_left, bottom_right = torch.maximum(boxes[:, :2], region[:2]), torch.minimum(boxes[:, 2:], region[2:])
+    return (bottom_right - top_left).clamp(min=0).prod(1) / (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
 def test_nothing_learns_to_be_background_in_ignored_regions():
@@ -242,23 +242,23 @@ def test_nothing_learns_to_be_background_in_ignored_regions():
     }
     image = small_scene()[0][0]
     everything = {"rpn_batch_size_per_image": 2000, "box_batch_size_per_image": 200, "box_bg_iou_thresh_low": 0.0}
-    seen, blind = (
+    inspected, without = (
         small_detector(ignore_iof_thresh=share, **everything).eval().inspect([image], [targets])
         for share in (0.6, None)
     )
-    covered = covered_by(seen["anchors"], crowd) >= 0.6
-    labels, plain = seen["anchor_labels"][0], blind["anchor_labels"][0]
+    covered = covered_by(inspected["anchors"], crowd) >= 0.6
+    labels, plain = inspected["anchor_labels"][0], without["anchor_labels"][0]
     assert torch.equal(labels, torch.where(covered & (plain == 0), -1, plain))
     assert (covered & (plain == 0)).sum() > 10
-    assert (covered & (labels == 1)).any(), "what is known to be an object is trained on"
-    samples = seen["samples"]
+    assert (covered & (labels == 1)).any(), "positives are trained on"
+    samples = inspected["samples"]
     background = samples.boxes[0][(samples.labels[0] == 0) & (samples.weight[0] > 0)]
     assert len(background) > 0
     assert (covered_by(background, crowd) < 0.6).all()
-    samples = blind["samples"]
+    samples = without["samples"]
     assert (covered_by(samples.boxes[0][(samples.labels[0] == 0) & (samples.weight[0] > 0)], crowd) >= 0.6).any()
-    assert 3 in seen["samples"].labels.tolist()[0]
-    assert 2 not in seen["samples"].labels.tolist()[0]
+    assert 3 in inspected["samples"].labels.tolist()[0]
+    assert 2 not in inspected["samples"].labels.tolist()[0]
 
 
 def test_a_seed_fixes_the_samples():
@@ -288,18 +288,18 @@ class TwoLevels(nn.Module):
 def test_several_levels_and_torchvisions_settings(pooling):
     torch.manual_seed(0)
     generator = fastdet.AnchorGenerator(sizes=((16,), (32,)), aspect_ratios=((0.5, 1.0, 2.0),))
-    numbers = {"min_size": 64, "max_size": 96, "box_pooling": pooling, "rpn_post_nms_top_n_test": 30}
-    numbers["box_featmap_names"] = None if pooling == "align" else ("coarse",)
-    settings = fastdet.TORCHVISION.override(rpn_anchor_generator=generator, **numbers)
+    overrides = {"min_size": 64, "max_size": 96, "box_pooling": pooling, "rpn_post_nms_top_n_test": 30}
+    overrides["box_featmap_names"] = None if pooling == "align" else ("coarse",)
+    settings = fastdet.TORCHVISION.override(rpn_anchor_generator=generator, **overrides)
     model = fastdet.FasterRCNN(TwoLevels(), 3, settings=settings)
     images, targets = small_scene()
     targets = [{**target, "labels": target["labels"].clamp(max=2)} for target in targets]
-    seen = model.train().inspect(images, targets)
-    assert seen["images"].shape[-2:] == (96, 96), "padded to a multiple of 32"
-    assert len(seen["features"]) == 2
-    assert seen["anchors"].shape == (3 * (12 * 12 + 6 * 6), 4)
-    assert seen["rpn_logits"].shape[-1] == 1
-    sum(seen["losses"].values()).backward()
+    inspected = model.train().inspect(images, targets)
+    assert inspected["images"].shape[-2:] == (96, 96), "padded to a multiple of 32"
+    assert len(inspected["features"]) == 2
+    assert inspected["anchors"].shape == (3 * (12 * 12 + 6 * 6), 4)
+    assert inspected["rpn_logits"].shape[-1] == 1
+    sum(inspected["losses"].values()).backward()
     assert model.backbone.fine.weight.grad.abs().sum() > 0
     with torch.no_grad():
         assert model.eval().inspect(images)["proposals"].boxes.shape == (3, 30, 4)
@@ -315,7 +315,7 @@ def test_anchors_and_pooling_use_the_backbones_stride():
     model = fastdet.FasterRCNN("small", 3, min_size=64, max_size=64)
     assert model.inspect([torch.rand(3, 64, 64)])["anchors"].shape == (8 * 8 * 9, 4)
     assert model.settings.rpn_anchor_generator.strides == (8,)
-    # A feature map of one row says nothing about the stride.
+    # From a feature map of one row the stride cannot be inferred.
     low = fastdet.FasterRCNN("mobilenet_v2", 3, min_size=17, max_size=400).eval()
     inspected = low.inspect([torch.rand(3, 17, 400)])
     moved = torch.tensor([24 * 16, 16, 24 * 16, 16])
@@ -353,8 +353,8 @@ def test_a_step_under_autocast_gives_fp32_losses():
 def test_models_are_copied_and_pickled():
     model, images = small_detector().eval(), small_scene()[0]
     expected = model(images)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(expected, twin(images), strict=True))
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(expected, copied(images), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -365,17 +365,17 @@ def test_the_longer_side_limits(size, expected):
     assert resized_size(size, 600, 1000)[0] == expected
 
 
-def test_shares_of_positives_and_clamps_are_obeyed():
+def test_shares_of_positives_and_clamps_are_applied():
     images, _ = small_scene()
     crowded = {"boxes": torch.rand(40, 2).mul(40).repeat(1, 2).add(torch.tensor([0, 0, 20.0, 20.0]))}
     crowded["labels"] = torch.ones(40, dtype=torch.int64)
     model = small_detector(
         rpn_positive_fraction=0.25, rpn_batch_size_per_image=16, box_positive_fraction=0.5, rpn_fg_iou_thresh=0.35
     )
-    seen = model.inspect([images[0]], [crowded])
-    assert int((seen["anchor_labels"] == 1).sum()) == 4
-    assert int((seen["anchor_labels"] == 0).sum()) == 12
-    assert int((seen["samples"].labels > 0).sum()) == 8
+    inspected = model.inspect([images[0]], [crowded])
+    assert int((inspected["anchor_labels"] == 1).sum()) == 4
+    assert int((inspected["anchor_labels"] == 0).sum()) == 12
+    assert int((inspected["samples"].labels > 0).sum()) == 8
     # Without a clamp a large dw gives a box as wide as the image, with one a box of at most that factor.
     wide = small_detector(bbox_xform_clip=0.1, rpn_nms_thresh=1.0).eval()
     nn.init.constant_(wide.rpn.head.bbox_pred.bias, 5.0)
@@ -394,7 +394,7 @@ def test_settings_are_changed_in_one_place():
     assert all((one["scores"] > 0.4).all() for one in found)
     with pytest.raises(ValueError, match="rpn_anchor_generator, box_pool_size: the layers are built for the old value"):
         model.settings = model.settings.override(rpn_anchor_generator=fastdet.AnchorGenerator(), box_pool_size=5)
-    # torchvision's users write these, and would change nothing here.
+    # torchvision's users assign these, which would have no effect here.
     for part, name, words in (
         (model.roi_heads, "score_thresh", "box_score_thresh"),
         (model.roi_heads, "detections_per_img", "box_detections_per_img"),
@@ -423,17 +423,21 @@ def parts_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def test_every_attribute_of_torchvisions_detector_is_used_or_refused():
-    """What its modules hold, and the methods that they look up on themselves."""
+    """The attributes of its modules, and the methods of their classes."""
     model = fastdet.FasterRCNN("mobilenet_v2_fpn", 5)
     theirs = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
     of_modules = {*dir(nn.Module()), "backbone", "rpn", "roi_heads", "head", "box_head", "box_predictor"}
     refused = 0
     for name, part in parts_of(model).items():
-        other = parts_of(theirs)[name]
-        of_theirs = {*vars(other), *other._modules, *(key for kind in type(other).mro()[:-2] for key in vars(kind))}
+        reference = parts_of(theirs)[name]
+        of_theirs = {
+            *vars(reference),
+            *reference._modules,
+            *(key for kind in type(reference).mro()[:-2] for key in vars(kind)),
+        }
         for attribute in of_theirs - of_modules - {"_has_warned", "eager_outputs"} - set(dir(part)):
             with pytest.raises(AttributeError, match=f"^{attribute} has no effect on fastdet's {type(part).__name__}"):
-                setattr(part, attribute, getattr(other, attribute))
+                setattr(part, attribute, getattr(reference, attribute))
             refused += 1
     assert refused > 25
     model.roi_heads.box_predictor = theirs.roi_heads.box_predictor
@@ -459,15 +463,15 @@ def test_losses_are_weighted():
 
 def test_classes_are_weighted():
     weights = (0.5, 2.0, 1.0, 4.0)
-    seen = step_losses(class_weights=weights)
-    taken = seen["samples"].weight > 0
-    scores, labels = seen["class_logits"][taken], seen["samples"].labels[taken]
+    inspected = step_losses(class_weights=weights)
+    valid = inspected["samples"].weight > 0
+    scores, labels = inspected["class_logits"][valid], inspected["samples"].labels[valid]
     assert len(labels.unique()) > 2
     expected = nn.functional.cross_entropy(scores, labels, torch.tensor(weights))
-    torch.testing.assert_close(seen["losses"]["loss_classifier"], expected)
+    torch.testing.assert_close(inspected["losses"]["loss_classifier"], expected)
     torch.testing.assert_close(step_losses(class_weights=(1.0,) * 4)["losses"], step_losses()["losses"])
-    nothing = step_losses(class_weights=(0.0, 0.0, 0.0, 1e-3))["losses"]["loss_classifier"]
-    assert torch.isfinite(nothing)
+    tiny_weights = step_losses(class_weights=(0.0, 0.0, 0.0, 1e-3))["losses"]["loss_classifier"]
+    assert torch.isfinite(tiny_weights)
     with pytest.raises(ValueError, match="class_weights must hold 4 numbers"):
         small_detector(class_weights=(1.0, 1.0))
     model = small_detector(class_weights=weights)
@@ -479,7 +483,7 @@ def test_classes_are_weighted():
 def test_features_and_all_scores_of_each_detection():
     model = small_detector(box_score_thresh=0.2).eval()
     images, _ = small_scene()
-    seen = model.inspect(images)
+    inspected = model.inspect(images)
     plain = model(images)
     found = model(images, return_features=True, return_class_scores=True)
     assert sum(len(one["boxes"]) for one in found) > 10
@@ -491,12 +495,12 @@ def test_features_and_all_scores_of_each_detection():
         torch.testing.assert_close(rows.sum(1), torch.ones(len(rows)))
         # The score of a detection is the one of its class.
         torch.testing.assert_close(rows.gather(1, one["labels"][:, None])[:, 0], one["scores"])
-        # The predictor makes of the features what it made of the proposal.
+        # The predictor gives the same scores from the returned features.
         again = model.roi_heads.box_predictor(one["features"])[0].softmax(1)
         torch.testing.assert_close(again, rows)
         assert one["features"].shape == (len(rows), 16)
-    index = seen["detections"].index
-    torch.testing.assert_close(seen["box_features"][0, index[0, 0]], found[0]["features"][0])
+    index = inspected["detections"].index
+    torch.testing.assert_close(inspected["box_features"][0, index[0, 0]], found[0]["features"][0])
     with pytest.raises(ValueError, match=r"return_features .* in training, return_losses too"):
         small_detector().train()(*small_scene(), return_features=True)
     losses, both = model(images, small_scene()[1], return_losses=True, return_features=True)
@@ -510,8 +514,8 @@ def test_features_and_all_scores_of_each_detection():
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("name", ["small", "mobilenet_v2", "resnet18_fpn"])
 def test_other_channel_counts(name, channels):
-    numbers = {"image_mean": (0.5,) * channels, "image_std": (0.2,) * channels, "min_size": 64, "max_size": 96}
-    model = fastdet.FasterRCNN(name, 3, rpn_post_nms_top_n_test=10, **numbers)
+    settings = {"image_mean": (0.5,) * channels, "image_std": (0.2,) * channels, "min_size": 64, "max_size": 96}
+    model = fastdet.FasterRCNN(name, 3, rpn_post_nms_top_n_test=10, **settings)
     images, targets = small_scene()
     images = [torch.rand(channels, *image.shape[1:]) for image in images]
     targets = [{**target, "labels": target["labels"].clamp(max=2)} for target in targets]
@@ -548,7 +552,7 @@ def test_images_of_bytes():
     )
 
 
-def test_heads_that_do_not_fit_the_anchors_are_told_apart():
+def test_heads_that_do_not_fit_the_anchors_are_refused():
     head = RPNHead(4, 8, num_anchors=3, logits_per_anchor=2)
     model = small_detector(rpn_head=head).eval()
     with pytest.raises(ValueError, match=r"gives \[6\] channels of logits .* \[6\] anchors a cell need \[12\]"):
@@ -574,7 +578,7 @@ def test_input_formats():
     assert half.dtype == torch.float32
 
 
-def test_unknown_settings_are_refused_with_the_near_names():
+def test_unknown_settings_are_refused_with_similar_names():
     with pytest.raises(TypeError, match=r"'rpn_post_nms_topn'.*rpn_post_nms_top_n_test"):
         fastdet.FasterRCNN(TinyBackbone(), 3, rpn_post_nms_topn=5)
 
@@ -666,8 +670,8 @@ def test_bad_input_names_the_image_and_the_box(monkeypatch, images, targets, wor
         model(images, targets)
 
 
-def test_a_default_device_does_not_take_the_hosts_part():
-    """Such as `torch.set_default_device("cuda")`: what is padded on the host goes there from pinned memory."""
+def test_a_default_device_does_not_change_where_padding_is_done():
+    """Such as `torch.set_default_device("cuda")`: padding is done on the host and copied from pinned memory."""
     images, targets = small_scene()
     model = small_detector().train()
     batch, padded, _ = model.preprocess(images, targets)

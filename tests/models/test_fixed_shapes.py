@@ -1,4 +1,4 @@
-"""The step never makes the host wait and no shape in it depends on data: batch 2, images of two sizes.
+"""The step has no host sync and no shape in it depends on data: batch 2, images of two sizes.
 
 Forward and backward run on the CPU under a mode that refuses operators whose result's shape, or whose host value,
 depends on data. That mode cannot see `.tolist()` or copies between devices on a CPU, so the forward runs again on a
@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import fastdet
 from fastdet import FasterRCNN, Targets
-from tests.helpers.detectors import NUM_CLASSES, SMALL_NUMBERS, TinyBackbone, small_detector, small_scene
-from tests.helpers.host_sync import Refuse
+from tests.helpers.detectors import NUM_CLASSES, SMALL_SETTINGS, TinyBackbone, small_detector, small_scene
+from tests.helpers.host_sync import RefuseHostSync
 
 
 def padded_inputs(model: FasterRCNN) -> tuple[torch.Tensor, torch.Tensor, Targets, torch.Tensor]:
@@ -27,7 +27,7 @@ def test_training_step_on_the_cpu(pooling):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     inputs = padded_inputs(model)
     assert len(set(map(tuple, inputs[1].tolist()))) == 2, "two sizes"
-    with Refuse():
+    with RefuseHostSync():
         losses, _ = model.forward_padded(*inputs)
         sum(losses.values()).backward()
         optimizer.step()
@@ -37,20 +37,24 @@ def test_training_step_on_the_cpu(pooling):
 def test_inference_step_on_the_cpu(cap):
     model = small_detector(box_detections_per_img=cap).eval()
     images, sizes, _, scales = padded_inputs(model)
-    with Refuse(), torch.no_grad():
+    with RefuseHostSync(), torch.no_grad():
         model.forward_padded(images, sizes, None, scales)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("settings", [fastdet.VGG16, fastdet.TORCHVISION], ids=["vgg16", "torchvision"])
 def test_forward_on_a_fake_gpu(settings, training):
-    numbers = {**SMALL_NUMBERS, "box_featmap_names": None, "rpn_hidden_channels": settings.rpn_hidden_channels and 8}
+    overrides = {
+        **SMALL_SETTINGS,
+        "box_featmap_names": None,
+        "rpn_hidden_channels": settings.rpn_hidden_channels and 8,
+    }
     shapes = [(2, 3, 64, 80), (2, 2), (2, 3, 4), (2, 3), (2,)]
     with FakeTensorMode(), torch.device("cuda"):
-        model = FasterRCNN(TinyBackbone(), NUM_CLASSES, settings=settings, **numbers).train(training)
+        model = FasterRCNN(TinyBackbone(), NUM_CLASSES, settings=settings, **overrides).train(training)
         images, sizes, boxes, labels, scales = (torch.empty(shape) for shape in shapes)
         inputs = images, sizes.long(), Targets(boxes, labels.long(), labels > 0), scales
-        with Refuse():
+        with RefuseHostSync():
             losses, detections = model.forward_padded(*inputs, compute_losses=True, compute_detections=True)
         assert losses["loss_classifier"].device.type == "cuda"
         assert detections.boxes.device.type == "cuda"
@@ -74,7 +78,7 @@ PYRAMID = {
 def test_a_pyramid_with_all_options_on_the_cpu(training):
     model = FasterRCNN("resnet18_fpn", NUM_CLASSES, **PYRAMID).train(training)
     images, sizes, targets, scales = padded_inputs(model)
-    with Refuse():
+    with RefuseHostSync():
         losses, detections = model.forward_padded(
             images, sizes, targets, scales, compute_losses=True, compute_detections=True
         )
@@ -88,7 +92,7 @@ def test_a_pyramid_with_all_options_on_a_fake_gpu():
         images, sizes, boxes, labels, scales = (
             torch.empty(shape) for shape in [(2, 3, 64, 96), (2, 2), (2, 3, 4), (2, 3), (2,)]
         )
-        with Refuse():
+        with RefuseHostSync():
             losses, detections = model.forward_padded(
                 images, sizes.long(), Targets(boxes, labels.long(), labels > 0), scales, compute_detections=True
             )
@@ -112,15 +116,15 @@ def test_the_step_is_one_graph(training):
         torch.testing.assert_close(detections.boxes, expected.boxes)
 
 
-def test_the_modes_catch_what_they_are_for():
-    with Refuse():
+def test_the_modes_detect_each_kind_of_host_sync():
+    with RefuseHostSync():
         with pytest.raises(AssertionError, match="nonzero"):
             torch.ones(3).nonzero()
         with pytest.raises(AssertionError, match="boolean mask"):
             torch.ones(3)[torch.ones(3, dtype=torch.bool)]
-        with pytest.raises(AssertionError, match="wait"):
+        with pytest.raises(AssertionError, match="host sync"):
             torch.ones(1).item()
-    with FakeTensorMode(), Refuse():
+    with FakeTensorMode(), RefuseHostSync():
         tensor = torch.ones(2, device="cuda")
         with pytest.raises(AssertionError, match="copies from cuda"):
             tensor.cpu()
@@ -131,7 +135,7 @@ def test_the_modes_catch_what_they_are_for():
 
 
 def test_shapes_do_not_depend_on_the_data():
-    """Zeros, noise and NaN give outputs of equal shape, finite where it is promised."""
+    """Zeros, noise and NaN give outputs of equal shape, and boxes stay finite."""
     model = small_detector().eval()
     images, sizes, targets, scales = padded_inputs(model)
     shapes = []

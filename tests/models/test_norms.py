@@ -1,4 +1,4 @@
-"""BatchNorm that leaves out padding, against torch's on the rows that count."""
+"""BatchNorm that leaves out padding, against torch's on the valid rows."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from fastdet.models.norms import FrozenBatchNorm2d, MaskedBatchNorm2d
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_rows_that_do_not_count_leave_no_trace(momentum):
+def test_rows_of_padding_have_no_effect(momentum):
     x = torch.randn(7, 3, 2, 4) * 3 + 1
     rows = torch.tensor([True, False, True, True, False, True, False])
     ours, theirs = MaskedBatchNorm2d(3, momentum=momentum), nn.BatchNorm2d(3, momentum=momentum)
@@ -23,15 +23,15 @@ def test_rows_that_do_not_count_leave_no_trace(momentum):
         (expected**3).sum().backward()
         torch.testing.assert_close(noisy.grad[rows], plain.grad, rtol=1e-4, atol=1e-4)
         x = x * 2 + 1
-    for (name, one), other in zip(theirs.state_dict().items(), ours.state_dict().values(), strict=True):
-        torch.testing.assert_close(other, one, msg=name)
+    for (name, expected), found in zip(theirs.state_dict().items(), ours.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, expected, msg=name)
     torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-3)
     ours.eval()
     theirs.eval()
     torch.testing.assert_close(ours(x), theirs(x))
 
 
-def test_without_rows_it_is_torchs():
+def test_without_a_mask_it_is_torchs():
     x = torch.randn(4, 3, 2, 2)
     torch.testing.assert_close(MaskedBatchNorm2d(3)(x), nn.BatchNorm2d(3)(x))
     norm = MaskedBatchNorm2d(3)

@@ -16,8 +16,8 @@ SIZE, BATCH, STEPS = 64, 4, 50
 def detector() -> FasterRCNN:
     torch.manual_seed(0)
     anchors = AnchorGenerator(sizes=((12, 20, 32),), offset=4.0)
-    numbers = {"min_size": SIZE, "max_size": SIZE, "rpn_anchor_generator": anchors, "box_representation_size": 64}
-    return FasterRCNN("small", 5, **numbers).train()
+    settings = {"min_size": SIZE, "max_size": SIZE, "rpn_anchor_generator": anchors, "box_representation_size": 64}
+    return FasterRCNN("small", 5, **settings).train()
 
 
 def batches() -> list[tuple[list[Tensor], list[dict[str, Any]]]]:
@@ -56,13 +56,13 @@ class Dtypes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: dict[str, set[torch.dtype]] = {}
+        self.recorded: dict[str, set[torch.dtype]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, name = func._schema.name.split("::")
         if namespace == "fastdet" or name in ("convolution", "addmm", "smooth_l1_loss", "_log_softmax"):
             tensors = [arg for arg in torch.utils._pytree.tree_leaves(args) if isinstance(arg, Tensor)]
-            self.seen.setdefault(name, set()).update(t.dtype for t in tensors if t.is_floating_point())
+            self.recorded.setdefault(name, set()).update(t.dtype for t in tensors if t.is_floating_point())
         return func(*args, **(kwargs or {}))
 
 
@@ -73,14 +73,14 @@ def test_each_step_runs_in_its_precision(dtype, pooling):
     model.settings = model.settings.override(box_pooling=pooling)
     with Dtypes() as dtypes, torch.autocast("cpu", dtype=dtype):
         losses, detections = model(images, targets, return_losses=True)
-    low, full, seen = {dtype}, {torch.float32}, dtypes.seen
+    low, full, recorded = {dtype}, {torch.float32}, dtypes.recorded
     for name in ("convolution", "addmm"):
-        assert seen[name] == low, name
+        assert recorded[name] == low, name
     # Boxes stay in fp32 beside features in low precision; the outputs of the head are widened as they are read.
-    assert seen["roi_pool" if pooling == "max" else "roi_align"] == low | full
-    assert seen["decode"] == low | full
+    assert recorded["roi_pool" if pooling == "max" else "roi_align"] == low | full
+    assert recorded["decode"] == low | full
     for name in ("match", "nms", "smooth_l1_loss", "_log_softmax"):
-        assert seen[name] == full, name
+        assert recorded[name] == full, name
     assert {loss.dtype for loss in losses.values()} == full
     assert {found[key].dtype for found in detections for key in ("boxes", "scores")} == full
     sum(losses.values()).backward()

@@ -7,9 +7,9 @@ import torch
 from tests.helpers import oracle
 from tests.helpers.detectors import NUM_CLASSES, small_detector, small_scene
 
-# With quotas this large everything that may be sampled is, and nothing is left to chance.
+# With quotas this large every candidate is sampled, so that nothing is random.
 EVERYTHING = {
-    # The loops know nothing of ignored regions.
+    # The loops do not handle ignored regions.
     "ignore_iof_thresh": None,
     "rpn_batch_size_per_image": 2000,
     "rpn_positive_fraction": 1.0,
@@ -18,33 +18,33 @@ EVERYTHING = {
 }
 
 
-def truth_of(targets, sizes, originals, i):
+def truth_of(targets, sizes, original_sizes, i):
     """Boxes scaled to the resized image and clipped, and labels, of the targets that are trained on."""
     height, width = sizes[i]
-    factor = np.array([width / originals[i][1], height / originals[i][0]] * 2)
+    factor = np.array([width / original_sizes[i][1], height / original_sizes[i][0]] * 2)
     keep = ~targets[i].get("ignore", torch.zeros(len(targets[i]["boxes"]), dtype=torch.bool)).numpy()
     boxes = targets[i]["boxes"].double().numpy()[keep] * factor
     return [oracle.clip(box, height, width) for box in boxes], targets[i]["labels"].numpy()[keep]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["inside only", "all anchors"])
-def seen(request):
+def inspected(request):
     model = small_detector(rpn_anchors_inside_only=request.param, **EVERYTHING).train()
     images, targets = small_scene()
     torch.manual_seed(7)
     found = model.inspect(images, targets)
-    originals = [tuple(image.shape[-2:]) for image in images]
+    original_sizes = [tuple(image.shape[-2:]) for image in images]
     # By hand from 64 / 96 pixels: 96 x 70 shrinks by 64 / 70.
     sizes = [(64, 80), (87, 64), (64, 80)]
-    return model, targets, originals, sizes, found
+    return model, targets, original_sizes, sizes, found
 
 
 def close(actual, expected, tolerance=1e-4):
     np.testing.assert_allclose(np.asarray(actual.detach().double()), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_anchors(seen):
-    _, _, _, sizes, found = seen
+def test_anchors(inspected):
+    _, _, _, sizes, found = inspected
     grid = found["features"].shape[-2:]
     assert tuple(found["images"].shape) == (3, 3, 87, 80)
     expected = oracle.anchors(grid, 16, (16, 32), (0.5, 1.0, 2.0), 8)
@@ -54,24 +54,24 @@ def test_anchors(seen):
     assert 0 < np.sum(inside) < np.size(inside)
 
 
-def test_anchor_targets(seen):
-    model, targets, originals, sizes, found = seen
+def test_anchor_targets(inspected):
+    model, targets, original_sizes, sizes, found = inspected
     for i in range(3):
-        truth, _ = truth_of(targets, sizes, originals, i)
+        truth, _ = truth_of(targets, sizes, original_sizes, i)
         anchors = found["anchors"].double().numpy()
-        labels, locs = oracle.anchor_targets(anchors, truth, *sizes[i], model.settings)
+        labels, deltas = oracle.anchor_targets(anchors, truth, *sizes[i], model.settings)
         assert found["anchor_labels"][i].tolist() == labels.tolist()
-        close(found["anchor_deltas"][i], locs)
+        close(found["anchor_deltas"][i], deltas)
     assert {-1, 0, 1} == set(found["anchor_labels"].flatten().tolist()) or not model.settings.rpn_anchors_inside_only
 
 
-def test_proposals(seen):
-    model, _, originals, sizes, found = seen
-    scores, locs = found["rpn_logits"].detach().double().numpy(), found["rpn_deltas"].detach().double().numpy()
+def test_proposals(inspected):
+    model, _, original_sizes, sizes, found = inspected
+    scores, deltas = found["rpn_logits"].detach().double().numpy(), found["rpn_deltas"].detach().double().numpy()
     for i in range(3):
-        scale = min(64 / min(originals[i]), 96 / max(originals[i]))
+        scale = min(64 / min(original_sizes[i]), 96 / max(original_sizes[i]))
         expected = oracle.proposals(
-            found["anchors"].double().numpy(), locs[i], scores[i], *sizes[i], scale, model.settings, training=True
+            found["anchors"].double().numpy(), deltas[i], scores[i], *sizes[i], scale, model.settings, training=True
         )
         count = int(found["proposals"].count[i])
         assert count == len(expected) > 3
@@ -79,42 +79,42 @@ def test_proposals(seen):
         assert (found["proposals"].boxes[i, count:] == 0).all()
 
 
-def test_roi_targets(seen):
-    model, targets, originals, sizes, found = seen
+def test_roi_targets(inspected):
+    model, targets, original_sizes, sizes, found = inspected
     kinds = set()
     for i in range(3):
-        truth, truth_labels = truth_of(targets, sizes, originals, i)
+        truth, truth_labels = truth_of(targets, sizes, original_sizes, i)
         count = int(found["proposals"].count[i])
         candidates = found["proposals"].boxes[i, :count].double().tolist() + truth
         expected = oracle.roi_targets(candidates, truth, truth_labels, model.settings)
         # Positives come first, each kind in the order of the candidates.
         expected = sorted(expected, key=lambda row: row[1] == 0)
         samples = found["samples"]
-        taken = samples.weight[i] > 0
-        assert int(taken.sum()) == len(expected)
-        close(samples.boxes[i][taken], np.array([row[0] for row in expected]).reshape(-1, 4))
-        assert samples.labels[i][taken].tolist() == [row[1] for row in expected]
-        close(samples.deltas[i][taken], np.array([row[2] for row in expected]).reshape(-1, 4), 1e-3)
-        assert (samples.boxes[i][~taken] == 0).all()
-        assert (samples.labels[i][~taken] == 0).all()
-        kinds |= set(samples.labels[i][taken].tolist())
+        valid = samples.weight[i] > 0
+        assert int(valid.sum()) == len(expected)
+        close(samples.boxes[i][valid], np.array([row[0] for row in expected]).reshape(-1, 4))
+        assert samples.labels[i][valid].tolist() == [row[1] for row in expected]
+        close(samples.deltas[i][valid], np.array([row[2] for row in expected]).reshape(-1, 4), 1e-3)
+        assert (samples.boxes[i][~valid] == 0).all()
+        assert (samples.labels[i][~valid] == 0).all()
+        kinds |= set(samples.labels[i][valid].tolist())
     assert len(kinds) >= 3, "the case samples hardly anything"
 
 
-def test_losses(seen):
-    model, _, _, _, found = seen
-    numbers = {name: found[name].detach().double().numpy() for name in ("rpn_logits", "rpn_deltas")}
+def test_losses(inspected):
+    model, _, _, _, found = inspected
+    outputs = {name: found[name].detach().double().numpy() for name in ("rpn_logits", "rpn_deltas")}
     labels = found["anchor_labels"].numpy().reshape(-1)
-    locs = found["anchor_deltas"].double().numpy().reshape(-1, 4)
+    deltas = found["anchor_deltas"].double().numpy().reshape(-1, 4)
     objectness, rpn_box = oracle.rpn_losses(
-        numbers["rpn_logits"].reshape(-1, 2), numbers["rpn_deltas"].reshape(-1, 4), labels, locs, model.settings
+        outputs["rpn_logits"].reshape(-1, 2), outputs["rpn_deltas"].reshape(-1, 4), labels, deltas, model.settings
     )
-    taken = found["samples"].weight > 0
+    valid = found["samples"].weight > 0
     classifier, box = oracle.roi_losses(
-        found["class_logits"][taken].detach().double().numpy(),
-        found["box_deltas"][taken].detach().double().numpy(),
-        found["samples"].labels[taken].numpy(),
-        found["samples"].deltas[taken].double().numpy(),
+        found["class_logits"][valid].detach().double().numpy(),
+        found["box_deltas"][valid].detach().double().numpy(),
+        found["samples"].labels[valid].numpy(),
+        found["samples"].deltas[valid].double().numpy(),
         model.settings,
     )
     losses = found["losses"]
@@ -132,7 +132,7 @@ def test_detections(cap):
     images, _ = small_scene()
     found = model.inspect(images)
     results = model(images)
-    sizes, originals = [(64, 80), (87, 64), (64, 80)], [tuple(image.shape[-2:]) for image in images]
+    sizes, original_sizes = [(64, 80), (87, 64), (64, 80)], [tuple(image.shape[-2:]) for image in images]
     for i in range(3):
         count = int(found["proposals"].count[i])
         expected = oracle.detections(
@@ -145,7 +145,7 @@ def test_detections(cap):
         assert len(expected) > 3
         assert results[i]["labels"].tolist() == [label for _, label, _ in expected]
         close(results[i]["scores"], [score for score, _, _ in expected])
-        factor = np.array([originals[i][1] / sizes[i][1], originals[i][0] / sizes[i][0]] * 2)
+        factor = np.array([original_sizes[i][1] / sizes[i][1], original_sizes[i][0] / sizes[i][0]] * 2)
         close(results[i]["boxes"], np.array([box for _, _, box in expected]) * factor)
     total = (NUM_CLASSES - 1) * found["proposals"].boxes.shape[1]
     assert found["detections"].boxes.shape[1] == (total if cap is None else cap)

@@ -1,4 +1,4 @@
-"""The detector with torchvision's settings beside torchvision's own: same weights, same images, same numbers."""
+"""The detector with torchvision's settings beside torchvision's own: same weights, same images, same outputs."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ from tests.helpers.parity import (
     assert_same_detections,
     assert_same_gradients,
     assert_same_losses,
+    sample_all_candidates,
     scene,
-    strengthen,
-    take_all_candidates,
 )
+from tests.helpers.weights import randomize_heads
 
 SIZES, RATIOS = ((16, 24), (32, 48), (64, 96)), ((0.5, 1.0, 2.0),) * 3
-NUMBERS = {
+SETTINGS = {
     "min_size": 96,
     "max_size": 160,
     "rpn_pre_nms_top_n_train": 200,
@@ -50,17 +50,17 @@ class Pyramid(nn.Module):
 def both(**changes):
     """torchvision's detector and ours with the same weights; `changes` go to both."""
     torch.manual_seed(0)
-    numbers = {**NUMBERS, **changes}
+    settings_of_both = {**SETTINGS, **changes}
     pool = MultiScaleRoIAlign(["0", "1"], 7, 2)
     anchors = TheirAnchorGenerator(SIZES, RATIOS)
-    theirs = TheirFasterRCNN(Pyramid(), 5, rpn_anchor_generator=anchors, box_roi_pool=pool, **numbers)
-    strengthen(theirs)
-    take_all_candidates(theirs)
+    theirs = TheirFasterRCNN(Pyramid(), 5, rpn_anchor_generator=anchors, box_roi_pool=pool, **settings_of_both)
+    randomize_heads(theirs)
+    sample_all_candidates(theirs)
     settings = fastdet.TORCHVISION.override(
         rpn_anchor_generator=fastdet.AnchorGenerator(SIZES, RATIOS),
         box_featmap_names=("0", "1"),
         **EVERYTHING,
-        **numbers,
+        **settings_of_both,
     )
     ours = fastdet.FasterRCNN(Pyramid(), 5, settings=settings)
     ours.load_state_dict(theirs.state_dict())
@@ -81,7 +81,7 @@ def images_and_targets():
         {"box_score_thresh": 0.3, "box_nms_thresh": 0.2, "rpn_nms_thresh": 0.4},
         {"min_size": (64, 128), "max_size": 130},
     ],
-    ids=lambda changes: ", ".join(changes) or "as it comes",
+    ids=lambda changes: ", ".join(changes) or "default",
 )
 def test_detections(images_and_targets, changes):
     theirs, ours = both(**changes)
@@ -101,7 +101,7 @@ def test_losses_and_gradients(images_and_targets):
 
 
 def test_what_is_too_small_is_dropped_where_torchvision_drops_it(images_and_targets):
-    """torchvision's thresholds of sides are fixed, so they are moved by hand."""
+    """torchvision's thresholds of sides are constants, so the test sets its attribute."""
     theirs, ours = both()
     theirs.rpn.min_size = 25.0
     ours.settings = ours.rpn.settings = ours.settings.override(rpn_min_size=25.0)

@@ -16,11 +16,11 @@ from fastdet.engine.evaluate import evaluate
 from fastdet.metrics import coco_average_precision
 from fastdet.weights.files import read
 from tests.helpers.exported import FORMATS, assert_same, laid_out, loaded, write
-from tests.helpers.parity import EVERYTHING, assert_same_detections, assert_same_losses, take_all_candidates
+from tests.helpers.parity import EVERYTHING, assert_same_detections, assert_same_losses, sample_all_candidates
 
 pytestmark = pytest.mark.shared
 
-NUMBERS = {
+SETTINGS = {
     "min_size": 320,
     "max_size": 480,
     "rpn_pre_nms_top_n_train": 500,
@@ -33,16 +33,14 @@ NUMBERS = {
 
 
 @pytest.fixture(scope="module")
-def checkpoint_path():
-    from tests.conftest import SHARED
-
-    return SHARED / "weights" / "torchvision_mobilenet_v2_fpn_bccd.pth"
+def checkpoint_path(shared_dir):
+    return shared_dir / "weights" / "torchvision_mobilenet_v2_fpn_bccd.pth"
 
 
-def load_ours(path, **more):
+def load_ours(path, **overrides):
     anchors = fastdet.AnchorGenerator(((24,), (48,), (96,), (192,)))
-    numbers = {**NUMBERS, **more}
-    model = fastdet.FasterRCNN("mobilenet_v2_fpn", 4, freeze_batchnorm=True, rpn_anchor_generator=anchors, **numbers)
+    settings = {**SETTINGS, **overrides}
+    model = fastdet.FasterRCNN("mobilenet_v2_fpn", 4, freeze_batchnorm=True, rpn_anchor_generator=anchors, **settings)
     fastdet.weights.load(model, path)
     return model
 
@@ -57,24 +55,22 @@ def load_theirs(path):
         box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 7, 2),
         box_head=TwoMLPHead(128 * 49, 256),
         box_predictor=FastRCNNPredictor(256, 4),
-        **NUMBERS,
+        **SETTINGS,
     )
     model.load_state_dict(read(path)["model"])
     return model
 
 
 @pytest.fixture(scope="module")
-def held_out(checkpoint_path):
-    from tests.conftest import SHARED
-
-    return VOC(SHARED / "data" / "BCCD", "test", tuple(read(checkpoint_path)["names"]))
+def held_out(checkpoint_path, shared_dir):
+    return VOC(shared_dir / "data" / "BCCD", "test", tuple(read(checkpoint_path)["names"]))
 
 
 def test_average_precision_is_what_torchvision_reached(checkpoint_path, held_out):
     found = evaluate(load_ours(checkpoint_path).eval(), held_out, held_out.class_names)
     # torchvision was trained and measured on the corners as the files have them, which count pixels from 1.
-    one = torch.tensor([1.0, 1, 0, 0])
-    truth = [{**target, "boxes": target["boxes"] + one} for _, target in held_out]
+    shift = torch.tensor([1.0, 1, 0, 0])
+    truth = [{**target, "boxes": target["boxes"] + shift} for _, target in held_out]
     coco = coco_average_precision(found.predictions, truth, 4)
     assert (coco.ap, coco.ap50, coco.ap75) == pytest.approx((0.554, 0.905, 0.622), abs=1e-3)
     assert coco.ap50_per_class == pytest.approx([0.852, 0.955, 0.907], abs=1e-3)
@@ -82,7 +78,7 @@ def test_average_precision_is_what_torchvision_reached(checkpoint_path, held_out
 
 @pytest.fixture(scope="module")
 def photographs(held_out):
-    """Of several sizes: one is cut, one shrunk."""
+    """Three of several sizes: one is cropped, one shrunk."""
     images = [held_out[i][0] for i in range(3)]
     targets = [{name: held_out[i][1][name] for name in ("boxes", "labels")} for i in range(3)]
     images[1] = images[1][:, :300]
@@ -102,7 +98,7 @@ def test_detections_are_torchvisions(checkpoint_path, photographs):
 def test_losses_are_torchvisions(checkpoint_path, photographs):
     everything = {**EVERYTHING, "box_batch_size_per_image": 400}
     theirs, ours = load_theirs(checkpoint_path).train(), load_ours(checkpoint_path, **everything).train()
-    take_all_candidates(theirs)
+    sample_all_candidates(theirs)
     images, targets = photographs
     with torch.no_grad():
         assert_same_losses(theirs(images, [dict(target) for target in targets]), ours(images, targets))

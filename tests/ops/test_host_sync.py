@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.calls import CALLS, Call
+from bench.calls import CALLS, OpCall
 from fastdet import Detections, FasterRCNN, Targets, ops
 from fastdet.ops.nms import nms_padded
 from tests.helpers.checks import random_boxes
@@ -78,7 +78,7 @@ def test_the_mode_catches_a_host_sync(gpu: torch.device) -> None:
 
 
 @pytest.mark.parametrize("build", CALLS, ids=lambda build: build.__name__)
-def test_operations(gpu: torch.device, build: Callable[[torch.device, bool], Call]) -> None:
+def test_operations(gpu: torch.device, build: Callable[[torch.device, bool], OpCall]) -> None:
     twice_without_host_sync(build(gpu, False).run)
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from bench.calls import CALLS, Call, kernels_on, tensors
+from bench.calls import CALLS, OpCall, kernels_on, tensors
 
 ON_A_GPU, INTERPRETED = 50, 2
 
@@ -35,7 +35,7 @@ def disturbed(device: torch.device) -> Iterator[Callable[[], None]]:
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("build", CALLS, ids=lambda build: build.__name__)
-def test_same_bits_each_time(kernel_device: torch.device, build: Callable[[torch.device, bool], Call]) -> None:
+def test_same_bits_each_time(kernel_device: torch.device, build: Callable[[torch.device, bool], OpCall]) -> None:
     interpreted = kernel_device.type == "cpu"
     call = build(kernel_device, interpreted)
     with kernels_on(kernel_device), disturbed(kernel_device) as disturb:

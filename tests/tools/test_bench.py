@@ -1,16 +1,14 @@
 """The arithmetic of the benchmarks: floors, percentiles, the table, the picture. What they measure is not tested."""
 
-import csv
 import re
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from bench import between, costs, plot, report, roofline, scenes, whole_step
+from bench import between_networks, costs, plot, report, roofline, scenes, whole_step
 
 H100 = roofline.DEVICES["NVIDIA H100 80GB HBM3"]
 ANCHORS = 18648
@@ -46,7 +44,7 @@ def test_spread():
 
 
 def row(graphed_ms: float | None = 0.25, floor_ms: float | None = 0.125, median: float = 4.0) -> report.Row:
-    return report.compared(
+    return report.make_row(
         op="nms",
         size="12000 -> 2000, IoU 0.7",
         dtype="float32",
@@ -70,14 +68,14 @@ COSTS = costs.Cost(100.0, 7, 0), costs.Cost(200.0, 90, 13)
 
 def step_row() -> report.Row:
     times = report.Spread(40.0, 50.0, 60.0), report.Spread(80.0, 100.0, 120.0)
-    return report.compared("model, train", "batch 4", "bfloat16", "cpu", *times, images=4, costs=COSTS)
+    return report.make_row("model, train", "batch 4", "bfloat16", "cpu", *times, images=4, costs=COSTS)
 
 
 def test_row_of_a_whole_step():
     row = step_row()
     assert (row.images_per_s, row.torchvision_images_per_s) == (80.0, 40.0)
     assert (row.peak_mib, row.torchvision_peak_mib) == (100.0, 200.0)
-    assert (row.launches, row.torchvision_launches, row.waits, row.torchvision_waits) == (7, 90, 0, 13)
+    assert (row.launches, row.torchvision_launches, row.host_syncs, row.torchvision_host_syncs) == (7, 90, 0, 13)
     head, line = (re.split(r"\s{2,}", line.strip()) for line in report.step_lines([row]))
     assert dict(zip(head, line, strict=True)) == {
         "op": "model, train",
@@ -86,16 +84,16 @@ def test_row_of_a_whole_step():
         "images/s": "80.0 / 40.0",
         "peak, MiB": "100 / 200",
         "launches": "7 / 90",
-        "waits": "0 / 13",
+        "host syncs": "0 / 13",
     }
 
 
-def test_calls_of_cuda_are_told_apart():
+def test_launches_and_host_syncs_are_counted():
     launches = ["cudaLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync"]
-    waits = ["cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize"]
+    host_syncs = ["cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize"]
     neither = ["aten::add", "cudaEventRecord", "cudaStreamWaitEvent", "Memcpy HtoD", "volta_sgemm", "cudaEventQuery"]
-    assert costs.counted_calls([*launches, *waits, *neither]) == (5, 4)
-    assert costs.counted_calls(["cudaMemcpy", "cudaMemcpy2D", "cudaMemcpy2DAsync"]) == (3, 2)
+    assert costs.count_launches_and_syncs([*launches, *host_syncs, *neither]) == (5, 4)
+    assert costs.count_launches_and_syncs(["cudaMemcpy", "cudaMemcpy2D", "cudaMemcpy2DAsync"]) == (3, 2)
 
 
 def test_operators_are_counted(monkeypatch):
@@ -106,15 +104,15 @@ def test_operators_are_counted(monkeypatch):
     def call() -> None:
         (weight.view(9)[2:] * 2).sum().backward()
 
-    computing, waiting = costs.operators(call)
+    computing, syncing = costs.count_operators(call)
     # Times and sum; ones for the gradient of the loss, times, and zeros and a copy for that of the slice.
-    assert (computing, waiting) == (6, 0)
+    assert (computing, syncing) == (6, 0)
     mask = torch.ones(3) > 0
-    assert costs.operators(lambda: mask.any().item())[1] == 1
-    assert costs.operators(lambda: torch.ones(3)[mask])[1] == 1
+    assert costs.count_operators(lambda: mask.any().item())[1] == 1
+    assert costs.count_operators(lambda: torch.ones(3)[mask])[1] == 1
     boxes = torch.rand(700, 4)
-    assert costs.operators(lambda: torch.ops.torchvision.nms(boxes, boxes[:, 0], 0.5))[1] == 1
-    assert costs.operators(lambda: torch.ops.fastdet.nms(boxes[None], boxes[None, :, 0] > 0, 0.5, 9))[1] == 0
+    assert costs.count_operators(lambda: torch.ops.torchvision.nms(boxes, boxes[:, 0], 0.5))[1] == 1
+    assert costs.count_operators(lambda: torch.ops.fastdet.nms(boxes[None], boxes[None, :, 0] > 0, 0.5, 9))[1] == 0
 
 
 def test_memory_of_a_call():
@@ -125,7 +123,7 @@ def test_memory_of_a_call():
         return torch.zeros(1 << 18) + second[: 1 << 18]
 
     # Two of the large at a time; later one large and two small.
-    assert costs.highest(call) == pytest.approx(8 << 20, rel=0.01)
+    assert costs.peak_bytes(call) == pytest.approx(8 << 20, rel=0.01)
 
 
 def test_what_a_step_holds_counts_each_tensor_once():
@@ -135,8 +133,11 @@ def test_what_a_step_holds_counts_each_tensor_once():
     optimizer.step()
     model.register_buffer("again", model.weight.detach())
     # Weights and momentum.
-    assert costs.held(costs.Step(lambda: 0, lambda: 0, model, optimizer)) == 2 * 4 * 5050
-    assert costs.held(costs.Step(lambda: 0, lambda: 0, model, optimizer, others=lambda: 7)) == 2 * 4 * 5050 + 7
+    assert costs.persistent_bytes(costs.Step(lambda: 0, lambda: 0, model, optimizer)) == 2 * 4 * 5050
+    assert (
+        costs.persistent_bytes(costs.Step(lambda: 0, lambda: 0, model, optimizer, other_bytes=lambda: 7))
+        == 2 * 4 * 5050 + 7
+    )
 
 
 @pytest.mark.parametrize("keeps_gradients", [True, False])
@@ -151,11 +152,11 @@ def test_peak_of_a_step_counts_its_gradients_once(keeps_gradients):
         if not keeps_gradients:
             optimizer.zero_grad()
 
-    _, cost = costs.measured(lambda: costs.Step(run, run, model, optimizer), torch.device("cpu"))
+    _, cost = costs.measure(lambda: costs.Step(run, run, model, optimizer), torch.device("cpu"))
     assert cost.peak_mib == pytest.approx(2 * 4e6 / 2**20, rel=0.02)
-    assert cost.waits == 0
+    assert cost.host_syncs == 0
     step = costs.Step(run, run, model, optimizer, in_operators=False)
-    assert costs.measured(lambda: step, torch.device("cpu"))[1].launches is None
+    assert costs.measure(lambda: step, torch.device("cpu"))[1].launches is None
 
 
 class Slow(torch.autograd.Function):
@@ -195,7 +196,7 @@ def test_time_between_the_networks():
         optimizer.step()
         time.sleep(0.01)
 
-    timed = between.Between(costs.Step(run, run, model, optimizer))
+    timed = between_networks.TimerOutsideNetworks(costs.Step(run, run, model, optimizer))
     assert 18 < min(timed() for _ in range(3)) < 50
 
 
@@ -209,7 +210,7 @@ def weights_after(step: costs.Step, run: costs.Call) -> list[Tensor]:
 
 
 def test_all_ways_take_the_same_training_step():
-    before = list(whole_step.our_model(SMALL).parameters())
+    before = list(whole_step.build_fastdet(SMALL).parameters())
     expected = whole_step.eager(SMALL)
     after = weights_after(expected, expected.run)
     assert not all(map(torch.equal, before, after))
@@ -224,7 +225,7 @@ def test_all_ways_take_the_same_training_step():
 def test_all_ways_find_what_torchvision_finds():
     """But for the anchors, which differ a little: ours are not rounded and lie elsewhere in the cell."""
     case = SMALL._replace(training=False, height=160, width=224)
-    ours, theirs = whole_step.eager(case), whole_step.torchvisions(case)
+    ours, theirs = whole_step.eager(case), whole_step.torchvision_step(case)
     found = ours.run()
     assert sum(len(each["scores"]) for each in found) > 20
     for one, other in zip(found, whole_step.graphed(case).run(), strict=True):
@@ -237,15 +238,16 @@ def test_all_ways_find_what_torchvision_finds():
 
 
 def test_torchvision_has_the_same_weights():
-    ours = whole_step.our_model(SMALL)
-    theirs = whole_step.their_model(SMALL, ours)
+    ours = whole_step.build_fastdet(SMALL)
+    theirs = whole_step.build_torchvision(SMALL, ours)
     images = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
         features = ours.eval().backbone(images)
         torch.testing.assert_close(theirs.eval().backbone(images), features)
-        both = ours.rpn.head([features]).logits[0].unflatten(1, (-1, 2))
-        (logits,), _ = theirs.rpn.head([features])
-    torch.testing.assert_close(logits, both[:, :, 1] - both[:, :, 0])
+        (our_logits,), _ = ours.rpn.head([features])
+        (their_logits,), _ = theirs.rpn.head([features])
+    by_class = our_logits.unflatten(1, (-1, 2))
+    torch.testing.assert_close(their_logits, by_class[:, :, 1] - by_class[:, :, 0])
 
 
 def test_csv_round_trip(tmp_path):
@@ -270,40 +272,10 @@ def test_plot_writes_a_picture(tmp_path, floor_ms):
         assert picture.width == (1820 if floor_ms else 1430)
 
 
-def test_the_readme_says_what_was_measured():
-    root = Path(__file__).parents[2]
-    results = [row for row in plot.read(root / "bench/results/epyc-2-cores.csv") if "16" not in row.dtype]
-    measured = {(row.op, row.size, f"{row.ratio:.2f}") for row in results}
-    text = (root / "README.md").read_text()
-    rows = re.findall(r"^\| (.+) \| (.+) \| (\d+\.\d\d) \|$", text, re.MULTILINE)
-    assert len(rows) > 20
-    assert [row for row in rows if row not in measured] == []
-    (match,) = (ratio for op, size, ratio in measured if op == "match" and "50 boxes" in size)
-    assert f"in the run of the table {match} times" in text
-
-
-def test_the_readme_says_what_whole_steps_cost():
-    root = Path(__file__).parents[2]
-    with (root / "bench/results/epyc-2-cores.csv").open(newline="") as file:
-        measured = {(row["op"], row["dtype"]): row for row in csv.DictReader(file) if row["size"].endswith("batch 4")}
-    written = re.findall(
-        r"^\| (model, .+) \| (\w+) \| (.+) \| (.+) \| (.+) \| (.+) \| (.+) \|$", (root / "README.md").read_text(), re.M
-    )
-    assert len(written) == 12
-    for op, dtype, rate, ratio, *costs_of_both in written:
-        row = measured[op, dtype]
-        assert (rate, ratio) == (f"{float(row['images_per_s']):.1f}", f"{float(row['ratio']):.2f}")
-        for said, name in zip(costs_of_both, ("peak_mib", "launches", "waits"), strict=True):
-            ours, theirs = (
-                f"{float(value):.0f}" if (value := row[which]) else "-" for which in (name, f"torchvision_{name}")
-            )
-            assert said == f"{ours} ({theirs})"
-
-
 def test_boxes_by_class_differ_and_stay_near_the_rois():
     boxes, scores = scenes.by_class(scenes.clustered, 2, 3, 40)
     assert boxes.shape == (6, 40, 4)
     assert scores.shape == (6, 40)
     assert not torch.equal(boxes[0], boxes[1])
-    near, far = ((boxes[0] - boxes[other]).abs().mean() for other in (1, 3))
-    assert near < far / 4
+    same_image, other_image = ((boxes[0] - boxes[other]).abs().mean() for other in (1, 3))
+    assert same_image < other_image / 4

@@ -15,13 +15,13 @@ from tools import gpu_check
 from tools.gpu_check import ABSENT, FAILED, LATE, PASSED, Step
 
 
-def says(source: str, name: str = "step", limit: float = 60.0, **more: Any) -> Step:
+def python_step(source: str, name: str = "step", limit: float = 60.0, **more: Any) -> Step:
     return Step(name, [sys.executable, "-c", source], limit, **more)
 
 
 def alive(pid: int) -> bool:
     try:
-        # A killed child of a child is a zombie until it is waited for.
+        # A killed child of a child is a zombie until it is reaped.
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
@@ -38,18 +38,18 @@ open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
 time.sleep(100)
 """
     steps = [
-        says("print('3 passed in 1s')", "passes"),
-        says("print('FAILED tests/test_x.py::test_y - no'); print('1 failed'); raise SystemExit(1)", "fails"),
-        says(stubborn, "hangs", 3.0),
-        says("", "absent", absent="there is no such tool"),
+        python_step("print('3 passed in 1s')", "passes"),
+        python_step("print('FAILED tests/test_x.py::test_y - no'); print('1 failed'); raise SystemExit(1)", "fails"),
+        python_step(stubborn, "hangs", 3.0),
+        python_step("", "absent", absent="there is no such tool"),
         Step("no such command", ["/no/such/command"], 5.0),
-        says("import os; print(os.environ['COLOUR'])", "last", environment={"COLOUR": "green"}),
+        python_step("import os; print(os.environ['COLOR'])", "last", environment={"COLOR": "green"}),
     ]
     results = gpu_check.run_all(steps, tmp_path)
     assert [result.outcome for result in results] == [PASSED, FAILED, LATE, ABSENT, FAILED, PASSED]
-    assert results[0].told == ["3 passed in 1s"]
-    assert results[1].told == ["FAILED tests/test_x.py::test_y - no", "1 failed"]
-    assert results[5].told == ["green"]
+    assert results[0].lines == ["3 passed in 1s"]
+    assert results[1].lines == ["FAILED tests/test_x.py::test_y - no", "1 failed"]
+    assert results[5].lines == ["green"]
     assert 3 <= results[2].seconds < 10
     assert not any(alive(int(pid)) for pid in pids.read_text().split())
     summary = (tmp_path / "summary.txt").read_text()
@@ -74,11 +74,11 @@ except KeyboardInterrupt:
 """
     adds = (part, whole)
     steps = [
-        says(writes, limit=2.0, adds=adds),
-        says(f"open({str(part)!r}, 'w').write('op,us\\nmatch,2\\n')", adds=adds),
+        python_step(writes, limit=2.0, adds=adds),
+        python_step(f"open({str(part)!r}, 'w').write('op,us\\nmatch,2\\n')", adds=adds),
     ]
     late, passed = gpu_check.run_all(steps, tmp_path)
-    assert (late.outcome, late.told) == (LATE, ["interrupted"])
+    assert (late.outcome, late.lines) == (LATE, ["interrupted"])
     assert passed.outcome == PASSED
     assert whole.read_text() == "op,us\nnms,1\nmatch,2\n"
     assert not part.exists()
@@ -86,39 +86,42 @@ except KeyboardInterrupt:
 
 def test_the_last_steps_have_what_time_is_left(tmp_path: Path) -> None:
     start = time.monotonic()
-    steps = [says("import time; time.sleep(100)", limit=90.0), says("print('never')")]
+    steps = [python_step("import time; time.sleep(100)", limit=90.0), python_step("print('never')")]
     results = gpu_check.run_all(steps, tmp_path, total=2.0)
     assert time.monotonic() - start < 15
     assert [result.outcome for result in results] == [LATE, ABSENT]
-    assert results[1].told == ["no time was left"]
+    assert results[1].lines == ["no time was left"]
 
 
-def test_a_step_is_told_its_time(tmp_path: Path) -> None:
+def test_a_step_is_given_its_time(tmp_path: Path) -> None:
     (result,) = gpu_check.run_all([Step("s", [sys.executable, "-c", "print({seconds})"], 100.0)], tmp_path, total=50.0)
-    assert 30 <= int(result.told[0]) <= 35
+    assert 30 <= int(result.lines[0]) <= 35
 
 
 def test_long_logs_are_cut_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "LONGEST_LOG", 200)
-    gpu_check.run_all([says("print('begin', 'x' * 10000, 'end')")], tmp_path)
+    gpu_check.run_all([python_step("print('begin', 'x' * 10000, 'end')")], tmp_path)
     logs = (tmp_path / "logs.txt").read_text()
     assert "begin xxx" in logs
     assert "xxx end" in logs
     assert len(logs) < 600
 
 
-def test_the_status_says_whether_all_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_exit_status_is_zero_if_all_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
-    for steps, status in (([says("pass"), says("", absent="no tool")], 0), ([says("raise SystemExit(3)")], 1)):
+    for steps, status in (
+        ([python_step("pass"), python_step("", absent="no tool")], 0),
+        ([python_step("raise SystemExit(3)")], 1),
+    ):
         monkeypatch.setattr(gpu_check, "steps", lambda out, steps=steps: steps)
         monkeypatch.setattr(os, "environ", {"PYTHONPATH": "elsewhere"})
         assert gpu_check.main(["--out", str(tmp_path / "out")]) == status
         assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(gpu_check.ROOT), "elsewhere"]
 
 
-def test_without_a_gpu_one_sentence(
+def test_without_a_gpu_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -129,7 +132,7 @@ def test_without_a_gpu_one_sentence(
 
 def test_every_step_names_files_that_exist(tmp_path: Path) -> None:
     steps = gpu_check.steps(tmp_path)
-    named = {part for step in steps for part in step.command if re.fullmatch(r"(tests|bench)/\w+\.py", part)}
+    named = {part for step in steps for part in step.command if re.fullmatch(r"(tests|bench)/[\w/]+\.py", part)}
     examples = {"tests/ops/test_nms.py", "tests/ops/test_host_sync.py", "bench/bench_nms.py", "bench/bench_model.py"}
     assert examples <= named
     assert all((gpu_check.ROOT / path).is_file() for path in named)
@@ -144,11 +147,11 @@ OTHER_PACKAGES = ("tqdm", "matplotlib", "defusedxml", "safetensors", "pycocotool
 def test_operations_are_tested_without_the_other_packages(tmp_path: Path) -> None:
     (step,) = (step for step in gpu_check.steps(tmp_path) if step.name == "operations")
     files = [part for part in step.command if part.startswith("tests/")]
-    assert "tests/test_nms.py" in files
+    assert "tests/ops/test_nms.py" in files
     source = f"""
 import sys, pytest
 sys.modules.update(dict.fromkeys({OTHER_PACKAGES}))
-settings = ["-p", "no:benchmark", "-o", "addopts=--strict-markers"]
+settings = ["-p", "no:benchmark", "-o", "addopts=--strict-markers --import-mode=importlib"]
 sys.exit(pytest.main(["--collect-only", "-q", "-m", "kernel or cuda", *settings, *{files}]))
 """
     process = subprocess.run([sys.executable, "-c", source], cwd=gpu_check.ROOT, capture_output=True, text=True)

@@ -49,7 +49,7 @@ def test_kernels_neither_spill_nor_load_in_small_pieces(name):
         for target in TARGETS:
             compiled = launch.compile(target)
             where = f"{launch.kernel.fn.__name__} on {target}"
-            # Triton 3.6's assembler puts one number of 8 bytes of the sampler aside on sm_80.
+            # Triton 3.6's assembler spills one value of 8 bytes of the sampler on sm_80.
             assert disassembly.usage_of(compiled.asm).spilled <= 8, f"{where} spills"
             assert compiled.metadata.shared <= kernel_sheet.DEVICES[target].program_shared, where
             if target == "sm_90":  # to disassemble takes longer than to compile
@@ -131,7 +131,7 @@ def test_a_loop_may_be_entered_in_its_middle_and_closed_in_two_places():
         ("ds_read_b128 v[0:3], v4", None),
     ],
 )
-def test_accesses_of_global_memory_are_told_by_their_width(instruction, expected):
+def test_accesses_of_global_memory_have_their_width(instruction, expected):
     assert disassembly.access(instruction) == expected
 
 

@@ -1,4 +1,4 @@
-"""The search over block shapes: what it tries, what it goes on from, what it never chooses, that it gets through."""
+"""The search over block shapes: what it tries, what it continues from, what it never chooses, and that it ends."""
 
 import csv
 import importlib
@@ -13,10 +13,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from bench import calls
-from bench.calls import Call
-from tools import tune_blocks
-from tools.tune_blocks import Measured, Target
+from bench.calls import OpCall
+from tools import calls, tune_blocks
+from tools.tune_blocks import Measurement, Target
 
 
 class Config(NamedTuple):
@@ -25,21 +24,21 @@ class Config(NamedTuple):
     wide: bool = True
 
 
-def tried(
-    start: Config, measure: Callable[[Config], Measured], fits: Callable[[Config], bool] = lambda config: True
-) -> dict[Config, Measured]:
+def climbed(
+    start: Config, measure: Callable[[Config], Measurement], fits: Callable[[Config], bool] = lambda config: True
+) -> dict[Config, Measurement]:
     found = list(tune_blocks.climb(start, measure, fits))
     assert len(dict(found)) == len(found), "each once"
     return dict(found)
 
 
-def test_neighbours_halve_and_double_one_number() -> None:
-    assert tune_blocks.neighbours(Config(64, 1)) == [Config(32, 1), Config(64, 2), Config(128, 1)]
-    assert tune_blocks.named(Config(64, 2)) == "block=64 num_warps=2 wide=True"
+def test_neighbors_halve_and_double_one_field() -> None:
+    assert tune_blocks.neighbors(Config(64, 1)) == [Config(32, 1), Config(64, 2), Config(128, 1)]
+    assert tune_blocks.describe(Config(64, 2)) == "block=64 num_warps=2 wide=True"
 
 
 def test_climbs_to_the_fastest_and_ends() -> None:
-    found = tried(Config(16, 1), lambda config: Measured(1 + abs(config.block - 128) + abs(config.num_warps - 4)))
+    found = climbed(Config(16, 1), lambda config: Measurement(1 + abs(config.block - 128) + abs(config.num_warps - 4)))
     assert next(iter(found)) == Config(16, 1)
     assert min(found, key=lambda config: found[config].us or 0) == Config(128, 4)
     assert Config(256, 4) in found
@@ -47,13 +46,15 @@ def test_climbs_to_the_fastest_and_ends() -> None:
 
 
 def test_does_not_go_on_from_what_is_wrong_nor_for_a_gain_within_noise() -> None:
-    found = tried(Config(16, 2), lambda config: Measured(*((5.0,) if config == Config(16, 2) else (None, "differs"))))
+    found = climbed(
+        Config(16, 2), lambda config: Measurement(*((5.0,) if config == Config(16, 2) else (None, "differs")))
+    )
     assert set(found) == {Config(16, 2), Config(8, 2), Config(32, 2), Config(16, 1), Config(16, 4)}
-    assert set(tried(Config(16, 2), lambda config: Measured(100 - config.block / 100))) == set(found)
+    assert set(climbed(Config(16, 2), lambda config: Measurement(100 - config.block / 100))) == set(found)
 
 
 def test_what_does_not_fit_is_not_tried() -> None:
-    found = tried(Config(16, 1), lambda config: Measured(1 / config.block), lambda config: config.block <= 64)
+    found = climbed(Config(16, 1), lambda config: Measurement(1 / config.block), lambda config: config.block <= 64)
     assert max(config.block for config in found) == 64
     assert {target.module for target in tune_blocks.TARGETS if not target.fits(default_of(target))} == set()
 
@@ -77,11 +78,11 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Target:
             raise RuntimeError("out of\nresources")
         return torch.tensor([config.block == 64])
 
-    return Target(lambda device, small: Call("one", run), "toy")
+    return Target(lambda device, small: OpCall("one", run), "toy")
 
 
 def blocks(run: Callable[[], torch.Tensor]) -> int:
-    """The number of the block that `run` would be launched with."""
+    """The block size that `run` would be launched with."""
     return sys.modules["fastdet.kernels.toy"].config(16).block
 
 
@@ -104,19 +105,19 @@ def test_rows_compare_with_the_default(toy: Target, clock: Callable[..., float],
     assert max(float(row.ratio) for row in rows if row.ratio) == 2.0
 
 
-def test_a_call_that_asks_another_function_is_an_error(toy: Target) -> None:
-    silent = toy._replace(build=lambda device, small: Call("none", lambda: torch.ones(1)))
-    with pytest.raises(LookupError, match=r"never asks toy\.config"):
+def test_a_call_that_does_not_run_the_function_is_an_error(toy: Target) -> None:
+    silent = toy._replace(build=lambda device, small: OpCall("none", lambda: torch.ones(1)))
+    with pytest.raises(LookupError, match=r"never runs toy\.config"):
         list(tune_blocks.sweep(silent, torch.device("cpu"), True, lambda run: 1.0))
 
 
 def test_what_fails_or_is_absent_or_late_does_not_stop_the_rest(
     toy: Target, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def fails(device: torch.device, small: bool) -> Call:
+    def fails(device: torch.device, small: bool) -> OpCall:
         raise RuntimeError("no such thing")
 
-    def hangs(device: torch.device, small: bool) -> Call:
+    def hangs(device: torch.device, small: bool) -> OpCall:
         time.sleep(100)
         raise AssertionError("was not stopped")
 
@@ -124,10 +125,10 @@ def test_what_fails_or_is_absent_or_late_does_not_stop_the_rest(
     monkeypatch.setattr(tune_blocks, "TARGETS", targets)
     monkeypatch.setattr(tune_blocks, "microseconds", lambda run: 7.0)
     assert tune_blocks.main(["--csv", str(tmp_path / "sweep.csv"), "--seconds", "3"]) == 1
-    told = capfd.readouterr()
-    assert "cannot be swept: fastdet.kernels.toy has no shape" in told.out
-    assert "its time is up" in told.out
-    assert "RuntimeError: no such thing" in told.err
+    captured = capfd.readouterr()
+    assert "cannot be swept: fastdet.kernels.toy has no shape" in captured.out
+    assert "its time is up" in captured.out
+    assert "RuntimeError: no such thing" in captured.err
     with (tmp_path / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["ratio"] for row in rows] == ["1.000"] * 4
@@ -146,7 +147,7 @@ def test_the_change_reaches_the_kernel(kernel_device: torch.device, target: Targ
     assert len({row.config for row in rows}) == len(rows) > 3
     assert sum(not row.note for row in rows) > 2, rows
     with (
-        tune_blocks.chosen(target, lambda config: config._replace(no_such_field=1)),
+        tune_blocks.intercept_choice(target, lambda config: config._replace(no_such_field=1)),
         calls.kernels_on(kernel_device),
         pytest.raises(ValueError, match="no_such_field"),
     ):

@@ -9,7 +9,7 @@ from bench.costs import Step
 
 
 class Stopwatch:
-    """Seconds that a layer takes forward and backward, on a CPU, which works as it is told.
+    """Seconds that a layer takes forward and backward, on a CPU, where every call is synchronous.
 
     The backward pass of a layer whose input takes no gradient ends when `end` is called.
     """
@@ -41,8 +41,8 @@ class Stopwatch:
         output.register_hook(lambda gradient: self.begin())
 
 
-class Between:
-    """Called, it takes a training step on the CPU and gives the milliseconds that were not the networks'."""
+class TimerOutsideNetworks:
+    """Called, it takes a training step on the CPU and gives the milliseconds outside of the networks."""
 
     def __init__(self, step: Step) -> None:
         self._step = step
