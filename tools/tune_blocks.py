@@ -24,8 +24,8 @@ from unittest import mock
 
 import torch
 
+from bench import calls
 from bench.calls import OpCall, kernels_on, tensors
-from tools import calls
 
 # A gain below this share of the time is noise.
 _GAIN = 0.02

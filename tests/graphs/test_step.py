@@ -8,7 +8,7 @@ from fastdet.graphs import GraphedTrainer
 from fastdet.graphs.step import INITIAL_SCALE, LossScale, prepare_optimizer, training_step
 from tests.helpers.detectors import small_scene
 from tests.helpers.graphs import MAX_BOXES, SHAPE, adamw, assert_same, clone_state, detector, differ, sgd, trainer
-from tests.helpers.host_sync import Refuse
+from tests.helpers.host_sync import RefuseHostSync
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ def test_the_step_is_free_of_host_syncs():
     images, targets = small_scene()
     batch, padded, _ = model.preprocess(images, targets)
     for amp in (None, torch.bfloat16, torch.float16):
-        with Refuse():
+        with RefuseHostSync():
             training_step(model, optimizer, LossScale.initial(amp, CPU), batch, padded, amp=amp, clip_norm=1.0)
 
 

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from bench import calls
 from bench.calls import OpCall
-from tools import calls, tune_blocks
+from tools import tune_blocks
 from tools.tune_blocks import Measurement, Target
 
 
