@@ -1,9 +1,7 @@
 """The arithmetic of the benchmarks: floors, percentiles, the table, the picture. What they measure is not tested."""
 
-import csv
 import re
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -268,36 +266,6 @@ def test_plot_writes_a_picture(tmp_path, floor_ms):
     with Image.open(tmp_path / "results.png") as picture:
         assert picture.format == "PNG"
         assert picture.width == (1820 if floor_ms else 1430)
-
-
-def test_the_readme_says_what_was_measured():
-    root = Path(__file__).parents[2]
-    results = [row for row in plot.read(root / "bench/results/epyc-2-cores.csv") if "16" not in row.dtype]
-    measured = {(row.op, row.size, f"{row.ratio:.2f}") for row in results}
-    text = (root / "README.md").read_text()
-    rows = re.findall(r"^\| (.+) \| (.+) \| (\d+\.\d\d) \|$", text, re.MULTILINE)
-    assert len(rows) > 20
-    assert [row for row in rows if row not in measured] == []
-    (match,) = (ratio for op, size, ratio in measured if op == "match" and "50 boxes" in size)
-    assert f"in the run of the table {match} times" in text
-
-
-def test_the_readme_says_what_whole_steps_cost():
-    root = Path(__file__).parents[2]
-    with (root / "bench/results/epyc-2-cores.csv").open(newline="") as file:
-        measured = {(row["op"], row["dtype"]): row for row in csv.DictReader(file) if row["size"].endswith("batch 4")}
-    written = re.findall(
-        r"^\| (model, .+) \| (\w+) \| (.+) \| (.+) \| (.+) \| (.+) \| (.+) \|$", (root / "README.md").read_text(), re.M
-    )
-    assert len(written) == 12
-    for op, dtype, rate, ratio, *costs_of_both in written:
-        row = measured[op, dtype]
-        assert (rate, ratio) == (f"{float(row['images_per_s']):.1f}", f"{float(row['ratio']):.2f}")
-        for said, name in zip(costs_of_both, ("peak_mib", "launches", "waits"), strict=True):
-            ours, theirs = (
-                f"{float(value):.0f}" if (value := row[which]) else "-" for which in (name, f"torchvision_{name}")
-            )
-            assert said == f"{ours} ({theirs})"
 
 
 def test_boxes_by_class_differ_and_stay_near_the_rois():
