@@ -13,7 +13,7 @@ from bench import plot
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results/epyc-2-cores.csv"
 DOCUMENTS = [path for folder in (ROOT, ROOT / "docs") for path in sorted(folder.glob("*.md"))]
-# What is in the changelog need not be there any more.
+# The changelog names what was removed, too.
 CURRENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
 
 
@@ -74,7 +74,7 @@ def test_rows_of_whole_steps_are_measured():
     for op, dtype, rate, ratio, *costs in rows:
         row = measured[op, dtype]
         assert (rate, ratio) == (f"{float(row['images_per_s']):.1f}", f"{float(row['ratio']):.2f}")
-        for cost, name in zip(costs, ("peak_mib", "launches", "waits"), strict=True):
+        for cost, name in zip(costs, ("peak_mib", "launches", "host_syncs"), strict=True):
             pair = (row[name], row[f"torchvision_{name}"])
             ours, theirs = (f"{float(value):.0f}" if value else "-" for value in pair)
             assert cost == f"{ours} ({theirs})"
@@ -106,7 +106,7 @@ def test_paths_exist(path):
 
 @per_document(CURRENT)
 def test_names_exist(path):
-    """Whatever is written as `fastdet.<name>`."""
+    """Names written as `fastdet.<name>`."""
     names = {name for code in code_in(path.read_text()) for name in re.findall(r"\bfastdet(?:\.[a-zA-Z]\w*)+", code)}
     missing = []
     for name in sorted(names):
@@ -134,3 +134,10 @@ def test_scripts_compile(path):
 def test_modules_that_are_run_exist(path):
     used = {name for code in code_in(path.read_text()) for name in re.findall(r"python -m ([\w.]+)", code)}
     assert [name for name in sorted(used) if not (ROOT / f"{name.replace('.', '/')}.py").is_file()] == []
+
+
+def test_every_package_has_a_row_in_the_architecture():
+    rows = set(re.findall(r"^\| `([\w/]+)/` \|", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE))
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "fastdet").glob("**/__init__.py")}
+    packages = {str(folder) for folder in folders if folder.parts[:2] != ("fastdet", "kernels")}
+    assert rows == packages | {"kernels", "kernels/common", "bench", "tools", "tests"}
