@@ -1,0 +1,144 @@
+"""The documents agree with the repository: figures, names, paths, commands, and the README's script."""
+
+import csv
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import plot
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench/results/epyc-2-cores.csv"
+DOCUMENTS = [path for folder in (ROOT, ROOT / "docs") for path in sorted(folder.glob("*.md"))]
+# The changelog names what was removed, too.
+CURRENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
+
+
+def per_document(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", paths, ids=lambda path: path.name)
+
+
+def code_in(text: str) -> list[str]:
+    """What is set in backticks, in a line or a block."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return blocks + re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_script_of_the_readme_trains(monkeypatch, tmp_path):
+    """The README's script, word for word, but for shorter training."""
+    script = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    lines = [line for line in script.splitlines() if line.strip()]
+    assert [line for line in lines if "import" in line] == ["import torch", "import fastdet"]
+    assert len(lines) - 2 <= 11, "ten lines of training and one of detection"
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    shortened = script.replace("Shapes(500", "Shapes(6").replace("range(10)", "range(2)")
+    assert shortened != script
+    exec(compile(shortened, "README.md", "exec"), names)
+    assert torch.isfinite(names["loss"])
+    assert set(names["found"][0]) == {"boxes", "labels", "scores"}
+
+
+@pytest.mark.parametrize(("path", "least"), [("README.md", 5), ("docs/benchmarks.md", 25)])
+def test_rows_of_ratios_are_measured(path, least):
+    measured = {(row.op, row.size, f"{row.ratio:.2f}") for row in plot.read(RESULTS) if "16" not in row.dtype}
+    rows = re.findall(r"^\| (.+) \| (.+) \| (\d+\.\d\d) \|$", (ROOT / path).read_text(), re.MULTILINE)
+    assert len(rows) >= least
+    assert [row for row in rows if row not in measured] == []
+
+
+def test_readme_has_the_best_and_the_worst_operation():
+    rows = re.findall(r"^\| .+ \| .+ \| (\d+\.\d\d) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    ratios = [row.ratio for row in plot.read(RESULTS)]
+    assert {f"{min(ratios):.2f}", f"{max(ratios):.2f}"} <= set(rows)
+
+
+def test_ratio_of_match_in_the_text_is_measured():
+    (ratio,) = (row.ratio for row in plot.read(RESULTS) if row.op == "match" and "50 boxes" in row.size)
+    words = " ".join((ROOT / "docs/benchmarks.md").read_text().split())
+    assert f"in the run of the table {ratio:.2f} times" in words
+
+
+def test_rows_of_whole_steps_are_measured():
+    with RESULTS.open(newline="") as file:
+        measured = {(row["op"], row["dtype"]): row for row in csv.DictReader(file) if row["size"].endswith("batch 4")}
+    rows = re.findall(
+        r"^\| (model, .+) \| (\w+) \| (.+) \| (.+) \| (.+) \| (.+) \| (.+) \|$",
+        (ROOT / "docs/benchmarks.md").read_text(),
+        re.MULTILINE,
+    )
+    assert len(rows) == 12
+    for op, dtype, rate, ratio, *costs in rows:
+        row = measured[op, dtype]
+        assert (rate, ratio) == (f"{float(row['images_per_s']):.1f}", f"{float(row['ratio']):.2f}")
+        for cost, name in zip(costs, ("peak_mib", "launches", "host_syncs"), strict=True):
+            pair = (row[name], row[f"torchvision_{name}"])
+            ours, theirs = (f"{float(value):.0f}" if value else "-" for value in pair)
+            assert cost == f"{ours} ({theirs})"
+
+
+def test_no_gpu_figure_is_given_without_results_of_a_gpu():
+    if list(RESULTS.parent.glob("nvidia-*.csv")):
+        return
+    for path, heading in (("README.md", "## Speed"), ("docs/benchmarks.md", "# Benchmarks")):
+        text = (ROOT / path).read_text()
+        before_the_table = text[text.index(heading) : text.index("| operation | size |")]
+        assert "**No GPU figure exists yet" in before_the_table
+
+
+@per_document(DOCUMENTS)
+def test_links_lead_to_files(path):
+    links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
+    assert [link for link in links if "://" not in link and not (path.parent / link).is_file()] == []
+
+
+@per_document(CURRENT)
+def test_paths_exist(path):
+    """Paths of the repository from its root, in backticks; `<op>` stands for any operation."""
+    roots = "bench|docs|fastdet|kernels|tests|tools|\\.ci|\\.github"
+    code = "\n".join(code_in(path.read_text()))
+    paths = {found.replace("<op>", "nms") for found in re.findall(rf"(?<![\w/.-])(?:{roots})/[\w/.<>-]*", code)}
+    assert [found for found in sorted(paths) if not (ROOT / found.rstrip(".")).exists()] == []
+
+
+@per_document(CURRENT)
+def test_names_exist(path):
+    """Names written as `fastdet.<name>`."""
+    names = {name for code in code_in(path.read_text()) for name in re.findall(r"\bfastdet(?:\.[a-zA-Z]\w*)+", code)}
+    missing = []
+    for name in sorted(names):
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            missing.append(name)
+    assert missing == []
+
+
+@per_document(CURRENT)
+def test_targets_of_make_exist(path):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    used = {name for code in code_in(path.read_text()) for name in re.findall(r"\bmake ([a-z-]+)", code)}
+    assert used <= targets
+
+
+@per_document(CURRENT)
+def test_scripts_compile(path):
+    for script in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
+        compile(script, path.name, "exec")
+
+
+@per_document(CURRENT)
+def test_modules_that_are_run_exist(path):
+    used = {name for code in code_in(path.read_text()) for name in re.findall(r"python -m ([\w.]+)", code)}
+    assert [name for name in sorted(used) if not (ROOT / f"{name.replace('.', '/')}.py").is_file()] == []
+
+
+def test_every_package_has_a_row_in_the_architecture():
+    rows = set(re.findall(r"^\| `([\w/]+)/` \|", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE))
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "fastdet").glob("**/__init__.py")}
+    packages = {str(folder) for folder in folders if folder.parts[:2] != ("fastdet", "kernels")}
+    assert rows == packages | {"kernels", "kernels/common", "bench", "tools", "tests"}
