@@ -1,4 +1,4 @@
-"""An accelerated detector of torchvision beside the same one as it comes: the whole step, and where the gain is."""
+"""torchvision's detector accelerated and as built: the whole step, and the methods that are replaced."""
 
 import copy
 from collections.abc import Callable
@@ -17,10 +17,10 @@ LEVELS = [(200, 304), (100, 152), (50, 76), (25, 38), (13, 19)]
 
 
 def built(name: str, height: int, width: int, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """The accelerated model and the one as it comes, with the same weights."""
+    """The accelerated model and torchvision's, with the same weights."""
     torch.manual_seed(0)
-    numbers = {"min_size": height, "max_size": max(height, width)}
-    theirs = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=CLASSES, **numbers).to(device)
+    sizes = {"min_size": height, "max_size": max(height, width)}
+    theirs = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=CLASSES, **sizes).to(device)
     ours = copy.deepcopy(theirs)
     accelerate(ours)
     return ours, theirs
@@ -93,7 +93,7 @@ def models() -> tuple[nn.Module, nn.Module]:
 
 
 def rpn_outputs(model: nn.Module, batch: int, device: torch.device) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The anchors, the offsets from them, and their logits: as of a head that has learnt something."""
+    """The anchors, their deltas and their logits: similar to those of a trained head."""
     generator = torch.Generator().manual_seed(0)
     image = ImageList(torch.empty(batch, 3, HEIGHT, WIDTH, device=device), [(HEIGHT, WIDTH)] * batch)
     anchors = model.rpn.anchor_generator(image, [torch.empty(batch, 1, *grid, device=device) for grid in LEVELS])
@@ -122,17 +122,6 @@ def test_filter_proposals(
     compare(*map(call, models), op="filter_proposals", size=size, rounds=rounds())
 
 
-def test_decode(compare: Callable[..., None], device: torch.device, models: tuple[nn.Module, nn.Module]) -> None:
-    anchors, deltas, _ = rpn_outputs(models[1], 1, device)
-    calls = [lambda model=model: model.rpn.box_coder.decode(deltas, anchors) for model in models]
-    compare(*calls, op="box_coder.decode", size=f"{len(deltas)} anchors", rounds=rounds())
-
-
-def test_anchors(compare: Callable[..., None], device: torch.device, models: tuple[nn.Module, nn.Module]) -> None:
-    calls = [lambda model=model: rpn_anchors(model, device) for model in models]
-    compare(*calls, op="anchor_generator", size=f"five levels of {HEIGHT}x{WIDTH}, 2", rounds=rounds())
-
-
 def rpn_anchors(model: nn.Module, device: torch.device) -> list[Tensor]:
     image = ImageList(torch.empty(2, 3, HEIGHT, WIDTH, device=device), [(HEIGHT, WIDTH)] * 2)
     return model.rpn.anchor_generator(image, [torch.empty(2, 1, *grid, device=device) for grid in LEVELS])
@@ -144,9 +133,8 @@ def test_assign_targets_to_anchors(
 ) -> None:
     generator = torch.Generator().manual_seed(1)
     targets = [{"boxes": boxes(generator, num_boxes, HEIGHT, WIDTH).to(device)} for _ in range(2)]
-    # Each its own anchors: those of the accelerated model are one tensor for all images.
-    given = [(model.rpn, rpn_anchors(model, device)) for model in models]
-    calls = [lambda rpn=rpn, anchors=anchors: rpn.assign_targets_to_anchors(anchors, targets) for rpn, anchors in given]
+    anchors = rpn_anchors(models[1], device)
+    calls = [lambda rpn=model.rpn: rpn.assign_targets_to_anchors(anchors, targets) for model in models]
     size = f"{HEIGHT}x{WIDTH}, {num_boxes} boxes, 2"
     compare(*calls, op="assign_targets (anchors)", size=size, rounds=rounds())
 

@@ -10,6 +10,7 @@ from torchvision.models import WeightsEnum
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
+from fastdet.interop.accelerated_modules import AcceleratedMultiScaleRoIAlign
 from fastdet.weights import files
 
 # A member of one of torchvision's enums of weights, its name ("COCO_V1"), or a file.
@@ -39,7 +40,7 @@ def settings_arguments(
 
 def _pooling_settings(pool: MultiScaleRoIAlign) -> dict[str, Any]:
     """Raises ValueError for a subclass, for what does not pool to a square, and for another choice of levels."""
-    if type(pool) is not MultiScaleRoIAlign:
+    if type(pool) not in (MultiScaleRoIAlign, AcceleratedMultiScaleRoIAlign):
         raise ValueError(f"box_roi_pool must be torchvision's MultiScaleRoIAlign, got {type(pool).__name__}")
     height, width = pool.output_size
     canonical = pool.canonical_scale, pool.canonical_level
