@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("fastdet", "kernels", "bench", "tools", "tests", "docs", "examples")
 
 WORDS = {
-    "loc locs": "deltas",
     "door doors": "entry point",
     "house room rooms": "layout, package, space",
     "kin": "variants",
@@ -43,8 +42,9 @@ NAMES = {
     "as_good": "best_of_gt",
 }
 # Names of other libraries.
-ALLOWED_NAMES = {"wait", "wait_stream", "wait_event", "which", "tell", "loc"}
+ALLOWED_NAMES = {"wait", "wait_stream", "wait_event", "which", "tell", "numbers"}
 PROSE = {
+    r"(?<![\w.])locs?": "deltas",
     r"[Bb]ox offsets|offsets from (the |an )?(anchor|them)": "deltas",
     r"host (never )?waits?|[Ww]aits? for (a|the) (GPU|device)|waits? nowhere": "host sync",
     r"(its|same|own|training|evaluation|torchvision's|detectron2's|VGG16's) numbers": "settings, outputs",
@@ -85,7 +85,7 @@ def findings(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def main(arguments: list[str]) -> int:
-    given = [Path(argument).resolve() for argument in arguments] or [*ROOT.glob("*.*"), *map(ROOT.joinpath, FOLDERS)]
+    given = [Path(argument).resolve() for argument in arguments] or [*ROOT.glob("*.md"), *map(ROOT.joinpath, FOLDERS)]
     paths = [path for each in given for path in (sorted(each.rglob("*.*")) if each.is_dir() else [each])]
     paths = [path for path in paths if path.suffix in (".py", ".md")]
     left_out = ROOT / "CHANGELOG.md", Path(__file__).resolve()

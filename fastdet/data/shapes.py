@@ -43,7 +43,7 @@ class Shapes(Dataset[Item]):
         length: how many items.
         size: side of the pictures in pixels, at least 32.
         seed: not negative.
-        max_shapes: the most shapes in a picture, at least 1; fewer where there is no room.
+        max_shapes: the most shapes in a picture, at least 1; fewer where there is no space.
 
     Raises:
         ValueError: an argument is out of its range.

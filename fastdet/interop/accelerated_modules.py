@@ -212,7 +212,7 @@ def _match(matcher: Any, candidates: list[Tensor], gt_boxes: list[Tensor]) -> tu
         low=low,
         allow_low_quality=matcher.allow_low_quality_matches,
     )
-    # Without ground truth all is background in torchvision, whatever the thresholds.
+    # Without ground truth all is background in torchvision, under any thresholds.
     label = torch.where(counts > 0, found.label, 0)
     return torch.where(label == 1, found.index, 0), label, gt
 

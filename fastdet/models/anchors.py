@@ -20,7 +20,7 @@ class AnchorGenerator:
         aspect_ratios: for each level the ratios height / width; one entry serves every level.
         strides: pixels between cells, one number a level. None takes the backbone's attribute `strides`; if it has
             none, the padded image's side over the feature map's, rounded down, as torchvision does.
-        offset: where the first anchor's centre lies, in pixels: 0 in torchvision, half a stride in the paper's code.
+        offset: where the first anchor's center lies, in pixels: 0 in torchvision, half a stride in the paper's code.
         rounded: whether corners are rounded to whole pixels before they are shifted, as torchvision does.
     """
 

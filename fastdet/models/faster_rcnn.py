@@ -128,8 +128,8 @@ class FasterRCNN(RefuseAttributes, nn.Module):
                 ignore bool [N] (regions that are not trained on, such as crowds: no anchor or proposal learns to be
                 background where they are). Best left on the CPU, where they are checked.
             return_losses: give `(losses, detections)`; BatchNorm and dropout still follow `self.training`.
-            return_features: give with each detection "features" [N, D], what the box head makes of the proposal that
-                the detection comes from.
+            return_features: give with each detection "features" [N, D], the output of the box head for the proposal
+                that the detection comes from.
             return_class_scores: give with each detection "class_scores" [N, classes], the probabilities of all classes
                 of that proposal, the background's first.
 

@@ -28,18 +28,18 @@ def weigh(values: Mapping[str, Tensor], weights: Sequence[float]) -> dict[str, T
 def objectness(logits: Tensor, targets: AnchorTargets) -> Tensor:
     """Cross-entropy of the anchors with label 0 or 1. `logits` [B, K, 2] (background, object) or [B, K, 1] (object)."""
     labels = targets.labels.flatten()
-    labelled = labels >= 0
+    labeled = labels >= 0
     flat = logits.flatten(0, 1).float()
     if flat.shape[1] == 2:
         total = F.cross_entropy(flat, labels, ignore_index=-1, reduction="sum")
     else:
         each = F.binary_cross_entropy_with_logits(flat[:, 0], labels.clamp(min=0).float(), reduction="none")
-        total = torch.where(labelled, each, 0.0).sum()
-    return total / labelled.sum().clamp(min=1)
+        total = torch.where(labeled, each, 0.0).sum()
+    return total / labeled.sum().clamp(min=1)
 
 
 def rpn_box(deltas: Tensor, targets: AnchorTargets, beta: float) -> Tensor:
-    """Smooth L1 of `deltas` [B, K, 4] over the positive anchors, by the number of labelled ones."""
+    """Smooth L1 of `deltas` [B, K, 4] over the positive anchors, by the number of labeled ones."""
     total = _smooth_l1(deltas, targets.deltas, targets.labels == 1, beta)
     return total / (targets.labels >= 0).sum().clamp(min=1)
 

@@ -136,7 +136,7 @@ def batch_images(images: Sequence[Tensor], settings: Settings, mean: Tensor, std
         for row, i in enumerate(members):
             batch[i, :, :height, :width] = pixels[row]
     scales = [scale for _, scale in resized]
-    return Batch(batch, _numbers_to(sizes, mean.device), _numbers_to(scales, mean.device))
+    return Batch(batch, _host_values_to(sizes, mean.device), _host_values_to(scales, mean.device))
 
 
 def normalize(pixels: Tensor, settings: Settings, mean: Tensor, std: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def batch_targets(targets: Sequence[dict[str, Tensor]], original_sizes: Sequence
 
 def resize_factors(original_sizes: Sequence[Size], sizes: Tensor) -> Tensor:
     """What box corners are multiplied by when images are resized: fp32 [B, 4], x and y apart."""
-    ratio = sizes / _numbers_to(original_sizes, sizes.device)
+    ratio = sizes / _host_values_to(original_sizes, sizes.device)
     return ratio.flip(-1).repeat(1, 2).float()
 
 
@@ -194,9 +194,9 @@ def unbatch(
     return [{name: values[i, :count] for name, values in columns.items()} for i, count in enumerate(counts)]
 
 
-def _numbers_to(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    """Numbers of the host as a tensor on the device."""
-    return _to(torch.tensor(numbers, device="cpu"), device)
+def _host_values_to(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Python numbers as a tensor on the device."""
+    return _to(torch.tensor(values, device="cpu"), device)
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:

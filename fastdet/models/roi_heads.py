@@ -27,7 +27,7 @@ class RoIOutput(NamedTuple):
     losses: "loss_classifier" and "loss_box_reg"; None without targets.
     samples: what was trained on; None without targets.
     detections: None with targets.
-    pooled: [B, N, C, h, w]. box_features: [B, N, D], what the box head makes of them.
+    pooled: [B, N, C, h, w]. box_features: [B, N, D], the output of the box head.
     class_logits: [B, N, classes], the background's first. box_deltas: [B, N, 4 * classes].
     """
 
@@ -142,9 +142,9 @@ class RoIHeads(RefuseAttributes, nn.Module):
             weights=settings.bbox_reg_weights,
             **targets.ignored(settings.ignore_iof_thresh),
         )
-        # Background far from every object teaches little; in an image without ground truth all of it is taken.
-        far = (matches.iou < settings.box_bg_iou_thresh_low) & targets.valid.any(1, keepdim=True)
-        label = torch.where(far, -1, matches.label)
+        # Background without overlap teaches little; in an image without ground truth all of it may be drawn.
+        without_overlap = (matches.iou < settings.box_bg_iou_thresh_low) & targets.valid.any(1, keepdim=True)
+        label = torch.where(without_overlap, -1, matches.label)
         num_samples = settings.box_batch_size_per_image
         sampled = ops.sample(label, num_samples, int(num_samples * settings.box_positive_fraction))
         positive = (label.gather(1, sampled.index) == 1) & (sampled.weight > 0)

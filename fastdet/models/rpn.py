@@ -110,7 +110,7 @@ class RegionProposalNetwork(RefuseAttributes, nn.Module):
         compute_detections: bool | None = None,
         return_intermediates: bool = False,
     ) -> RPNOutput:
-        """From features to proposals, and with targets to the losses; the head runs once whatever is asked for.
+        """From features to proposals, and with targets to the losses; the head runs once, also for both.
 
         Args:
             features: for each level [B, C, H, W].

@@ -14,7 +14,7 @@ from fastdet.weights.names import DETECTRON2_PIXEL_MEAN, DETECTRON2_PIXEL_STD
 class Settings:
     """The defaults are the VGG16 detector of Ren et al. 2015; `TORCHVISION` below is torchvision's.
 
-    Sides and sizes are pixels of the resized image unless a comment says otherwise. Top n are counts per image, before
+    Sides and sizes are pixels of the resized image except where a comment gives another unit. Top n are counts per image, before
     suppression per image and feature level.
     """
 
@@ -53,7 +53,7 @@ class Settings:
     rpn_batch_size_per_image: int = 256
     rpn_positive_fraction: float = 0.5
     rpn_score_thresh: float = 0.0
-    # Proposals with a smaller side are dropped; in pixels of the original image if the next says so.
+    # Proposals with a smaller side are dropped; in pixels of the original image if the next is True.
     rpn_min_size: float = 16.0
     rpn_min_size_in_original_pixels: bool = True
     rpn_min_size_before_top_n: bool = True
@@ -68,7 +68,7 @@ class Settings:
     box_pool_size: int = 7
     # RoI align's samples a bin and side; 0 takes as many as the bin has cells.
     box_sampling_ratio: int = 2
-    # RoI align with corners between the centres of cells.
+    # RoI align with corners between the centers of cells.
     box_aligned: bool = False
     # Which of the backbone's named levels are pooled; None pools all.
     box_featmap_names: tuple[str, ...] | None = None
@@ -123,12 +123,12 @@ class Settings:
             raise ValueError(f"class_weights must hold {num_classes} numbers, the background's first, got {weights}")
 
     def override(self, **changes: Any) -> "Settings":
-        """A copy with some fields changed. Raises TypeError for a name that is not a field, listing the near ones."""
+        """A copy with some fields changed. Raises TypeError for a name that is not a field, listing similar names."""
         known = [setting.name for setting in fields(self)]
         for name in changes:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-                hint = f"; near ones: {', '.join(near)}" if near else f"; there are: {', '.join(known)}"
+                similar = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+                hint = f"; similar: {', '.join(similar)}" if similar else f"; there are: {', '.join(known)}"
                 raise TypeError(f"unknown setting {name!r}{hint}")
         return replace(self, **changes)
 

@@ -16,7 +16,7 @@ def define(
 ) -> None:
     """Register `torch.ops.fastdet.<name>` from `schema` ("name(arguments) -> results").
 
-    `cuda` launches the Triton kernel, on the device of its first argument, whatever the current device is. `fake` gives
+    `cuda` launches the Triton kernel, on the device of its first argument, not on the current one. `fake` gives
     shapes, dtypes and strides to tracing. Without `autograd` the results carry no gradient.
     """
     name, signature = schema.split("(", 1)

@@ -59,7 +59,7 @@ def _overlap_kernel(
                         BLOCK_ROWS rows
                  +-------------------------+
     32 columns,  | bit of column 0         |     program (group, chunk and row block; word), summed down to one word a
-    one word     | bit of column 1   ...   |     row: bit c of word w says that box 32 w + c has a higher priority than
+    one word     | bit of column 1   ...   |     row: bit c of word w is set if box 32 w + c has a higher priority than
                  +-------------------------+     the row's and overlaps it by more than the threshold
 
     Rows of tiles without a valid row are left unwritten: they are never read.

@@ -101,7 +101,7 @@ def test_voc_items_are_copies(root: Path) -> None:
     assert data[0][1]["boxes"].any()
 
 
-def test_voc_leaves_out_bad_boxes_and_says_so_once(root: Path) -> None:
+def test_voc_leaves_out_bad_boxes_with_one_warning(root: Path) -> None:
     bad = [
         (5, 5, 5, 9),
         (5, 9, 8, 9),

@@ -141,8 +141,8 @@ def test_a_resumed_run_goes_on_as_the_first_would(make, tmp_path):
         ValueError, match=r"must have the entries .*'growth_tracker', 'scale', 'steps'.*, got \['scale'\]"
     ):
         second.load_state_dict({"scale": 1.0})
-    former = {name.replace("growth_tracker", "streak"): value for name, value in states[2].items()}
-    with pytest.raises(ValueError, match=r"must have the entries .*, got \['amp', 'scale', 'steps', 'streak'\]"):
+    former = {name.replace("growth_tracker", "growth"): value for name, value in states[2].items()}
+    with pytest.raises(ValueError, match=r"must have the entries .*, got \['amp', 'growth', 'scale', 'steps'\]"):
         second.load_state_dict(former)
     for amp, saved in ((None, torch.float16), (torch.float16, torch.bfloat16)):
         with pytest.raises(ValueError, match=f"with amp={saved}, and these have amp={amp}"):

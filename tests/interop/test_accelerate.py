@@ -574,7 +574,7 @@ def detection_boxes(generator, count):
     return torch.cat([corner, corner + 3 + torch.rand(count, 2, generator=generator) * 40], dim=1)
 
 
-def test_without_boxes_all_is_background_whatever_the_thresholds():
+def test_without_boxes_all_is_background_under_any_thresholds():
     theirs, ours = pair(small())
     boxes = [detection_boxes(torch.Generator().manual_seed(0), 6)] * 2
     gt, labels = [boxes[0][:2], torch.zeros(0, 4)], [torch.ones(2).long(), torch.zeros(0).long()]

@@ -131,7 +131,7 @@ def test_a_seed_fixes_the_choice():
 
 
 def test_the_choice_is_uniform():
-    """Every candidate, and every pair of neighbours, as often as in a draw without replacement."""
+    """Every candidate, and every pair of neighbors, as often as in a draw without replacement."""
     trials = 4000
     label = torch.tensor([1, 0, -1] * 12).expand(trials, -1)
     index, _ = ops.sample(label, 9, 4)

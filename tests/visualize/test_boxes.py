@@ -94,7 +94,7 @@ def test_a_caption_too_long_for_the_picture_is_cut() -> None:
     assert (long == longer).all()
 
 
-def test_captions_do_not_cover_each_other_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_do_not_cover_each_other_where_there_is_space(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn_captions = captions(monkeypatch)
     boxes = torch.tensor([[50.0, 60, 120, 110], [52, 61, 122, 112], [48, 59, 118, 108]])
     draw_detections(gray(), boxes, torch.tensor([1, 2, 3]), torch.tensor([0.5, 0.9, 0.7]))
