@@ -14,8 +14,8 @@ from fastdet.weights.names import DETECTRON2_PIXEL_MEAN, DETECTRON2_PIXEL_STD
 class Settings:
     """The defaults are the VGG16 detector of Ren et al. 2015; `TORCHVISION` below is torchvision's.
 
-    Sides and sizes are pixels of the resized image except where a comment gives another unit. Top n are counts per image, before
-    suppression per image and feature level.
+    Sides and sizes are pixels of the resized image except where a comment gives another unit. Top n are counts per
+    image, before suppression per image and feature level.
     """
 
     # Input. `min_size` may list several: training draws one a batch, evaluation takes the last.
