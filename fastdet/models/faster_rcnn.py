@@ -142,8 +142,9 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         """
         compute_losses, compute_detections = self.training or return_losses, not self.training or return_losses
         if not compute_detections and (return_features or return_class_scores):
-            raise ValueError("return_features, return_class_scores: of detections; in training, return_losses too")
+            raise ValueError("return_features and return_class_scores need detections: in training, return_losses too")
         if compute_losses and targets is None:
+            preprocessing.check_images(images, len(self.settings.image_mean))
             raise ValueError("targets are needed for the losses")
         batch, padded, original_sizes = self.preprocess(images, targets if compute_losses else None)
         step = self._compiled_step or self._step
