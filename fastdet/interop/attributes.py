@@ -11,6 +11,8 @@ _SUBCLASS = "the step is another here: override {} in a subclass"
 DETECTOR_ATTRIBUTES = {
     "transform": _OVERRIDE.format("min_size=..., max_size=..., size_divisible")
     + ", and image_mean and image_std when the detector is built",
+    # Not torchvision's: to compile, it was assigned to in earlier versions.
+    "core": "call model.compile(...)",
 }
 RPN_ATTRIBUTES = {
     "anchor_generator": _REBUILD.format("rpn_anchor_generator"),
