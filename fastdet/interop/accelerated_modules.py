@@ -6,7 +6,7 @@ Each method takes and returns what torchvision's does, and calls it for what fas
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ from fastdet import boxes as box_algebra
 from fastdet import ops
 
 # torchvision defines these two in a private module, and names them in its public classes.
-BoxCoder: Any = RegionProposalNetwork.__annotations__["box_coder"]
-Matcher: Any = RegionProposalNetwork.__annotations__["proposal_matcher"]
+_TYPES = get_type_hints(RegionProposalNetwork)
+BoxCoder, Matcher = _TYPES["box_coder"], _TYPES["proposal_matcher"]
 
 Sizes = list[tuple[int, int]]  # (height, width) of each image
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)

@@ -11,6 +11,7 @@ _SUBCLASS = "the step is another here: override {} in a subclass"
 DETECTOR_ATTRIBUTES = {
     "transform": _OVERRIDE.format("min_size=..., max_size=..., size_divisible")
     + ", and image_mean and image_std when the detector is built",
+    **dict.fromkeys(("eager_outputs", "_has_warned"), _SUBCLASS.format("forward")),
     # Not torchvision's: to compile, it was assigned to in earlier versions.
     "core": "call model.compile(...)",
 }
@@ -51,7 +52,7 @@ ROI_HEADS_ATTRIBUTES = {
 
 
 class RefuseAttributes:
-    """A module on which torchvision's attributes cannot be set where they would change nothing.
+    """A module on which torchvision's attributes cannot be set or read where they would change nothing.
 
     `refused_attributes` maps their names to what to do instead. (A property would not see modules: `nn.Module` puts
     them aside before it looks at the class.)
@@ -60,7 +61,15 @@ class RefuseAttributes:
     refused_attributes: ClassVar[dict[str, str]] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
+        self._refuse(name)
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        # Called where the usual lookup finds nothing.
+        self._refuse(name)
+        return super().__getattr__(name)  # type: ignore[misc]
+
+    def _refuse(self, name: str) -> None:
         if name in self.refused_attributes:
             kind = type(self).__name__
             raise AttributeError(f"{name} has no effect on fastdet's {kind}: {self.refused_attributes[name]}")
-        super().__setattr__(name, value)

@@ -37,17 +37,30 @@ class AnchorGenerator:
             ratios *= len(sizes)
         if len(ratios) != len(sizes):
             raise ValueError(f"aspect_ratios has {len(ratios)} levels, sizes has {len(sizes)}")
-        if self.strides is not None:
-            if not all(isinstance(stride, int) and stride > 0 for stride in self.strides):
-                raise ValueError(f"strides must be positive whole numbers, got {self.strides!r}")
-            if len(self.strides) != len(sizes):
-                raise ValueError(f"strides has {len(self.strides)} levels, sizes has {len(sizes)}")
-        object.__setattr__(self, "sizes", sizes)
-        object.__setattr__(self, "aspect_ratios", ratios)
+        strides = self.strides
+        if strides is not None:
+            if not isinstance(strides, (tuple, list)) or not all(type(x) is int and x > 0 for x in strides):
+                raise ValueError(f"strides must be positive whole numbers, got {strides!r}")
+            if len(strides) != len(sizes):
+                raise ValueError(f"strides has {len(strides)} levels, sizes has {len(sizes)}")
+            strides = tuple(strides)
+        if type(self.offset) not in (int, float) or not math.isfinite(self.offset):
+            raise ValueError(f"offset must be a finite number, got {self.offset!r}")
+        if not isinstance(self.rounded, bool):
+            raise ValueError(f"rounded must be True or False, got {self.rounded!r}")
+        for name, value in (("sizes", sizes), ("aspect_ratios", ratios), ("strides", strides)):
+            object.__setattr__(self, name, value)
 
     def with_default_strides(self, strides: Sequence[int] | None) -> "AnchorGenerator":
-        """With `strides` where this generator has none of its own."""
-        return self if strides is None or self.strides is not None else replace(self, strides=tuple(strides))
+        """With the `strides` of a backbone where this generator has none of its own."""
+        if strides is None or self.strides is not None:
+            return self
+        if len(strides) != len(self.sizes):
+            raise ValueError(
+                f"the backbone has {len(strides)} feature levels, but the anchors are for {len(self.sizes)}: give "
+                "rpn_anchor_generator sizes for each level (settings=fastdet.VGG16 has them for one)"
+            )
+        return replace(self, strides=tuple(strides))
 
     def num_anchors_per_location(self) -> list[int]:
         return [len(sizes) * len(ratios) for sizes, ratios in zip(self.sizes, self.aspect_ratios, strict=True)]
@@ -68,7 +81,7 @@ class AnchorGenerator:
         if len(grids) != len(self.sizes):
             raise ValueError(
                 f"the anchors are for {len(self.sizes)} feature levels (sizes {self.sizes}), "
-                f"but the backbone gives {len(grids)} (of height x width {grids})"
+                f"but the backbone gives {len(grids)} (of height x width {grids}): give rpn_anchor_generator"
             )
         if any(0 in grid for grid in grids):
             raise ValueError(f"an image of {image_size} pixels leaves no features: levels of height x width {grids}")
@@ -91,7 +104,7 @@ def _per_level(name: str, value: object) -> tuple[tuple[float, ...], ...]:
 
 
 def _positive(number: object) -> bool:
-    return isinstance(number, (int, float)) and math.isfinite(number) and number > 0
+    return isinstance(number, (int, float)) and type(number) is not bool and math.isfinite(number) and number > 0
 
 
 def grid_anchors(cell: Tensor, grid: Size, stride: Size) -> Tensor:

@@ -10,7 +10,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from fastdet.interop.attributes import DETECTOR_ATTRIBUTES, RefuseAttributes
 from fastdet.interop.torchvision_objects import Weights, settings_arguments
 from fastdet.models import backbones, losses, preprocessing
-from fastdet.models.anchors import AnchorGenerator, Size, inside
+from fastdet.models.anchors import AnchorGenerator, Size
 from fastdet.models.roi_heads import RoIHeads, count_classes
 from fastdet.models.rpn import RegionProposalNetwork
 from fastdet.models.settings import FIXED_FIELDS, Settings
@@ -105,7 +105,7 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         fixed = [name for name in FIXED_FIELDS if getattr(settings, name) != getattr(self._settings, name)]
         if fixed:
             raise ValueError(f"{', '.join(fixed)}: the layers are built for the old value; build another detector")
-        self._settings = self.rpn.settings = self.roi_heads.settings = settings
+        self._settings = self.rpn._settings = self.roi_heads._settings = settings
 
     @property
     def num_classes(self) -> int:
@@ -147,8 +147,8 @@ class FasterRCNN(RefuseAttributes, nn.Module):
             preprocessing.check_images(images, len(self.settings.image_mean))
             raise ValueError("targets are needed for the losses")
         batch, padded, original_sizes = self.preprocess(images, targets if compute_losses else None)
-        step = self._compiled_step or self._step
-        outputs = step(batch, padded, compute_losses, compute_detections, return_features, return_class_scores)
+        step = self._compiled_step or FasterRCNN._step
+        outputs = step(self, batch, padded, compute_losses, compute_detections, return_features, return_class_scores)
         weighted, detections, by_proposal = outputs
         if detections is None:
             return weighted
@@ -182,15 +182,16 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         compute_detections = not self.training if compute_detections is None else compute_detections
         if scales is None:
             scales = torch.ones(images.shape[0], device=images.device)
-        step = self._compiled_step or self._step
-        return step(Batch(images, sizes, scales), targets, compute_losses, compute_detections)[:2]
+        step = self._compiled_step or FasterRCNN._step
+        return step(self, Batch(images, sizes, scales), targets, compute_losses, compute_detections)[:2]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the step behind `forward_padded` and `model(...)`; the arguments are `torch.compile`'s.
 
         `fullgraph=True` works. Copies and pickles of the model are not compiled.
         """
-        self._compiled_step = torch.compile(self._step, *args, **kwargs)
+        # Not of the bound method: replicas of DataParallel have this attribute too.
+        self._compiled_step = torch.compile(FasterRCNN._step, *args, **kwargs)
 
     @property
     def compiled_step(self) -> Callable[..., Step] | None:
@@ -247,7 +248,7 @@ class FasterRCNN(RefuseAttributes, nn.Module):
             "images": batch.images,
             "features": levels[0] if len(levels) == 1 else levels,
             "anchors": rpn.anchors,
-            "anchors_inside": inside(rpn.anchors, batch.sizes),
+            "anchors_inside": rpn.anchors_inside,
             "rpn_deltas": rpn.deltas,
             "rpn_logits": rpn.logits,
             "proposals": proposals,
@@ -273,8 +274,6 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         return_class_scores: bool = False,
     ) -> Step:
         """Losses and detections, None for what is not computed, and what `unbatch` gathers by proposal."""
-        if compute_losses and (targets is None or targets.boxes.shape[1] == 0):
-            raise ValueError("targets are needed for the losses, with at least one row (label 0 is padding)")
         features = self.extract_features(batch.images)
         outputs = {"compute_losses": compute_losses, "compute_detections": compute_detections}
         rpn = self.rpn(list(features.values()), batch, targets, **outputs)

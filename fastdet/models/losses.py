@@ -11,10 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdet.structures import AnchorTargets, Samples
+from fastdet.structures import AnchorTargets, Samples, Targets
 
 # torchvision's names for them.
 NAMES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
+
+
+def require_targets(targets: Targets | None) -> Targets:
+    """Raises ValueError if there are none, or no row of them."""
+    if targets is None or targets.boxes.shape[1] == 0:
+        raise ValueError("targets are needed for the losses, with at least one row (label 0 is padding)")
+    return targets
 
 
 def weigh(values: Mapping[str, Tensor], weights: Sequence[float]) -> dict[str, Tensor]:

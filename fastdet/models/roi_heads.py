@@ -41,10 +41,20 @@ class RoIOutput(NamedTuple):
 
 
 class ConvFCHead(FastRCNNConvFCHead):
-    """torchvision's head of convolutions, whose BatchNorm leaves padding out of its statistics."""
+    """torchvision's head of convolutions, whose BatchNorm leaves padding out of its statistics.
 
-    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        """`x` [N, C, h, w] to [N, D]; rows that are not `valid` (bool [N]) are padding."""
+    `RoIHeads` calls a head that has `takes_valid` with which rows are not padding.
+    """
+
+    takes_valid = True
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """`x` [N, C, h, w] to [N, D]; rows that are not `valid` (bool [N]) are padding.
+
+        Raises ValueError without `valid` in training, where statistics over padding would be wrong unseen.
+        """
+        if self.training and valid is None:
+            raise ValueError("in training the box head needs `valid`: a module around it must have `takes_valid` too")
         for block in self.children():
             for layer in block.children() if isinstance(block, nn.Sequential) else (block,):
                 x = layer(x, valid) if isinstance(layer, MaskedBatchNorm2d) else layer(x)
@@ -73,7 +83,7 @@ class RoIHeads(RefuseAttributes, nn.Module):
         box_predictor: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.settings = settings
+        self._settings = settings
         self._num_classes = num_classes
         self.box_head = _build_box_head(in_channels, settings) if box_head is None else box_head
         if box_predictor is None:
@@ -85,6 +95,11 @@ class RoIHeads(RefuseAttributes, nn.Module):
         self.box_predictor = box_predictor
         weights = settings.class_weights
         self.register_buffer("_class_weights", None if weights is None else torch.tensor(weights), persistent=False)
+
+    @property
+    def settings(self) -> Settings:
+        """Those of the detector, which sets them for all its parts."""
+        return self._settings
 
     @property
     def num_classes(self) -> int:
@@ -103,13 +118,15 @@ class RoIHeads(RefuseAttributes, nn.Module):
             targets: ground truth to train on.
 
         Raises:
-            ValueError: a name in `box_featmap_names` is not among the features, or several levels are max-pooled.
+            ValueError: a name in `box_featmap_names` is not among the features, several levels are max-pooled, or the
+                targets have no row.
         """
-        samples = None if targets is None else self.select_training_samples(proposals, targets)
+        samples = None if targets is None else self.select_training_samples(proposals, losses.require_targets(targets))
         boxes, valid = (proposals.boxes, proposals.valid) if samples is None else (samples.boxes, samples.weight > 0)
         pooled = self._pool(features, batch, boxes, valid)
         flat = pooled.flatten(0, 1)
-        hidden = self.box_head(flat, valid.flatten()) if isinstance(self.box_head, ConvFCHead) else self.box_head(flat)
+        takes_valid = getattr(self.box_head, "takes_valid", False)
+        hidden = self.box_head(flat, valid.flatten()) if takes_valid else self.box_head(flat)
         box_features, class_logits, box_deltas = (
             part.unflatten(0, valid.shape) for part in (hidden, *self.box_predictor(hidden))
         )
@@ -202,7 +219,8 @@ class RoIHeads(RefuseAttributes, nn.Module):
         missing = set(names) - set(features)
         if missing:
             raise ValueError(
-                f"box_featmap_names {sorted(missing)} are not among the backbone's {list(features)}: name those to pool"
+                f"box_featmap_names {sorted(missing)} are not among the backbone's levels: give the detector "
+                f"box_featmap_names={tuple(features)}, or some of these"
             )
         grids = [(level.shape[-2], level.shape[-1]) for level in features.values()]
         strides = settings.rpn_anchor_generator.level_strides(batch.padded_size, grids)

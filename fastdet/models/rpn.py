@@ -54,6 +54,7 @@ class RPNOutput(NamedTuple):
     losses: "loss_objectness" and "loss_rpn_box_reg".
     anchors: fp32 [K, 4], level after level; in each by row, column and anchor of the cell.
     logits: [B, K, L], in the order of the anchors. deltas: [B, K, 4].
+    anchors_inside: bool [B, K], the anchors that lie inside each image.
     anchor_targets: what the losses compare with.
     """
 
@@ -61,6 +62,7 @@ class RPNOutput(NamedTuple):
     training_proposals: Proposals | None = None
     losses: dict[str, Tensor] | None = None
     anchors: Tensor | None = None
+    anchors_inside: Tensor | None = None
     logits: Tensor | None = None
     deltas: Tensor | None = None
     anchor_targets: AnchorTargets | None = None
@@ -82,7 +84,7 @@ class RegionProposalNetwork(RefuseAttributes, nn.Module):
 
     def __init__(self, in_channels: int, settings: Settings, head: nn.Module | None = None) -> None:
         super().__init__()
-        self.settings = settings
+        self._settings = settings
         generator = settings.rpn_anchor_generator
         counts = generator.num_anchors_per_location()
         if len(set(counts)) != 1:
@@ -94,6 +96,11 @@ class RegionProposalNetwork(RefuseAttributes, nn.Module):
         self.head = head
         for level, cell in enumerate(generator.cell_anchors()):
             self.register_buffer(f"_cell_anchors{level}", cell, persistent=False)
+
+    @property
+    def settings(self) -> Settings:
+        """Those of the detector, which sets them for all its parts."""
+        return self._settings
 
     @property
     def cell_anchors(self) -> list[Tensor]:
@@ -113,46 +120,42 @@ class RegionProposalNetwork(RefuseAttributes, nn.Module):
         """From features to proposals, and with targets to the losses; the head runs once, also for both.
 
         Args:
-            features: for each level [B, C, H, W].
+            features: for each level [B, C, H, W], fp32, or fp16 or bf16 under autocast.
             batch: the images that the features are of; their padded size gives the strides.
             targets: ground truth, needed for the losses.
             compute_losses: give losses and the proposals of training; by default if there are targets.
             compute_detections: give the proposals of evaluation; by default if there are no targets.
-            return_intermediates: give anchors, logits and deltas without losses too.
+            return_intermediates: give anchors, logits and deltas without losses too, and which anchors lie inside.
 
         Raises:
-            ValueError: the levels are not those of the anchor generator, a level has no cells, or the head's channels
-                do not fit the anchors.
+            ValueError: the levels are not those of the anchor generator, a level has no cells, the head's channels do
+                not fit the anchors, or losses are to be computed without targets.
         """
         compute_losses = targets is not None if compute_losses is None else compute_losses
         compute_detections = targets is None if compute_detections is None else compute_detections
+        if compute_losses:
+            losses.require_targets(targets)
         logit_levels, delta_levels = self.head(features)
         self._check_channels(logit_levels, delta_levels)
         grids = [(level.shape[-2], level.shape[-1]) for level in logit_levels]
         strides = self.settings.rpn_anchor_generator.level_strides(batch.padded_size, grids)
         output = RPNOutput()
         if compute_losses or return_intermediates:
-            anchors = torch.cat(
-                [anchor_boxes.grid_anchors(*level) for level in zip(self.cell_anchors, grids, strides, strict=True)]
-            )
-            output = output._replace(
-                anchors=anchors,
-                logits=_flatten_levels(logit_levels, self.logits_per_anchor),
-                deltas=_flatten_levels(delta_levels, 4),
-            )
+            cells = zip(self.cell_anchors, grids, strides, strict=True)
+            anchors = torch.cat([anchor_boxes.grid_anchors(*level) for level in cells])
+            logits = _flatten_levels(logit_levels, self.logits_per_anchor)
+            deltas = _flatten_levels(delta_levels, 4)
+            output = output._replace(anchors=anchors, logits=logits, deltas=deltas)
+        if return_intermediates:
+            output = output._replace(anchors_inside=anchor_boxes.inside(anchors, batch.sizes))
         if compute_losses:
-            assert targets is not None
-            assert output.logits is not None
-            assert output.deltas is not None
-            anchor_targets = self.assign_targets(anchors, batch.sizes, targets)
-            output = output._replace(
-                anchor_targets=anchor_targets,
-                losses={
-                    "loss_objectness": losses.objectness(output.logits, anchor_targets),
-                    "loss_rpn_box_reg": losses.rpn_box(output.deltas, anchor_targets, self.settings.rpn_smooth_l1_beta),
-                },
-                training_proposals=self.generate_proposals(logit_levels, delta_levels, strides, batch, training=True),
-            )
+            anchor_targets = self.assign_targets(anchors, batch.sizes, losses.require_targets(targets))
+            rpn_losses = {
+                "loss_objectness": losses.objectness(logits, anchor_targets),
+                "loss_rpn_box_reg": losses.rpn_box(deltas, anchor_targets, self.settings.rpn_smooth_l1_beta),
+            }
+            proposals = self.generate_proposals(logit_levels, delta_levels, strides, batch, training=True)
+            output = output._replace(losses=rpn_losses, anchor_targets=anchor_targets, training_proposals=proposals)
         if compute_detections:
             proposals = self.generate_proposals(logit_levels, delta_levels, strides, batch, training=False)
             output = output._replace(proposals=proposals)

@@ -95,7 +95,8 @@ class Settings:
     def __post_init__(self) -> None:
         for setting in fields(self):
             accepts, wanted = _RULES[setting.name]
-            value = getattr(self, setting.name)
+            value = _to_tuples(getattr(self, setting.name))
+            object.__setattr__(self, setting.name, value)
             if not accepts(value):
                 raise ValueError(f"{setting.name} must be {wanted}, got {value!r}")
         smallest = max(self.min_sizes)
@@ -114,7 +115,7 @@ class Settings:
     @property
     def min_sizes(self) -> tuple[int, ...]:
         """`min_size`, one or several, as a tuple."""
-        return (self.min_size,) if isinstance(self.min_size, int) else tuple(self.min_size)
+        return (self.min_size,) if isinstance(self.min_size, int) else self.min_size
 
     def check_classes(self, num_classes: int) -> None:
         """Raises ValueError if there are weights of another number of classes."""
@@ -134,22 +135,20 @@ class Settings:
 
 
 # Fields that decide layers and buffers, and cannot be changed once the detector is built.
-FIXED_FIELDS = (
-    "image_mean",
-    "image_std",
-    "rpn_anchor_generator",
-    "rpn_objectness",
-    "rpn_hidden_channels",
-    "rpn_conv_depth",
-    "box_pool_size",
-    "box_num_convs",
-    "box_representation_size",
-    "class_weights",
+_FIXED = (
+    "image_mean image_std rpn_anchor_generator rpn_objectness rpn_hidden_channels rpn_conv_depth box_pool_size "
+    "box_num_convs box_representation_size class_weights"
 )
+FIXED_FIELDS = tuple(_FIXED.split())
+
+
+def _to_tuples(value: Any) -> Any:
+    """Lists become tuples, so that settings can be compared and hashed."""
+    return tuple(map(_to_tuples, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_count(value: object) -> bool:
@@ -157,8 +156,8 @@ def _is_count(value: object) -> bool:
 
 
 def _is_sequence_of(accepts: Callable[[Any], bool], value: Any, length: int | None = None) -> bool:
-    """A tuple or list, not empty, of `length` items if that is given."""
-    if not isinstance(value, (tuple, list)) or not value or (length is not None and len(value) != length):
+    """A tuple, not empty, of `length` items if that is given."""
+    if not isinstance(value, tuple) or not value or (length is not None and len(value) != length):
         return False
     return all(map(accepts, value))
 
@@ -215,7 +214,7 @@ _RULES = {
     ),
     **_rule(
         "box_sampling_ratio box_num_convs",
-        lambda value: (value == 0 and not isinstance(value, bool)) or _is_count(value),
+        lambda value: type(value) is int and value >= 0,
         "a whole number, at least 0",
     ),
     **_rule(
@@ -241,7 +240,7 @@ _RULES = {
     ),
     **_rule(
         "size_buckets",
-        lambda value: value in ((), []) or _is_sequence_of(lambda pair: _is_sequence_of(_is_count, pair, 2), value),
+        lambda value: value == () or _is_sequence_of(lambda pair: _is_sequence_of(_is_count, pair, 2), value),
         "pairs of height and width",
     ),
     **_rule("rpn_anchor_generator", lambda value: isinstance(value, AnchorGenerator), "an AnchorGenerator"),

@@ -86,3 +86,21 @@ def test_a_copy_of_a_compiled_model_runs_with_the_copied_weights():
         assert {score for each in copied(images) for score in each["scores"].tolist()} == {0.25}
         assert copied.compiled_step is None
     assert model.compiled_step is not None, "the original stays compiled"
+
+
+def test_compiling_serves_padded_tensors_and_replicas():
+    model = small_detector().eval()
+    batch, _, _ = model.preprocess(small_scene()[0])
+    expected = model.forward_padded(*batch[:2], None, batch.scales)[1]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model.compile(fullgraph=True, backend=counter)
+    found = model.forward_padded(*batch[:2], None, batch.scales)[1]
+    assert counter.frame_count == 1
+    torch.testing.assert_close(found, expected)
+    replica = model._replicate_for_data_parallel()
+    replica._modules = {**model._modules, "rpn": copy.deepcopy(model.rpn)}
+    with torch.no_grad():
+        for parameter in replica.rpn.parameters():
+            parameter.zero_()
+    assert not torch.equal(replica.forward_padded(*batch[:2], None, batch.scales)[1].boxes, expected.boxes)

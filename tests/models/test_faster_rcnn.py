@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -7,6 +8,7 @@ import torchvision
 from torch import nn
 
 import fastdet
+from fastdet.models.norms import MaskedBatchNorm2d
 from fastdet.models.preprocessing import resized_size, unbatch
 from fastdet.models.rpn import RPNHead
 from fastdet.structures import Batch, Proposals
@@ -679,3 +681,132 @@ def test_a_default_device_does_not_change_where_padding_is_done():
         again, again_padded, _ = model.preprocess(images, targets)
     for one, other in zip((*batch, *padded), (*again, *again_padded), strict=True):
         assert torch.equal(one, other)
+
+
+WRONG = {
+    "none": None,
+    "text": "x",
+    "negative": -1,
+    "nan": float("nan"),
+    "true": True,
+    "zero": 0.0,
+    "empty": [],
+    "object": object(),
+    "tensor": torch.ones(2),
+}
+# The fields that accept one of these values all the same.
+ACCEPTED = {
+    "none": "ignore_iof_thresh rpn_hidden_channels bbox_xform_clip box_featmap_names box_predictor_std class_weights "
+    "box_detections_per_img",
+    "true": "rpn_anchors_inside_only rpn_min_size_in_original_pixels rpn_min_size_before_top_n box_aligned",
+    "zero": "ignore_iof_thresh rpn_nms_thresh rpn_bg_iou_thresh rpn_score_thresh rpn_positive_fraction rpn_min_size "
+    "rpn_smooth_l1_beta box_bg_iou_thresh_low box_positive_fraction box_score_thresh box_nms_thresh box_min_size "
+    "box_smooth_l1_beta",
+    "empty": "size_buckets",
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(fastdet.Settings)])
+def test_every_setting_refuses_what_it_is_not(field):
+    for name, value in WRONG.items():
+        if field in ACCEPTED.get(name, "").split():
+            assert getattr(fastdet.Settings(**{field: value}), field) == (() if name == "empty" else value)
+        else:
+            with pytest.raises(ValueError, match=field):
+                fastdet.Settings(**{field: value})
+
+
+def test_settings_of_lists_equal_those_of_tuples():
+    lists = fastdet.Settings(size_buckets=[[64, 64]], image_mean=[0.1, 0.2, 0.3])
+    assert lists == fastdet.Settings(size_buckets=((64, 64),), image_mean=(0.1, 0.2, 0.3))
+    assert len({lists, lists.override()}) == 1
+    model = small_detector()
+    model.settings = model.settings.override(image_mean=list(model.settings.image_mean))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"offset": "x"},
+        {"offset": float("nan")},
+        {"rounded": "x"},
+        {"rounded": 1},
+        {"strides": 16},
+        {"strides": (True,)},
+        {"strides": (16, 32)},
+        {"sizes": ((True,),)},
+        {"sizes": "x"},
+        {"aspect_ratios": ((-1.0,),)},
+    ],
+)
+def test_anchor_generators_refuse_what_is_none(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        fastdet.AnchorGenerator(**arguments)
+
+
+def test_the_settings_of_a_part_are_the_detectors():
+    model = small_detector()
+    for part in (model.rpn, model.roi_heads):
+        with pytest.raises(AttributeError):
+            part.settings = model.settings.override(rpn_nms_thresh=0.1)
+        assert part.settings is model.settings
+
+
+def test_reading_an_attribute_of_torchvisions_tells_what_to_do():
+    model = small_detector()
+    with pytest.raises(AttributeError, match=r"^transform has no effect .*override\(min_size="):
+        model.transform.min_size = (64,)
+    with pytest.raises(AttributeError, match=r"^_pre_nms_top_n .*rpn_pre_nms_top_n_test="):
+        model.rpn._pre_nms_top_n["testing"] = 5
+    with pytest.raises(AttributeError, match=r"model.compile"):
+        model.core = torch.compile(model.forward_padded)
+    assert not hasattr(model, "transform")
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        _ = model.other
+
+
+def test_a_module_of_one_level_is_told_what_to_give():
+    anchors = fastdet.AnchorGenerator(sizes=((16, 32),))
+    images = [torch.rand(3, 64, 64)]
+    with pytest.raises(ValueError, match=r"give the detector box_featmap_names=\('0',\)"):
+        fastdet.FasterRCNN(TinyBackbone(), 3, rpn_anchor_generator=anchors, min_size=64).eval()(images)
+    with pytest.raises(ValueError, match=r"for 5 feature levels .* gives 1 .*: give rpn_anchor_generator"):
+        fastdet.FasterRCNN(TinyBackbone(), 3, min_size=64).eval()(images)
+    backbone = TinyBackbone()
+    backbone.strides = (16,)
+    with pytest.raises(ValueError, match=r"backbone has 1 feature levels, but the anchors are for 5: give rpn_anchor"):
+        fastdet.FasterRCNN(backbone, 3, min_size=64)
+    given = {"rpn_anchor_generator": anchors, "box_featmap_names": ("0",), "min_size": 64}
+    assert set(fastdet.FasterRCNN(backbone, 3, **given).eval()(images)[0]) == {"boxes", "labels", "scores"}
+
+
+def test_each_part_asks_for_targets_by_itself():
+    model = small_detector()
+    batch, targets, _ = model.preprocess(*small_scene())
+    features = model.extract_features(batch.images)
+    none = type(targets)(*(tensor[:, :0] for tensor in targets))
+    for missing in (None, none):
+        with pytest.raises(ValueError, match="targets are needed for the losses"):
+            model.rpn(list(features.values()), batch, missing, compute_losses=True)
+    proposals = model.rpn(list(features.values()), batch).proposals
+    with pytest.raises(ValueError, match="targets are needed for the losses"):
+        model.roi_heads(features, proposals, batch, none)
+
+
+def test_a_box_head_of_convolutions_can_be_wrapped():
+    """Compiled it still gets the mask; inside another module it refuses to train without."""
+    images, targets = small_scene()
+    expected = small_detector(box_num_convs=1).train()
+    found = copy.deepcopy(expected)
+    found.roi_heads.box_head = torch.compile(found.roi_heads.box_head, backend="eager")
+    losses = []
+    for model in (expected, found):
+        torch.manual_seed(0)
+        losses.append(model(images, targets))
+    torch.testing.assert_close(losses[0], losses[1])
+    norms = [[m for m in model.modules() if isinstance(m, MaskedBatchNorm2d)] for model in (expected, found)]
+    torch.testing.assert_close(norms[0][0].running_mean, norms[1][0].running_mean)
+    expected.roi_heads.box_head = nn.Sequential(expected.roi_heads.box_head, nn.Dropout())
+    with pytest.raises(ValueError, match="takes_valid"):
+        expected(images, targets)
+    expected.eval()(images)

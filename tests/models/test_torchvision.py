@@ -104,7 +104,7 @@ def test_what_is_too_small_is_dropped_where_torchvision_drops_it(images_and_targ
     """torchvision's thresholds of sides are constants, so the test sets its attribute."""
     theirs, ours = both()
     theirs.rpn.min_size = 25.0
-    ours.settings = ours.rpn.settings = ours.settings.override(rpn_min_size=25.0)
+    ours.settings = ours.settings.override(rpn_min_size=25.0)
     images = images_and_targets[0]
     with torch.no_grad():
         expected, found = theirs.eval()(images), ours.eval()(images)
