@@ -122,7 +122,10 @@ def capture_program(step: StaticStep, stream: torch.cuda.Stream, pool: Any = Non
 
 
 class GraphedModel:
-    """What `GraphedTrainer` and `GraphedDetector` share: the programs of a model by bucket, and their guard."""
+    """What `GraphedTrainer` and `GraphedDetector` share: the programs of a model by bucket, and their guard.
+
+    Public attributes are read-only, as a graph goes on using what it was captured with.
+    """
 
     def __init__(
         self,
@@ -140,7 +143,7 @@ class GraphedModel:
         self.model, self.amp, self.check_every_step, self._training = model, amp, check_every_step, training
         self._check_mode()
         self.device = next(model.parameters()).device
-        self.buckets = parse_buckets(batch_shape, len(model.settings.image_mean), model.settings.size_divisible)
+        self.buckets = parse_buckets(batch_shape, model.settings)
         self._programs = LRUCache(self._make_program, memory_limit)
         # Calls since the capture of each bucket.
         self._replays: dict[Shape, int] = {}
@@ -149,6 +152,11 @@ class GraphedModel:
         self._shares_memory = memory_limit is None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pool: Any = None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not name.startswith("_") and hasattr(self, name):
+            raise AttributeError(f"{name} of {type(self).__name__} cannot be changed: make a new one")
+        super().__setattr__(name, value)
 
     @property
     def captured(self) -> tuple[Shape, ...]:

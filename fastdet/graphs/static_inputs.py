@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdet.models.preprocessing import smallest_bucket
+from fastdet.models.settings import Settings
 from fastdet.structures import Batch, Targets
 
 # Batch, channels, height, width.
@@ -19,8 +20,9 @@ Shape = tuple[int, int, int, int]
 BatchShapes = Sequence[int] | Sequence[Sequence[int]]
 
 
-def parse_buckets(batch_shape: Any, channels: int, divisible: int) -> tuple[Shape, ...]:
-    """The shapes of a `batch_shape`, smallest first. Raises ValueError for one that is not valid."""
+def parse_buckets(batch_shape: Any, settings: Settings) -> tuple[Shape, ...]:
+    """The shapes of a `batch_shape`, smallest first. Raises ValueError for one that does not suit the settings."""
+    channels, divisible = len(settings.image_mean), settings.size_divisible
     several = isinstance(batch_shape, Sequence) and (not batch_shape or isinstance(batch_shape[0], Sequence))
     shapes = list(batch_shape) if several else [batch_shape]
     if not shapes:
@@ -35,6 +37,12 @@ def parse_buckets(batch_shape: Any, channels: int, divisible: int) -> tuple[Shap
             )
         if shape[2] % divisible or shape[3] % divisible:
             raise ValueError(f"batch_shape {tuple(shape)}: height and width must be multiples of {divisible}")
+    for size in settings.size_buckets:
+        if smallest_bucket([tuple(shape[2:]) for shape in shapes], size) is None:
+            raise ValueError(
+                f"{tuple(size)} of the model's size_buckets fits no batch_shape of {batch_shape}: "
+                "add a batch_shape of that height and width, or remove it from size_buckets"
+            )
     return tuple(sorted({tuple(shape) for shape in shapes}, key=math.prod))
 
 

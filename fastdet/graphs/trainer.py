@@ -227,7 +227,7 @@ class GraphedTrainer(GraphedModel):
         """Drop what was captured: the next step captures the model and the optimizer as they are then.
 
         Raises:
-            ValueError: the optimizer cannot be captured any more.
+            ValueError: the optimizer cannot be captured any more; make a new one, and a new trainer with it.
         """
         super().recapture()
         self._prepare_optimizer()

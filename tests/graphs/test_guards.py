@@ -97,7 +97,7 @@ def captured_trainer(steps: int, **options: Any) -> GraphedTrainer:
 
 
 def assert_refused_until_recaptured(graphed: GraphedTrainer, change: Any, message: str) -> None:
-    before = clone_state(graphed)
+    before, steps = clone_state(graphed), len(graphed.losses())
     change(graphed)
     # As often as the step is called.
     for _ in range(FULL_CHECKS + 2):
@@ -109,10 +109,10 @@ def assert_refused_until_recaptured(graphed: GraphedTrainer, change: Any, messag
     if change in (replace_parameter, replace_layer, assign_weights):
         with pytest.raises(ValueError, match="not the model's: make it anew"):
             graphed.recapture()
-        graphed.optimizer = sgd(graphed.model)
+        state, graphed = graphed.state_dict(), trainer(graphed.model)
+        graphed.load_state_dict(state)
     graphed.recapture()
     assert graphed.captured == ()
-    steps = len(graphed.losses())
     graphed.step(*small_scene())
     assert [row["step"] for row in graphed.losses()] == [steps + 1]
 
@@ -126,6 +126,18 @@ def test_a_change_is_refused_soon_after_the_capture_and_wherever_everything_is_c
 @pytest.mark.parametrize(("change", "message"), QUICK.values(), ids=QUICK.keys())
 def test_a_change_that_the_quick_check_detects_is_refused_at_any_step(change, message):
     assert_refused_until_recaptured(captured_trainer(FULL_CHECKS + 2), change, message)
+
+
+def test_what_a_graph_captures_is_read_only():
+    detecting = GraphedDetector(small_detector(**FIXED).eval(), SHAPE)
+    shared = "model", "amp", "device", "buckets", "check_every_step", "captured", "nbytes"
+    names = {trainer(): (*shared, "optimizer", "max_boxes", "clip_norm", "loss_scale"), detecting: shared}
+    for graphed, of_it in names.items():
+        for name in of_it:
+            value = getattr(graphed, name)
+            with pytest.raises(AttributeError, match=name):
+                setattr(graphed, name, None)
+            assert getattr(graphed, name) == value
 
 
 def test_everything_is_compared_at_the_first_replays_only(monkeypatch):

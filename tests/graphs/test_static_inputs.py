@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastdet.graphs import GraphedDetector
 from fastdet.graphs.static_inputs import choose_bucket
 from tests.helpers.detectors import NUM_CLASSES, small_scene
 from tests.helpers.graphs import MAX_BOXES, SHAPE, crop_padding, detector, record_inputs, trainer
@@ -78,6 +79,16 @@ def test_a_batch_that_fits_no_bucket_is_refused():
 def test_invalid_shapes_are_refused(shape, message):
     with pytest.raises(ValueError, match=message):
         trainer(shape=shape)
+
+
+@pytest.mark.parametrize("size_buckets", [((128, 128),), ((64, 64), (96, 89)), [[97, 88]]])
+def test_size_buckets_that_fit_no_shape_are_refused(size_buckets):
+    model = detector(size_buckets=size_buckets)
+    with pytest.raises(ValueError, match=r"size_buckets fits no batch_shape of \(3, 3, 96, 88\)"):
+        trainer(model)
+    with pytest.raises(ValueError, match=r"size_buckets fits no batch_shape of \(1, 3, 64, 64\)"):
+        GraphedDetector(model.eval(), (1, 3, 64, 64))
+    assert GraphedDetector(model.eval(), [(1, 3, 64, 64), (1, 3, 128, 128)]).captured == ()
 
 
 def test_the_scene_is_what_the_bucket_is_for():
