@@ -18,7 +18,8 @@ from fastdet.cli import demo, doctor
 from fastdet.cli.options import UserError, raise_user_errors
 from fastdet.data import VOC
 from fastdet.engine import RECIPES, TrainSettings, build_model, describe_anchors, detect, load_model, train
-from fastdet.engine.evaluate import evaluate, require_pycocotools
+from fastdet.engine.evaluate import evaluate
+from fastdet.metrics import require_pycocotools
 from fastdet.models.backbones import NAMED
 from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.visualize import draw_detections, write_report

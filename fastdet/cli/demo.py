@@ -11,7 +11,8 @@ import torch
 
 from fastdet.data import Shapes
 from fastdet.engine import TrainSettings, build_model, describe_anchors, train
-from fastdet.engine.evaluate import Evaluation, evaluate, require_pycocotools
+from fastdet.engine.evaluate import Evaluation, evaluate
+from fastdet.metrics import require_pycocotools
 from fastdet.visualize import write_report
 
 SIZE = 128

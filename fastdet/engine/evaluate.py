@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastdet.data import Item, collate
 from fastdet.engine.predict import detect_in_batch
-from fastdet.metrics import COCOResult, VOCResult, coco_average_precision, voc_average_precision
+from fastdet.metrics import (
+    COCOResult,
+    VOCResult,
+    coco_average_precision,
+    require_pycocotools,
+    voc_average_precision,
+)
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,6 @@ class Evaluation:
                 f"{name:<{width}}" + "".join(f"{c:8.3f}" if isinstance(c, float) else f"{c:>8}" for c in cells)
             )
         return "\n".join(lines)
-
-
-def require_pycocotools() -> None:
-    """Raises ImportError, with the command that installs it, where pycocotools is missing."""
-    if importlib.util.find_spec("pycocotools") is None:
-        raise ImportError("COCO's average precision needs pycocotools: pip install 'fastdet[eval]'")
 
 
 def evaluate(

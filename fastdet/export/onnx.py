@@ -25,7 +25,7 @@ def export_onnx(model: FasterRCNN, path: str | Path, *, height: int | None = Non
 
     Args:
         model: on any device; it is left in the mode it was in.
-        path: the file, by custom .onnx; its folder is created if it does not exist.
+        path: the file, by convention .onnx; its folder is created if it does not exist.
         height, width: as of `export_pt2`.
 
     Raises:

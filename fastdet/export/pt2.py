@@ -27,7 +27,7 @@ def export_pt2(model: FasterRCNN, path: str | Path, *, height: int | None = None
 
     Args:
         model: on the device that the file is to run on; it is left in the mode it was in.
-        path: the file, by custom .pt2; its folder is created if it does not exist.
+        path: the file, by convention .pt2; its folder is created if it does not exist.
         height, width: of the images that it takes, in pixels; None: the default of `input_size`.
 
     Raises:
@@ -51,11 +51,9 @@ def input_size(settings: Settings, height: int | None = None, width: int | None 
     Raises:
         ExportError: a side that is not positive or no multiple of `size_divisible`, or no bucket that fits.
     """
-    smallest = settings.min_size if isinstance(settings.min_size, int) else settings.min_size[-1]
     try:
-        default = preprocessing.padded_size(
-            [(smallest, settings.max_size)], settings.size_divisible, settings.size_buckets
-        )
+        largest = settings.min_sizes[-1], settings.max_size
+        default = preprocessing.padded_size([largest], settings.size_divisible, settings.size_buckets)
     except ValueError as error:
         if height is None or width is None:
             raise ExportError(f"{error}: give height and width") from None

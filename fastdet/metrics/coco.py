@@ -1,6 +1,7 @@
 """Average precision as COCO defines it, computed by pycocotools."""
 
 import contextlib
+import importlib.util
 import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,12 @@ class COCOResult(NamedTuple):
     ap50_per_class: np.ndarray
 
 
+def require_pycocotools() -> None:
+    """Raises ImportError, with the command that installs it, where pycocotools is missing."""
+    if importlib.util.find_spec("pycocotools") is None:
+        raise ImportError("COCO's average precision needs pycocotools: pip install 'fastdet[eval]'")
+
+
 def coco_average_precision(
     predictions: Sequence[Arrays], targets: Sequence[Arrays], num_classes: int, max_detections: int = 100
 ) -> COCOResult:
@@ -40,11 +47,10 @@ def coco_average_precision(
         ValueError: lengths differ or a label is out of range.
         ImportError: pycocotools is not installed.
     """
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise ImportError("COCO's average precision needs pycocotools: pip install 'fastdet[eval]'") from error
+    require_pycocotools()
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     detected, truths = to_numpy(predictions, targets, num_classes)
 
     def index(images: Sequence[Detected | Truth]) -> Any:

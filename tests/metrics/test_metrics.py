@@ -310,6 +310,6 @@ def test_coco_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_coco_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
     with pytest.raises(ImportError, match=r"pip install 'fastdet\[eval\]'"):
         coco_average_precision([], [], 2)
