@@ -26,6 +26,6 @@ def test_labels(compare, device, case, batch):
         return [torch.where(positive | negative)[0] for positive, negative in zip(*chosen, strict=True)]
 
     assert int(ours().weight.sum()) == sum(len(index) for index in theirs())
-    size = f"{batch} x {num_candidates} {case}, {num_samples} taken"
+    size = f"{batch} x {num_candidates} {case}, {num_samples} drawn"
     floor = roofline.sample(label.numel(), batch * num_samples)
     compare(ours, theirs, op="sample", size=size, dtype="int64", rounds=20, floor=floor, graph=True)

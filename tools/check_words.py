@@ -48,6 +48,7 @@ PROSE = {
     r"[Bb]ox offsets|offsets from (the |an )?(anchor|them)": "deltas",
     r"host (never )?waits?|[Ww]aits? for (a|the) (GPU|device)|waits? nowhere": "host sync",
     r"(its|same|own|training|evaluation|torchvision's|detectron2's|VGG16's) numbers": "settings, outputs",
+    r"\d+ taken": "drawn, sampled, kept",
     r"as (it|they) should": "self-check passed",
     r"(?<!make )(?<!makes )sure": "confident, above the threshold",
     r"knows|if it likes|makes? of (it|them|the|a)": "plain words",
