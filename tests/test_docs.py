@@ -1,6 +1,7 @@
 """The documents agree with the repository: figures, names, paths, commands, and the README's script."""
 
 import csv
+import itertools
 import pkgutil
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from bench import plot
+from tests.test_package import LAYERS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results/epyc-2-cores.csv"
@@ -137,8 +139,32 @@ def test_modules_that_are_run_exist(path):
     assert [name for name in sorted(used) if not (ROOT / f"{name.replace('.', '/')}.py").is_file()] == []
 
 
-def test_every_package_has_a_row_in_the_architecture():
-    rows = set(re.findall(r"^\| `([\w/]+)/` \|", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE))
+def test_the_architecture_names_every_package_and_module():
+    """`<op>` stands for each operation; files that begin with an underscore are left out; of the tests, the folders."""
+    rows = dict(re.findall(r"^\| `([\w/]+)/` \| (.+?) \|", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE))
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "fastdet").glob("**/__init__.py")}
     packages = {str(folder) for folder in folders if folder.parts[:2] != ("fastdet", "kernels")}
-    assert rows == packages | {"kernels", "kernels/common", "bench", "tools", "tests"}
+    assert set(rows) == packages | {"kernels", "kernels/common", "bench", "tools", "tests"}
+    operations = [path.stem for path in (ROOT / "fastdet/ops").glob("[!_]*.py")]
+    for package, modules in rows.items():
+        names = [name.strip("`") for name in modules.split()]
+        named = [name.replace("<op>", op) for name in names for op in (operations if "<op>" in name else [""])]
+        found = (ROOT / package).glob("*/*.py" if package == "tests" else "[!_]*.py")
+        assert sorted(named) == sorted({path.parent.name if package == "tests" else path.stem for path in found})
+
+
+def test_the_drawn_directions_of_imports_are_those_that_exist():
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    drawn = re.search(r"### Direction of imports\n\n```\n(.*?)```", text, re.DOTALL)[1]
+    arrows: dict[str, set[str]] = {package: set() for package in LAYERS}
+    for line in drawn.splitlines():
+        groups = [group.strip().split(", ") for group in line.split("->")]
+        for importing, imported in itertools.pairwise(groups):
+            for package in importing:
+                arrows[package].update(imported)
+
+    def reachable(package: str) -> set[str]:
+        return arrows[package].union(*map(reachable, arrows[package]))
+
+    for package, allowed in LAYERS.items():
+        assert arrows[package] <= allowed <= reachable(package), package
