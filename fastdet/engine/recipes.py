@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +13,38 @@ from torch.optim import SGD, AdamW, Optimizer
 
 # The images of a step: their indices, each with whether to flip it.
 BatchPlan = list[tuple[int, bool]]
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a finite number, at least 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+# What each field accepts, in words and in code. Every field has a rule: without, `TrainSettings()` fails.
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(
+        ("epochs", "warmup_steps", "seed", "workers"), ("a whole number, at least 0", lambda value: _is_whole(value, 0))
+    ),
+    **dict.fromkeys(("batch_size", "log_every"), ("a whole number, at least 1", lambda value: _is_whole(value, 1))),
+    **dict.fromkeys(
+        ("momentum", "weight_decay", "bias_lr_factor", "gamma", "clip_norm"), ("at least 0 and finite", _is_finite)
+    ),
+    "bias_weight_decay": ("None or at least 0 and finite", lambda value: value is None or _is_finite(value)),
+    "lr": ("above 0 and finite", lambda value: _is_finite(value) and value > 0),
+    "milestones": (
+        "a tuple of whole numbers, at least 1",
+        lambda value: isinstance(value, (tuple, list)) and all(_is_whole(epoch, 1) for epoch in value),
+    ),
+    "flip": ("True or False", lambda value: isinstance(value, bool)),
+    "optimizer_name": ("'sgd' or 'adamw'", lambda value: value in ("sgd", "adamw")),
+    "schedule": ("'cosine' or 'step'", lambda value: value in ("cosine", "step")),
+    # fp16 needs a loss scale, which `fastdet.graphs.GraphedTrainer` has.
+    "amp": ("None or 'bfloat16'", lambda value: value in (None, "bfloat16")),
+}
 
 
 @dataclass(frozen=True)
@@ -59,19 +92,10 @@ class TrainSettings:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        # fp16 needs a loss scale, which `fastdet.graphs.GraphedTrainer` has.
-        choices = {"schedule": ("cosine", "step"), "optimizer_name": ("sgd", "adamw"), "amp": (None, "bfloat16")}
-        for name, (first, second) in choices.items():
-            if getattr(self, name) not in (first, second):
-                raise ValueError(f"{name} must be {first!r} or {second!r}, not {getattr(self, name)!r}")
-        minima = dict.fromkeys(
-            ("epochs", "warmup_steps", "seed", "workers", "clip_norm", "momentum", "weight_decay"), 0
-        )
-        for name, minimum in {**minima, "batch_size": 1, "log_every": 1}.items():
-            if not minimum <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least {minimum} and finite, not {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be above 0 and finite, not {self.lr}")
+        for field in fields(self):
+            expected, accepts = _RULES[field.name]
+            if not accepts(value := getattr(self, field.name)):
+                raise ValueError(f"{field.name} must be {expected}, not {value!r}")
 
 
 # By backbone: VGG16 trained in one stage on VOC 2007 (Ren et al., arXiv:1506.01497, section 3.1.3, for momentum and

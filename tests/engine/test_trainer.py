@@ -1,6 +1,6 @@
 import csv
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -329,6 +329,17 @@ def test_groups_get_their_rates(tmp_path, shapes):
 def test_settings_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"{name} must be"):
         TrainSettings(**{name: value})
+
+
+def test_settings_of_another_type():
+    allowed = {"bias_weight_decay": None, "amp": None, "flip": True, "milestones": []}
+    for field in fields(TrainSettings):
+        for value in (None, "x", -1, math.nan, math.inf, True, [], [0.5], object()):
+            if field.name in allowed and allowed[field.name] == value:
+                TrainSettings(**{field.name: value})
+            else:
+                with pytest.raises(ValueError, match=f"^{field.name} must be .*, not "):
+                    TrainSettings(**{field.name: value})
 
 
 def test_no_images_is_an_error(tmp_path):
