@@ -58,6 +58,8 @@ class GraphedTrainer(GraphedModel):
       default a later change of these has no effect on the captured step, or makes it write to freed memory;
     - never: a plain attribute of a layer, such as a dropout's p.
 
+    The trainer's own attributes are read-only: another optimizer, `amp` or `clip_norm` needs another trainer.
+
     Args:
         model: in training mode, on the device where it is to train.
         optimizer: torch.optim.SGD(..., fused=True) without dampening, or AdamW(..., fused=True, capturable=True), with
