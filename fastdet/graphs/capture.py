@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,10 +122,10 @@ def capture_program(step: StaticStep, stream: torch.cuda.Stream, pool: Any = Non
 
 
 class GraphedModel:
-    """What `GraphedTrainer` and `GraphedDetector` share: the programs of a model by bucket, and their guard.
+    """What `GraphedTrainer` and `GraphedDetector` share: the programs of a model by bucket, and their guard."""
 
-    Public attributes are read-only, as a graph goes on using what it was captured with.
-    """
+    # Attributes that a captured step depends on.
+    _arguments: ClassVar[tuple[str, ...]] = ("model", "amp")
 
     def __init__(
         self,
@@ -148,15 +148,11 @@ class GraphedModel:
         # Calls since the capture of each bucket.
         self._replays: dict[Shape, int] = {}
         self._guard: CaptureGuard | None = None
+        self._captured_arguments: dict[str, Any] = {}
         # Graphs that share memory take as much as the largest; but then none of them can give any back.
         self._shares_memory = memory_limit is None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pool: Any = None
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not name.startswith("_") and hasattr(self, name):
-            raise AttributeError(f"{name} of {type(self).__name__} cannot be changed: make a new one")
-        super().__setattr__(name, value)
 
     @property
     def captured(self) -> tuple[Shape, ...]:
@@ -186,14 +182,20 @@ class GraphedModel:
         if torch.is_autocast_enabled(self.device.type):
             raise RuntimeError("inside torch.autocast the step would keep casts of weights: give amp=... instead")
         replays = self._replays[bucket] + 1 if bucket in self._programs else 0
-        difference = self._guard and self._guard.difference(self.check_every_step or replays <= FULL_CHECKS)
+        difference = None
+        if self._guard is not None:
+            changed = [name for name, value in self._captured_arguments.items() if getattr(self, name) is not value]
+            full = self.check_every_step or replays <= FULL_CHECKS
+            difference = f"its {changed[0]} was changed" if changed else self._guard.difference(full)
         if difference:
             name = type(self).__name__
             raise RuntimeError(f"since {name} captured its step, {difference}: undo that, or call its recapture()")
         # Static tensors of inference mode could not be filled outside it.
         with torch.inference_mode(False):
             program = self._programs[bucket]
-        self._guard = self._guard or self._create_guard()
+        if self._guard is None:
+            self._guard = self._create_guard()
+            self._captured_arguments = {name: getattr(self, name) for name in self._arguments}
         self._replays[bucket] = replays
         return program
 

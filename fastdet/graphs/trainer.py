@@ -50,15 +50,14 @@ class GraphedTrainer(GraphedModel):
 
     A captured step goes on using what it was captured with, so a change of that is refused until `recapture`:
 
-    - at every step: the mode of the model, its `settings`, `model.compile`, its first parameter (`model.to` moves, and
-      `load_state_dict(assign=True)` replaces all), the optimizer's groups with their options, learning-rate tensors and
-      numbers of parameters, and its state as a whole;
+    - at every step: the trainer's `optimizer`, `max_boxes`, `amp` and `clip_norm`; the mode of the model, its
+      `settings`, `model.compile`, its first parameter (`model.to` moves, and `load_state_dict(assign=True)` replaces
+      all); the optimizer's groups with their options, learning-rate tensors and numbers of parameters, and its state as
+      a whole;
     - at a capture, at the bucket's three steps after it, and at every step with `check_every_step`: each layer and its
       mode, each parameter, buffer and tensor of the optimizer by identity and address, and which are frozen. By
       default a later change of these has no effect on the captured step, or makes it write to freed memory;
     - never: a plain attribute of a layer, such as a dropout's p.
-
-    The trainer's own attributes are read-only: another optimizer, `amp` or `clip_norm` needs another trainer.
 
     Args:
         model: in training mode, on the device where it is to train.
@@ -78,6 +77,8 @@ class GraphedTrainer(GraphedModel):
     Raises:
         ValueError: an argument out of range, an optimizer that cannot be captured or is not of this model.
     """
+
+    _arguments = ("model", "amp", "optimizer", "max_boxes", "clip_norm")
 
     def __init__(
         self,
@@ -229,7 +230,7 @@ class GraphedTrainer(GraphedModel):
         """Drop what was captured: the next step captures the model and the optimizer as they are then.
 
         Raises:
-            ValueError: the optimizer cannot be captured any more; make a new one, and a new trainer with it.
+            ValueError: the optimizer cannot be captured any more.
         """
         super().recapture()
         self._prepare_optimizer()
