@@ -752,7 +752,7 @@ def test_the_settings_of_a_part_are_the_detectors():
         assert part.settings is model.settings
 
 
-def test_reading_an_attribute_of_torchvisions_tells_what_to_do():
+def test_reading_a_refused_attribute_names_what_to_do():
     model = small_detector()
     with pytest.raises(AttributeError, match=r"^transform has no effect .*override\(min_size="):
         model.transform.min_size = (64,)
@@ -765,7 +765,7 @@ def test_reading_an_attribute_of_torchvisions_tells_what_to_do():
         _ = model.other
 
 
-def test_a_module_of_one_level_is_told_what_to_give():
+def test_the_error_for_a_module_of_one_level_names_what_to_give():
     anchors = fastdet.AnchorGenerator(sizes=((16, 32),))
     images = [torch.rand(3, 64, 64)]
     with pytest.raises(ValueError, match=r"give the detector box_featmap_names=\('0',\)"):
