@@ -57,3 +57,32 @@ def small_scene(seed: int = 1) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     targets = [{"boxes": box, "labels": label} for box, label in zip(boxes, labels, strict=True)]
     targets[2]["ignore"] = torch.tensor([False, False, True])
     return images, targets
+
+
+# Torchvision's hyperparameters for a detector of small images on `Pyramid`.
+PYRAMID_SETTINGS: dict[str, Any] = {
+    "min_size": 96,
+    "max_size": 160,
+    "rpn_pre_nms_top_n_train": 200,
+    "rpn_pre_nms_top_n_test": 100,
+    "rpn_post_nms_top_n_train": 150,
+    "rpn_post_nms_top_n_test": 60,
+    "box_detections_per_img": 30,
+}
+
+
+class Pyramid(nn.Module):
+    """Three levels of features, of which two are pooled."""
+
+    out_channels = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Conv2d(3, 8, 8, stride=8)
+        self.middle = nn.Conv2d(8, 8, 2, stride=2)
+        self.coarse = nn.Conv2d(8, 8, 2, stride=2)
+
+    def forward(self, images):
+        fine = self.fine(images)
+        middle = self.middle(fine.relu())
+        return {"0": fine, "1": middle, "pool": self.coarse(middle.relu())}

@@ -16,37 +16,12 @@ from torchvision.ops import MultiScaleRoIAlign
 import fastdet
 from fastdet.interop.accelerate import accelerate
 from fastdet.interop.accelerated_modules import ACCELERATED
+from tests.helpers.detectors import PYRAMID_SETTINGS, Pyramid
 
 SHARED = {"rpn", "roi_heads", "roi_heads.box_roi_pool"}
 BoxCoder = RegionProposalNetwork.__annotations__["box_coder"]
 Matcher = RegionProposalNetwork.__annotations__["proposal_matcher"]
 BUILDERS = ["fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "fasterrcnn_mobilenet_v3_large_fpn"]
-SETTINGS = {
-    "min_size": 96,
-    "max_size": 160,
-    "rpn_pre_nms_top_n_train": 200,
-    "rpn_pre_nms_top_n_test": 100,
-    "rpn_post_nms_top_n_train": 150,
-    "rpn_post_nms_top_n_test": 60,
-    "box_detections_per_img": 30,
-}
-
-
-class Pyramid(nn.Module):
-    """Three levels of features, of which two are pooled: a backbone for tests that need no real one."""
-
-    out_channels = 8
-
-    def __init__(self):
-        super().__init__()
-        self.fine = nn.Conv2d(3, 8, 8, stride=8)
-        self.middle = nn.Conv2d(8, 8, 2, stride=2)
-        self.coarse = nn.Conv2d(8, 8, 2, stride=2)
-
-    def forward(self, images):
-        fine = self.fine(images)
-        middle = self.middle(fine.relu())
-        return {"0": fine, "1": middle, "pool": self.coarse(middle.relu())}
 
 
 def randomize_heads(model):
@@ -58,7 +33,7 @@ def randomize_heads(model):
 
 
 def built(builder, classes=5, **changes):
-    settings = {**SETTINGS, "box_batch_size_per_image": 32, "rpn_post_nms_top_n_test": 40, **changes}
+    settings = {**PYRAMID_SETTINGS, "box_batch_size_per_image": 32, "rpn_post_nms_top_n_test": 40, **changes}
     model = getattr(detection, builder)(weights=None, weights_backbone=None, num_classes=classes, **settings)
     randomize_heads(model)
     # The features of random residual networks with frozen norms overflow otherwise.
@@ -73,7 +48,7 @@ def small(kind=detection.FasterRCNN, **changes):
     anchors = AnchorGenerator(((16, 24), (32, 48), (64, 96)), ((0.5, 1.0, 2.0),) * 3)
     pool = MultiScaleRoIAlign(["0", "1"], 7, 2)
     return randomize_heads(
-        kind(Pyramid(), 5, rpn_anchor_generator=anchors, box_roi_pool=pool, **{**SETTINGS, **changes})
+        kind(Pyramid(), 5, rpn_anchor_generator=anchors, box_roi_pool=pool, **{**PYRAMID_SETTINGS, **changes})
     )
 
 
@@ -331,7 +306,7 @@ def test_copies(copied, scene):
     assert accelerated_parts(other) == SHARED
     other.roi_heads.detections_per_img = theirs.roi_heads.detections_per_img = 5
     same_detections(theirs, other, scene[0])
-    assert ours.roi_heads.detections_per_img == SETTINGS["box_detections_per_img"]
+    assert ours.roi_heads.detections_per_img == PYRAMID_SETTINGS["box_detections_per_img"]
     accelerate(other).undo()
     assert not accelerated_parts(other)
     assert accelerated_parts(ours) == SHARED

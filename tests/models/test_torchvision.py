@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from torch import nn
 from torchvision.models.detection import FasterRCNN as TheirFasterRCNN
 from torchvision.models.detection.rpn import AnchorGenerator as TheirAnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 import fastdet
+from tests.helpers.detectors import PYRAMID_SETTINGS, Pyramid
 from tests.helpers.parity import (
     EVERYTHING,
     assert_same_detections,
@@ -19,38 +19,12 @@ from tests.helpers.parity import (
 from tests.helpers.weights import randomize_heads
 
 SIZES, RATIOS = ((16, 24), (32, 48), (64, 96)), ((0.5, 1.0, 2.0),) * 3
-SETTINGS = {
-    "min_size": 96,
-    "max_size": 160,
-    "rpn_pre_nms_top_n_train": 200,
-    "rpn_pre_nms_top_n_test": 100,
-    "rpn_post_nms_top_n_train": 150,
-    "rpn_post_nms_top_n_test": 60,
-    "box_detections_per_img": 30,
-}
-
-
-class Pyramid(nn.Module):
-    """Three levels of features, of which two are pooled."""
-
-    out_channels = 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fine = nn.Conv2d(3, 8, 8, stride=8)
-        self.middle = nn.Conv2d(8, 8, 2, stride=2)
-        self.coarse = nn.Conv2d(8, 8, 2, stride=2)
-
-    def forward(self, images):
-        fine = self.fine(images)
-        middle = self.middle(fine.relu())
-        return {"0": fine, "1": middle, "pool": self.coarse(middle.relu())}
 
 
 def both(**changes):
     """torchvision's detector and ours with the same weights; `changes` go to both."""
     torch.manual_seed(0)
-    settings_of_both = {**SETTINGS, **changes}
+    settings_of_both = {**PYRAMID_SETTINGS, **changes}
     pool = MultiScaleRoIAlign(["0", "1"], 7, 2)
     anchors = TheirAnchorGenerator(SIZES, RATIOS)
     theirs = TheirFasterRCNN(Pyramid(), 5, rpn_anchor_generator=anchors, box_roi_pool=pool, **settings_of_both)
