@@ -6,6 +6,7 @@ values in the graph. The standard's `RoiAlign` and `NonMaxSuppression` compute w
 Runtime's are torchvision's, with the same results bit for bit.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +23,19 @@ Value = Any
 op: Any = opset18
 
 
-def nms(boxes: Value, valid: Value, iou_threshold: float, max_keep: int) -> tuple[Value, Value]:
-    """`boxes` [groups, N, 4] in the order of their ranks, `valid` [groups, N] -> index [groups, max_keep], count."""
+def nms(
+    boxes: Value, valid: Value, iou_threshold: float, max_keep: int, scores: Value | None = None
+) -> tuple[Value, Value]:
+    """`boxes` [groups, N, 4] and `valid` [groups, N], in the order of their ranks or with `scores` [groups, N]
+    -> index [groups, max_keep], count."""
+    if scores is not None:
+        _, order = op.TopK(op.Where(valid, scores, _float(-math.inf)), op.Shape(scores, start=1, end=2), axis=1)
+        rows = op.Expand(op.Unsqueeze(order, _ints(2)), _ints(1, 1, 4))
+        boxes, valid = op.GatherElements(boxes, rows, axis=1), op.GatherElements(valid, order, axis=1)
+        index, count = nms(boxes, valid, iou_threshold, max_keep)
+        places = op.Range(_int(0), _int(max_keep), _int(1))
+        kept = op.Less(op.Unsqueeze(places, _ints(0)), op.Unsqueeze(count, _ints(1)))
+        return op.Where(kept, op.GatherElements(order, index, axis=1), _int(0)), count
     finite = op.Not(op.Or(op.IsNaN(boxes), op.IsInf(boxes)))
     finite = op.ReduceMin(op.Cast(finite, to=TensorProto.INT32), _ints(2), keepdims=0)
     valid = op.And(valid, op.Cast(finite, to=TensorProto.BOOL))

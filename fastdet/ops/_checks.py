@@ -15,7 +15,7 @@ def tensor(name: str, value: object, shape: tuple[int, ...] | None = None, dtype
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
         raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if value.is_nested else value.layout}")
-    if shape is not None and tuple(value.shape) != shape:
+    if shape is not None and value.shape != shape:
         raise ValueError(f"{name} must have the shape {list(shape)}, got {list(value.shape)}")
     if dtype is not None and value.dtype != dtype:
         raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
@@ -44,18 +44,26 @@ def boxes(name: str, value: object, ndim: int | None = 2, *, double: bool = Fals
 
 def same_device(**tensors: Tensor | None) -> None:
     """Of those that are not None."""
-    (first_name, first), *rest = ((name, value) for name, value in tensors.items() if value is not None)
-    for name, value in rest:
-        if value.device != first.device:
-            raise ValueError(f"{name} is on {value.device}, but {first_name} is on {first.device}")
+    first_name, device = "", None
+    for name, value in tensors.items():
+        if value is None:
+            continue
+        if device is None:
+            first_name, device = name, value.device
+        elif value.device != device:
+            raise ValueError(f"{name} is on {value.device}, but {first_name} is on {device}")
 
 
 def same_dtype(**values: object) -> None:
     """Of the tensors among `values`, before any is widened: mixed dtypes are a mistake more often than not."""
-    dtypes = [(name, value.dtype) for name, value in values.items() if isinstance(value, Tensor)]
-    for name, dtype in dtypes[1:]:
-        if dtype != dtypes[0][1]:
-            raise TypeError(f"{name} is {dtype}, but {dtypes[0][0]} is {dtypes[0][1]}")
+    first_name, dtype = "", None
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            continue
+        if dtype is None:
+            first_name, dtype = name, value.dtype
+        elif value.dtype is not dtype:
+            raise TypeError(f"{name} is {value.dtype}, but {first_name} is {dtype}")
 
 
 def number(name: str, value: object) -> float:

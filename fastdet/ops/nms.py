@@ -13,7 +13,9 @@ from torch import Tensor
 
 from fastdet.ops import _checks
 from fastdet.ops._library import define
-from fastdet.ops.cpu.nms import SMALL_GROUP, nms_cpu, round_threshold_down
+from fastdet.ops.cpu.nms import MANY, batched_nms_cpu, nms_cpu, round_threshold_down
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Kept(NamedTuple):
@@ -28,7 +30,19 @@ class Kept(NamedTuple):
         return torch.arange(self.index.shape[1], device=self.count.device) < self.count[:, None]
 
 
-def nms_cuda(boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int) -> tuple[Tensor, Tensor]:
+def nms_cuda(
+    boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int, scores: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    if scores is None or not boxes.numel():
+        return _suppress_sorted(boxes, valid, iou_threshold, max_keep)
+    # Rows that are not valid go last, so that the work ends with those that are.
+    order = torch.where(valid, scores, -math.inf).argsort(dim=1, descending=True, stable=True)
+    rows = order[..., None].expand(-1, -1, 4)
+    kept = Kept(*_suppress_sorted(boxes.gather(1, rows), valid.gather(1, order), iou_threshold, max_keep))
+    return torch.where(kept.valid, order.gather(1, kept.index), 0), kept.count
+
+
+def _suppress_sorted(boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int) -> tuple[Tensor, Tensor]:
     from fastdet.kernels import nms as kernel
 
     groups, num_boxes, _ = boxes.shape
@@ -52,13 +66,14 @@ def nms_cuda(boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int) 
     return index, count
 
 
-def nms_fake(boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int) -> tuple[Tensor, Tensor]:
+def nms_fake(boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int, *_: object) -> tuple[Tensor, Tensor]:
     groups = boxes.shape[0]
     return boxes.new_empty(groups, max_keep, dtype=torch.int64), boxes.new_empty(groups, dtype=torch.int64)
 
 
 define(
-    "nms(Tensor boxes, Tensor valid, float iou_threshold, SymInt max_keep) -> (Tensor, Tensor)",
+    # Without `scores` the rows are in descending order of priority.
+    "nms(Tensor boxes, Tensor valid, float iou_threshold, SymInt max_keep, Tensor? scores=None) -> (Tensor, Tensor)",
     cpu=nms_cpu,
     cuda=nms_cuda,
     fake=nms_fake,
@@ -97,15 +112,8 @@ def nms_padded(
     _checks.same_device(boxes=boxes, scores=scores, valid=valid)
     _checks.threshold("iou_threshold", iou_threshold)
     _checks.integer("max_keep", max_keep, least=0)
-    if _checks.flag("presorted", presorted):
-        return Kept(*torch.ops.fastdet.nms(boxes, valid, iou_threshold, max_keep))
-    # Rows that are not valid go last, so that the work ends with those that are.
-    order = torch.where(valid, scores, -math.inf).argsort(dim=1, descending=True, stable=True)
-    rows = order[..., None].expand(-1, -1, 4)
-    kept = Kept(*torch.ops.fastdet.nms(boxes.gather(1, rows), valid.gather(1, order), iou_threshold, max_keep))
-    if boxes.shape[1] == 0:
-        return kept
-    return Kept(torch.where(kept.valid, order.gather(1, kept.index), 0), kept.count)
+    sorted_by = None if _checks.flag("presorted", presorted) else scores
+    return Kept(*torch.ops.fastdet.nms(boxes, valid, iou_threshold, max_keep, sorted_by))
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | None = None) -> Tensor:
@@ -126,10 +134,16 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | Non
     Raises:
         TypeError, ValueError: an argument of another type, shape, range or device; the message names it.
     """
-    boxes, scores, limit = _check(boxes, scores, iou_threshold, max_keep)
-    if boxes.device.type == "cpu" and len(boxes) <= SMALL_GROUP and boxes.isfinite().all():
-        return torch.ops.torchvision.nms(boxes, scores, iou_threshold)[:limit]
-    index, count = nms_padded(boxes[None], scores[None], iou_threshold, limit)
+    limit: int | None = None
+    if max_keep is not None or not _are_plain(boxes, scores, iou_threshold):
+        boxes, scores, limit = _check(boxes, scores, iou_threshold, max_keep)
+    if boxes.is_cpu and len(boxes) <= MANY:
+        kept = torch.ops.torchvision.nms.default(boxes, scores, iou_threshold)
+        # It keeps a box that is not finite whatever there is, and removes none by it.
+        if not math.isfinite(boxes.sum()):
+            kept = kept[boxes[kept].isfinite().all(1)]
+        return kept if max_keep is None else kept[:limit]
+    index, count = nms_padded(boxes[None], scores[None], iou_threshold, len(boxes) if limit is None else limit)
     return index[0, : int(count[0])]
 
 
@@ -153,13 +167,17 @@ def batched_nms(
     Raises:
         TypeError, ValueError: an argument of another type, shape, range or device; the message names it.
     """
-    boxes, scores, limit = _check(boxes, scores, iou_threshold, max_keep)
+    limit = len(boxes) if type(boxes) is Tensor and boxes.ndim else 0
+    if max_keep is not None or not _are_plain(boxes, scores, iou_threshold):
+        boxes, scores, limit = _check(boxes, scores, iou_threshold, max_keep)
     idxs = _checks.tensor("idxs", idxs, (boxes.shape[0],))
-    if idxs.is_floating_point() or idxs.is_complex() or idxs.dtype == torch.bool:
+    if idxs.dtype not in _INTEGERS:
         raise TypeError(f"idxs must hold integers, got {idxs.dtype}")
     _checks.same_device(boxes=boxes, idxs=idxs)
     if boxes.shape[0] == 0:
         return torch.zeros(0, dtype=torch.int64, device=boxes.device)
+    if boxes.is_cpu:
+        return batched_nms_cpu(boxes, scores, idxs, iou_threshold, limit)
     order = scores.argsort(descending=True, stable=True)
     _, group, sizes = torch.unique(idxs[order], return_inverse=True, return_counts=True)
     by_group = group.argsort(stable=True)
@@ -175,6 +193,22 @@ def batched_nms(
         kept = nms_padded(boxes[rows], scores[rows], iou_threshold, min(padded_size, limit), valid, presorted=True)
         keep[ranks.gather(1, kept.index)[kept.valid]] = True
     return order[keep][:limit]
+
+
+def _are_plain(boxes: object, scores: object, iou_threshold: object) -> bool:
+    """Whether these are as they mostly are: of some hundred boxes the checks would take a tenth of the time."""
+    return (
+        type(boxes) is Tensor
+        and type(scores) is Tensor
+        and boxes.dtype is scores.dtype is torch.float32
+        and boxes.is_cpu
+        and scores.is_cpu
+        and boxes.layout is scores.layout is torch.strided
+        and scores.ndim == 1
+        and boxes.shape == (scores.numel(), 4)
+        and type(iou_threshold) is float
+        and 0.0 <= iou_threshold <= 1.0
+    )
 
 
 def _check(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | None) -> tuple[Tensor, Tensor, int]:

@@ -1,13 +1,19 @@
+import importlib
 import math
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 
 from fastdet import ops
-from fastdet.ops.cpu import nms
+from fastdet.ops.cpu import nms, nms_tiles
+from fastdet.ops.cpu.sorting import argsort_descending, radix_argsort
 from fastdet.ops.nms import nms_cpu, nms_cuda, nms_padded, round_threshold_down
 from tests.helpers.checks import awkward_boxes, check_operator, random_boxes
+
+# Hidden in its package by the function of the same name.
+ops_nms = importlib.import_module("fastdet.ops.nms")
 
 THRESHOLDS = (0.1, 0.3, 0.5, 0.6, 0.7, 1 / 3)
 
@@ -142,16 +148,51 @@ def test_max_keep_takes_the_first(count, max_keep):
     assert torch.equal(ops.batched_nms(boxes, scores, groups, 0.5, max_keep), expected)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_tiles_of_near_boxes_equal_the_operator(monkeypatch, seed):
+    """Boxes of any scale and density, in tiles and blocks of several sizes, with huge, inverted and equal ones."""
+    generator = torch.Generator().manual_seed(seed)
+    monkeypatch.setattr(nms, "MANY", 100)
+    monkeypatch.setattr(ops_nms, "MANY", 100)
+    monkeypatch.setattr(nms_tiles, "_BLOCK", (256, 33, 5)[seed % 3])
+    monkeypatch.setattr(nms_tiles, "_LANES", (32, 8)[seed % 2])
+    count, threshold = 101 + 300 * (seed % 4), (0.0, 0.3, 0.7, 1 / 3, 1.0)[seed % 5]
+    corner = torch.rand(count, 2, generator=generator) * 10.0 ** (seed % 6)
+    boxes = torch.cat([corner, corner + 10 * torch.rand(count, 2, generator=generator) ** 2], 1)
+    boxes = boxes.round() if seed % 2 else boxes
+    boxes[::17] = boxes[0]
+    boxes[5::31] = boxes[5::31, [2, 1, 0, 3]]
+    boxes[7::53] *= 1e18
+    boxes[8::53] *= 3e32
+    scores = (torch.rand(count, generator=generator) * 50).round()
+    expected = reference(boxes, scores, threshold)
+    for most in (count, 40, 1):
+        index, number = nms_cpu(boxes[None], torch.ones(1, count, dtype=torch.bool), threshold, most, scores[None])
+        assert torch.equal(index[0, : int(number)], expected[:most])
+    assert torch.equal(ops.nms(boxes, scores, threshold), expected)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 17, 3000])
+def test_radix_sort_orders_as_torch_does(count):
+    values = torch.randn(count) * 10.0 ** torch.randint(-30, 30, (count,))
+    for special in (math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0):
+        values[torch.rand(count) < 0.1] = special
+    assert argsort_descending(values.numpy()).tolist() == values.argsort(descending=True, stable=True).tolist()
+    keys = torch.randint(2**32, (count,)).numpy().astype(np.uint32)
+    assert radix_argsort(keys).tolist() == np.argsort(keys, kind="stable").tolist()
+
+
 @pytest.mark.parametrize("sizes", [[20] * 15, [60, 50, 40] + [3] * 20, [90] + [1] * 30, [33] * 12 + [64, 0, 0]])
 @pytest.mark.parametrize("threshold", [0.0, 0.4, 1.0])
 def test_many_groups_side_by_side_equal_each_alone(monkeypatch, sizes, threshold):
-    """Groups of unequal sizes, in tiles of one row and of many, with gaps, and boxes that are not valid."""
+    """Groups of unequal sizes, pair by pair and in tiles of one row and of many, with gaps and boxes not valid."""
     boxes = random_boxes(len(sizes), max(sizes), side=40).round()
     boxes[0, 3] = math.nan
     valid = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
     valid &= torch.rand(valid.shape) < 0.9
-    for tile, first_rows in ((1, 1), (500, 7), (1 << 17, 64)):
-        monkeypatch.setattr(nms, "_PAIRS", tile)
+    for few, tile, first_rows in ((1, 100, 1), (1, 500, 7), (1, nms.TILE, 64), (64, 100, 1), (100, nms.TILE, 64)):
+        monkeypatch.setattr(nms, "_FEW", few)
+        monkeypatch.setattr(nms, "TILE", tile)
         monkeypatch.setattr(nms, "_ROWS", first_rows)
         index, count = nms_cpu(boxes, valid, threshold, 64)
         for group, mask in enumerate((valid & boxes.isfinite().all(2)).unbind()):

@@ -1,23 +1,26 @@
-"""Suppression on the CPU: small groups side by side, large ones block by block, by torch's threads."""
+"""Suppression on the CPU, in one thread; how depends on the number of groups and of boxes in a group."""
 
 import numpy as np
 import torch
 import torchvision.ops  # noqa: F401  (registers the operator that is called)
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fastdet.ops.cpu.nms_tiles import suppress_tiles
 from fastdet.ops.cpu.overlap import TILE, iou, reset_invalid, to_planes
+from fastdet.ops.cpu.sorting import Index, argsort_descending
 
-# Groups of at most so many boxes are suppressed side by side, and larger ones block by block.
-SMALL_GROUP = 600
-# Side by side: how many groups it takes to beat torchvision's operator on each, and pairs compared at a time.
+# Groups of at most so many boxes are compared pair by pair, all groups at once.
+_FEW = 64
+# Above so many boxes tiles of near boxes are faster than torchvision's operator.
+MANY = 2500
+# In between: how many groups it takes for suppressing them side by side to beat torchvision's operator on each.
 _MIN_GROUPS = 12
-_PAIRS = 1 << 17
-# How many of their boxes are compared before those removed are dropped for the first time.
+# Side by side: how many boxes of a group are compared before those removed are dropped for the first time.
 _ROWS = 64
-# Block by block: boxes of the first block and of the largest. The next is twice as large where fewer than _SPARSE are
-# left to be compared among themselves, and half as large where there are more than _DENSE.
-_BLOCK, _LARGEST_BLOCK = 192, 1024
-_SPARSE, _DENSE = 64, 160
+
+Corners = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 
 
 def round_threshold_down(threshold: float) -> float:
@@ -26,133 +29,154 @@ def round_threshold_down(threshold: float) -> float:
     return float(nearest if float(nearest) <= threshold else np.nextafter(nearest, np.float32(-np.inf)))
 
 
-def nms_cpu(boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int) -> tuple[Tensor, Tensor]:
-    planes = to_planes(boxes)
-    # NaN and infinities times 0 are NaN.
-    keep = (planes[:4] * 0).sum(0).eq(0).logical_and_(valid)
-    reset_invalid(planes, keep)
-    groups, num_boxes = keep.shape
-    place = torch.arange(num_boxes)
-    if max_keep and num_boxes:
-        sizes = torch.where(keep, place + 1, 0).amax(1).tolist()
-        _suppress(planes, sizes, iou_threshold, max_keep, keep)
-    rank = keep.cumsum(1)
-    # One column more, for the boxes that are not returned.
-    target = torch.where(keep & (rank <= max_keep), rank - 1, max_keep)
-    index = rank.new_zeros(groups, max_keep + 1).scatter_(1, target, place.expand_as(target))
-    return index[:, :max_keep].contiguous(), rank[:, -1:].sum(1).clamp_(max=max_keep)
+def nms_cpu(
+    boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int, scores: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    groups, count = valid.shape
+    index, number = valid.new_zeros(groups, max_keep, dtype=torch.int64), valid.new_zeros(groups, dtype=torch.int64)
+    rows = np.flatnonzero(valid.numpy())
+    if scores is not None:
+        rows = rows.take(argsort_descending(scores.reshape(-1).numpy().take(rows)))
+        rows = rows.take(np.argsort(rows // count, kind="stable")) if groups > 1 else rows
+    corners, rows = _finite(boxes.reshape(-1, 4).numpy().take(rows, axis=0), rows)
+    if max_keep and len(rows):
+        kept = rows.compress(_suppress(corners, rows // count, iou_threshold, max_keep))
+        group = kept // count
+        rank = np.arange(len(kept)) - np.searchsorted(group, group)
+        within = rank < max_keep
+        index.numpy()[group[within], rank[within]] = kept[within] % count
+        number.numpy()[:] = np.bincount(group[within], minlength=groups)
+    return index, number
 
 
-def _suppress(planes: Tensor, sizes: list[int], iou_threshold: float, max_keep: int, keep: Tensor) -> None:
-    """Leave in `keep` [G, N] of the boxes marked, which are among the first `sizes` of their group, at least the first
-    `max_keep` that each group of `planes` [5, G, N] keeps."""
-    small = sorted((group for group, size in enumerate(sizes) if 0 < size <= SMALL_GROUP), key=lambda i: -sizes[i])
-    while small:
-        count = max(_PAIRS // sizes[small[0]], _MIN_GROUPS)
-        _suppress_small(planes, small[:count], sizes, iou_threshold, keep)
-        small = small[count:]
-    for group, size in enumerate(sizes):
-        if size > SMALL_GROUP:
-            rows = keep[group].nonzero()[:, 0]
-            kept = _suppress_large(planes[:, group], rows, iou_threshold, max_keep)
-            keep[group].zero_().index_fill_(0, kept, True)
+def batched_nms_cpu(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, max_keep: int) -> Tensor:
+    order = argsort_descending(scores.numpy())
+    group = idxs.numpy().take(order)
+    by_group = np.argsort(group, kind="stable")
+    corners, by_group = _finite(boxes.numpy().take(order.take(by_group), axis=0), by_group)
+    keep = np.zeros(len(order), np.bool_)
+    keep[by_group.compress(_suppress(corners, group.take(by_group), iou_threshold, max_keep))] = True
+    return torch.from_numpy(order.compress(keep)[:max_keep])
 
 
-def _torchvision_nms(corners: Tensor, iou_threshold: float) -> Tensor:
-    """The boxes [4, N] that are kept, ascending, by torchvision's operator, the fastest one for few boxes."""
-    priority = torch.arange(corners.shape[1], 0, -1, dtype=corners.dtype)
-    return torch.ops.torchvision.nms(corners.t(), priority, iou_threshold)
+@np.errstate(all="ignore")
+def _finite(corners: Corners, rows: Index) -> tuple[Corners, Index]:
+    """Those of the boxes [N, 4], and of the rows that they stand for, that are finite."""
+    if np.isfinite(corners.sum()):
+        return corners, rows
+    finite = np.isfinite(corners).all(1)
+    return corners.compress(finite, axis=0), rows.compress(finite)
 
 
-def _suppress_small(planes: Tensor, groups: list[int], sizes: list[int], iou_threshold: float, keep: Tensor) -> None:
-    """Leave in `keep` [G, N] what `groups`, the largest first, keep of the first `sizes` boxes of `planes` [5, G, N].
+@np.errstate(all="ignore")
+def _suppress(corners: Corners, group: Index, iou_threshold: float, max_keep: int) -> Mask:
+    """Which of the boxes [N, 4], all finite, are kept: at least the first `max_keep` of each group.
+
+    The boxes stand in ascending order of `group` [N], and in a group in descending order of priority.
+    """
+    threshold = round_threshold_down(iou_threshold)
+    keep = np.ones(len(corners), np.bool_)
+    ends = np.searchsorted(group, group, side="right")
+    later = ends - np.arange(len(group)) - 1  # boxes after each in its group
+    if not len(later) or later.max() < _FEW:
+        _suppress_pairs(corners, np.flatnonzero(later), later, threshold, keep)
+        return keep
+    starts = np.flatnonzero(np.append(True, group[1:] != group[:-1]))
+    ends = ends[starts]
+    lengths = ends - starts
+    _suppress_pairs(corners, np.flatnonzero((later > 0) & np.repeat(lengths <= _FEW, lengths)), later, threshold, keep)
+    medium = np.flatnonzero((lengths > _FEW) & (lengths <= MANY))
+    if len(medium) < _MIN_GROUPS:
+        for start, end in zip(starts[medium].tolist(), ends[medium].tolist(), strict=True):
+            keep[start:end] = _suppress_by_torchvision(corners[start:end], threshold)
+    else:
+        medium = medium[np.argsort(-lengths[medium], kind="stable")]
+        while len(medium):
+            count = max(TILE // int(lengths[medium[0]]), _MIN_GROUPS)
+            _suppress_side_by_side(corners, starts[medium[:count]], lengths[medium[:count]], threshold, keep)
+            medium = medium[count:]
+    for large in np.flatnonzero(lengths > MANY).tolist():
+        start, end = int(starts[large]), int(ends[large])
+        planes = reset_invalid(to_planes(torch.from_numpy(corners[start:end])))
+        keep[start:end] = False
+        keep[start + suppress_tiles(planes.numpy(), threshold, max_keep)] = True
+    return keep
+
+
+def _suppress_pairs(corners: Corners, rows: Index, later: Index, threshold: float, keep: Mask) -> None:
+    """Clear in `keep` what the `rows`, ascending, remove of the `later` [N] boxes after each in its group."""
+    decided = bytearray(keep.tobytes())
+    counts = later.take(rows)
+    last = counts.cumsum()
+    for pairs in range(0, int(last[-1]) if len(last) else 0, TILE):
+        chosen = slice(*np.searchsorted(last, (pairs, pairs + TILE), side="right"))
+        higher, count = rows[chosen], counts[chosen]
+        lower = np.arange(count.sum()) + np.repeat(higher + 1 - count.cumsum() + count, count)
+        higher = np.repeat(higher, count)
+        overlapping = np.flatnonzero(_iou(corners.take(higher, axis=0), corners.take(lower, axis=0)) > threshold)
+        # In order of priority: a box is decided before it removes another.
+        for by, removed in zip(higher.take(overlapping).tolist(), lower.take(overlapping).tolist(), strict=True):
+            if decided[by]:
+                decided[removed] = 0
+    keep[:] = np.frombuffer(decided, np.bool_)
+
+
+def _iou(first: Corners, second: Corners) -> NDArray[np.float32]:
+    """The IoU of each pair of boxes [N, 4], rounded as torchvision's operator does; NaN, above nothing, for 0 / 0."""
+    ax1, ay1, ax2, ay2 = first.T
+    bx1, by1, bx2, by2 = second.T
+    inter = np.maximum(np.minimum(ax2, bx2) - np.maximum(ax1, bx1), 0)
+    inter *= np.maximum(np.minimum(ay2, by2) - np.maximum(ay1, by1), 0)
+    return inter / ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - inter)
+
+
+def _suppress_by_torchvision(corners: Corners, threshold: float) -> Mask:
+    """Which boxes [N, 4] of one group are kept, by the fastest operator for hundreds of boxes."""
+    keep = np.zeros(len(corners), np.bool_)
+    priority = torch.arange(len(corners), 0, -1, dtype=torch.float32)
+    keep[torch.ops.torchvision.nms.default(torch.from_numpy(corners), priority, threshold).numpy()] = True
+    return keep
+
+
+def _suppress_side_by_side(corners: Corners, starts: Index, lengths: Index, threshold: float, keep: Mask) -> None:
+    """Clear in `keep` what is removed of groups from `starts` on, of `lengths` boxes, the largest first.
 
     Row after row: a box of every group against all after it, while enough groups have more rows; what is left of the
     largest is suppressed group by group. Removed boxes are dropped in between, each time after twice as many rows.
     """
-    threshold, longest = round_threshold_down(iou_threshold), sizes[groups[0]]
-    # Boxes down, groups across. `votes` is 1 for a box that is kept, and 1 less for each box that removes it.
-    boxes, votes = planes[:, groups, :longest].transpose(1, 2), keep[groups, :longest].t().float()
-    place = torch.arange(longest)[:, None].expand_as(votes)
-    lengths = [sizes[group] for group in groups]
-    kept = keep.new_zeros(len(groups), longest + 1)
-    active, rows = len(groups), _ROWS
+    # Boxes down, groups across. `place` is where a box stands in `corners`.
+    row = np.arange(lengths[0])[:, None]
+    left = row < lengths
+    place = np.where(left, starts + row, starts)
+    keep[place[left]] = False
+    active, rows = len(lengths), _ROWS
+    scratch = torch.empty(3, max(TILE, place.size))
     while active >= _MIN_GROUPS:
-        step, last = 0, rows if len(votes) >= 2 * rows else len(votes)
-        boxes, votes = boxes.contiguous(), votes.contiguous()
-        memory = votes.new_empty(3, max(_PAIRS, votes.numel()))
+        place, left = place[:, :active], np.ascontiguousarray(left[:, :active])
+        boxes = reset_invalid(to_planes(torch.from_numpy(corners.take(place, axis=0))))
+        step, last = 0, rows if len(left) >= 2 * rows else len(left)
         while active >= _MIN_GROUPS and step < last:
-            rest, left = boxes[:, step:, :active], votes[step:, :active]
-            count = min(max(_PAIRS // left.numel(), 1), last - step)
-            scratch = memory[:, : count * left.numel()].view(3, count, *left.shape)
-            overlapping = _overlapping(rest[:, :count, None], rest[:, None], threshold, scratch)
-            for row, hit in enumerate(overlapping.unbind()):
-                left[row + 1 :].addcmul_(hit[row + 1 :], left[row].clamp(min=0), value=-1)
+            rest = boxes[:, step:, :active]
+            size = rest[0].numel()
+            count = min(max(TILE // size, 1), last - step)
+            memory = scratch[:, : count * size].view(3, count, *rest.shape[1:])
+            overlapping = iou(rest[:, :count, None].unbind(), rest[:, None].unbind(), memory.unbind())
+            separate = overlapping.numpy() <= threshold
+            for offset in range(count):
+                after = left[step + offset + 1 :, :active]
+                after &= separate[offset, offset + 1 :] | ~left[step + offset, :active]
             step += count
-            active = _num_longer(lengths, step)
-        undecided = votes > 0
-        kept.scatter_(1, place[:step].t(), undecided[:step].t())
-        boxes, place, undecided = boxes[:, step:], place[step:], undecided[step:]
+            active = int((lengths > step).sum())
+        keep[place[:step][left[:step]]] = True
+        place, left = place[step:], left[step:]
         if active < _MIN_GROUPS:
             break
-        boxes, place, lengths = _compact(boxes, place, undecided, padding=longest)
-        votes, active, rows = (place < longest).float(), _num_longer(lengths, 0), rows * 2
-    else:
-        undecided = votes > 0
-
-    for column in range(active):
-        rows_left = place[undecided[:, column], column]
-        kept[column, rows_left[_torchvision_nms(planes[:4, groups[column], rows_left], iou_threshold)]] = True
-    keep[groups, :longest] = kept[:, :longest]
-
-
-def _num_longer(lengths: list[int], step: int) -> int:
-    """How many of the first groups it takes to include all that have more than `step` boxes."""
-    return next((i + 1 for i in reversed(range(len(lengths))) if lengths[i] > step), 0)
-
-
-def _compact(boxes: Tensor, place: Tensor, chosen: Tensor, padding: int) -> tuple[Tensor, Tensor, list[int]]:
-    """The chosen of `boxes` [5, L, G] and of their `place` [L, G] moved up, with zeros and `padding` below them; and
-    how many each group has."""
-    rank = chosen.cumsum(0)
-    lengths = rank[-1].tolist()
-    longest = max(lengths)
-    # One row more, for what is not chosen.
-    target = torch.where(chosen, rank - 1, longest)
-    boxes = boxes.new_zeros(5, longest + 1, len(lengths)).scatter_(1, target.expand_as(boxes), boxes)
-    place = place.new_full((longest + 1, len(lengths)), padding).scatter_(0, target, place)
-    return boxes[:, :longest], place[:longest], lengths
-
-
-def _suppress_large(planes: Tensor, rows: Tensor, iou_threshold: float, max_keep: int) -> Tensor:
-    """The `rows` of `planes` [5, N] that are kept, ascending: a block at a time, first against all boxes kept before,
-    then what is left of it among itself, which takes time quadratic in its size."""
-    threshold = round_threshold_down(iou_threshold)
-    kept, found, num_kept = planes.new_empty(5, min(max_keep, len(rows))), [], 0
-    memory = planes.new_empty(3, TILE)
-    start, size = 0, _BLOCK
-    while start < len(rows) and num_kept < max_keep:
-        left, first = rows[start : start + size], 0
-        start += size
-        while first < num_kept and len(left):
-            last = min(first + TILE // len(left), num_kept)
-            scratch = memory[:, : len(left) * (last - first)].view(3, len(left), last - first)
-            hits = _overlapping(planes[:, left, None], kept[:, None, first:last], threshold, scratch)
-            # On a CPU a sum of floats is faster than `any`.
-            left = left[hits.sum(1) == 0]
-            first = last
-        if len(left) < _SPARSE:
-            size = min(size * 2, _LARGEST_BLOCK)
-        elif len(left) > _DENSE:
-            size = max(size // 2, _SPARSE)
-        left = left[_torchvision_nms(planes[:4, left], iou_threshold)[: max_keep - num_kept]]
-        found.append(left)
-        kept[:, num_kept : num_kept + len(left)] = planes[:, left]
-        num_kept += len(left)
-    return torch.cat(found)
-
-
-def _overlapping(first: Tensor, second: Tensor, threshold: float, scratch: Tensor) -> Tensor:
-    """fp32 1 where the IoU of `first` and `second` [5, ...], broadcast, exceeds the threshold, else 0, in `scratch`
-    [3, ...]."""
-    return iou(first.unbind(), second.unbind(), scratch.unbind()).gt_(threshold)
+        # Move what is left up, and the groups that have most to the front.
+        lengths = left.sum(0)
+        order, by_length = np.argsort(~left, axis=0, kind="stable")[: lengths.max()], np.argsort(-lengths)
+        place, left = (np.take_along_axis(part, order, axis=0)[:, by_length] for part in (place, left))
+        lengths = lengths[by_length]
+        active, rows = int((lengths > 0).sum()), rows * 2
+    for column in np.flatnonzero(left.any(0)).tolist():
+        undecided = place[left[:, column], column]
+        keep[undecided] = _suppress_by_torchvision(corners.take(undecided, axis=0), threshold)
