@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdet.graphs.capture import LRUCache, Program, StaticStep, capture_program
-from fastdet.models.preserve import preserve_rng, preserve_tensors
+from fastdet.preserve import preserve_rng, preserve_tensors
 from tests.helpers.detectors import small_scene
 from tests.helpers.graphs import adamw, assert_same, changed_tensors, clone_state, detector, differ, sgd, trainer
 
