@@ -108,6 +108,8 @@ def capture_program(step: StaticStep, stream: torch.cuda.Stream, pool: Any = Non
 
     def run() -> Any:
         graph.replay()
+        # Operators count the changes of a tensor, a replay does not.
+        torch.autograd.graph.increment_version(step.changed)
         return results[0]
 
     def drop() -> None:
