@@ -64,6 +64,7 @@ def test_every_backbone(name, frozen):
     assert_same_outputs(model.backbone, fused.backbone, torch.rand(2, 3, 96, 135))
     assert count(fused, *BATCHNORM) == 0
     assert count(fused, ConvReLU2d) > 0
+    assert count(model, ConvReLU2d) == (13 if name == "vgg16" else 0)
     weights = [weight for weight in fused.parameters() if weight.ndim == 4]
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     assert not {value.data_ptr() for value in fused.parameters()} & {value.data_ptr() for value in model.parameters()}

@@ -1,11 +1,14 @@
 """BatchNorm that leaves out padding, against torch's on the valid rows; a convolution with its ReLU."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fastdet.models.layers import ConvReLU2d, FrozenBatchNorm2d, MaskedBatchNorm2d, join_relu
+from tests.helpers.checks import assert_close
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -132,3 +135,22 @@ def test_two_calls_where_results_must_repeat(one_call):
     torch.use_deterministic_algorithms(False)
     layer(x)
     assert len(one_call) == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_the_call_of_cudnn_computes_the_same(dtype):
+    torch.use_deterministic_algorithms(False)
+    layer = ConvReLU2d(64, 128, 3, padding=1).cuda().to(dtype, memory_format=torch.channels_last)
+    x = torch.randn(2, 64, 37, 56, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
+    for bias in (layer.bias, None):
+        layer.bias = bias
+        expected = F.relu(nn.Conv2d.forward(layer, x))
+        # Its output takes memory that holds NaN.
+        torch.full_like(expected, torch.nan)
+        with mock.patch.object(torch, "cudnn_convolution_relu", wraps=torch.cudnn_convolution_relu) as call:
+            found = layer(x)
+        assert call.call_count == 1
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert_close(found, expected, torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
