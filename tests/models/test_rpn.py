@@ -1,6 +1,7 @@
 """The choice of the highest scores."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,17 +16,19 @@ class OnCuda(Tensor):
     is_cuda = True
 
 
-def operators(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def record_operators(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """The name of each call of `sort` and `topk`, and whether it is stable."""
     calls = []
+
+    def record(name: str, method: Any) -> None:
+        def recorded(self: Tensor, *args: Any, **options: Any) -> Any:
+            calls.append((name, options.get("stable", False)))
+            return method(self, *args, **options)
+
+        monkeypatch.setattr(Tensor, name, recorded)
+
     for name in ("sort", "topk"):
-        method = getattr(Tensor, name)
-        monkeypatch.setattr(
-            Tensor,
-            name,
-            lambda self, *args, name=name, method=method, **options: (
-                calls.append(name) or method(self, *args, **options)
-            ),
-        )
+        record(name, getattr(Tensor, name))
     return calls
 
 
@@ -56,6 +59,6 @@ def test_equal_scores_of_the_sort_keep_their_order():
 )
 def test_the_faster_operator_of_each_device(monkeypatch, kind, count, expected):
     scores = torch.randn(1, count).as_subclass(kind)
-    calls = operators(monkeypatch)
+    calls = record_operators(monkeypatch)
     top_n(scores, 100)
-    assert set(calls) == {expected}
+    assert set(calls) == {(expected, expected == "sort")}
