@@ -1,7 +1,9 @@
 """A detector with fewer layers, for inference: BatchNorm folded into the convolutions, ReLU computed with them."""
 
 import copy
+import operator
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +48,21 @@ def _refuse_training(model: nn.Module, _: Any) -> None:
         raise RuntimeError("a fused model cannot be trained: train the model that it was made of, and fuse that again")
 
 
+def _in_place(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+class _Proxy(fx.Proxy):
+    """Records `x += y` as it is. torch.fx makes `x = x + y` of it, which does not change other names of x."""
+
+    __iadd__, __isub__ = _in_place(operator.iadd), _in_place(operator.isub)
+    __imul__, __itruediv__ = _in_place(operator.imul), _in_place(operator.itruediv)
+
+
 class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in _NORMS or super().is_leaf_module(m, module_qualified_name)
 
