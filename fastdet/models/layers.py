@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
@@ -58,7 +59,7 @@ class ConvReLU2d(nn.Conv2d):
 
     def _is_one_call(self, input: Tensor) -> bool:
         """Whether cuDNN's call computes the same here. It has no deterministic variant, and is not for few channels a
-        group; a compiler joins the two itself, and an exported program has operators of the standard."""
+        group. It has no implementation for fake tensors; and a compiler joins the two itself."""
         recorded = torch.is_grad_enabled() and (input.requires_grad or any(p.requires_grad for p in self.parameters()))
         cudnn = torch.backends.cudnn
         return (
@@ -67,6 +68,7 @@ class ConvReLU2d(nn.Conv2d):
             and cudnn.is_available()
             and cudnn.enabled
             and not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
+            and not isinstance(input, FakeTensor)
             and not (recorded or torch.compiler.is_compiling() or torch.jit.is_tracing())
             and self.groups == 1
             and self.padding_mode == "zeros"

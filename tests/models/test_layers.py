@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdet.models.layers import ConvReLU2d, FrozenBatchNorm2d, MaskedBatchNorm2d, join_relu
 from tests.helpers.checks import assert_close
@@ -154,3 +155,11 @@ def test_the_call_of_cudnn_computes_the_same(dtype):
         assert call.call_count == 1
         assert found.is_contiguous(memory_format=torch.channels_last)
         assert_close(found, expected, torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
+
+
+@torch.no_grad()
+def test_shapes_on_a_fake_gpu():
+    torch.use_deterministic_algorithms(False)
+    with FakeTensorMode(), torch.device("cuda"):
+        found = ConvReLU2d(3, 4, 3, padding=1)(torch.empty(2, 3, 6, 8))
+    assert (found.shape, found.device.type) == ((2, 4, 6, 8), "cuda")
