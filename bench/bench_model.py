@@ -26,8 +26,9 @@ CASES = [
     for training in (True, False)
 ]
 # Last what has to be compiled; that takes a minute for a case on two cores, so there one batch size has to do.
-WAYS = [(case, way) for case in CASES for way in ("graphed", "eager")]
+WAYS = [(case, way) for case in CASES for way in ("graphed", "eager", "fused") if way != "fused" or not case.training]
 WAYS += [(case, "compiled") for case in CASES if CUDA or case.batch == BATCHES[-1]]
+WAYS += [(case, "graphed, compiled") for case in CASES if CUDA]
 
 
 def op_name(case: Case, way: str = "eager") -> str:
@@ -82,7 +83,7 @@ def measure_torchvision(case: Case) -> tuple[costs.Step, costs.Cost]:
 
 @pytest.mark.parametrize(("case", "way"), WAYS, ids=case_id)
 def test_step(compare: Callable[..., None], case: Case, way: str) -> None:
-    if way == "compiled" and not CUDA and not shutil.which("g++"):
+    if "compiled" in way and not CUDA and not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
     theirs, their_cost = measure_torchvision(case)
     ours, our_cost = costs.measure(lambda: whole_step.WAYS[way](case), DEVICE)

@@ -143,8 +143,8 @@ def _count_events(events: Sequence[Any]) -> tuple[int, int]:
         namespace, _, name = event.name.rpartition("::")
         if (name in DATA_DEPENDENT and namespace == "aten") or event.name == "torchvision::nms":
             computing, syncing = computing + 1, syncing + 1
-        elif re.fullmatch(r"(?!aten::(?!_fused_)|autograd::|profiler::)\w+::\w+", event.name):
-            # What an operation of a library, or a fused optimizer, consists of on a CPU differs from a GPU.
+        elif re.fullmatch(r"(?!aten::(?!_fused_|_foreach_)|autograd::|profiler::)\w+::\w+", event.name):
+            # What an operation of a library or over a list of tensors consists of on a CPU differs from a GPU.
             computing += 1
         else:
             inside = _count_events(event.cpu_children)

@@ -145,17 +145,33 @@ def eager(case: Case) -> Step:
     return _call_step(case, build_fastdet(case))
 
 
+def fused(case: Case) -> Step:
+    """The same of the fused model; only in inference."""
+    return _call_step(case, fastdet.fuse(build_fastdet(case)))
+
+
 def compiled(case: Case) -> Step:
     """The same through torch.compile."""
-    model = build_fastdet(case)
-    torch._dynamo.reset()
-    model.compile(fullgraph=True)
-    return _call_step(case, model)._replace(in_operators=False)
+    return _call_step(case, _compile(build_fastdet(case)))._replace(in_operators=False)
 
 
 def graphed(case: Case) -> Step:
     """As one CUDA graph; on a CPU its eager stand-in."""
-    model = build_fastdet(case)
+    return _graph_step(case, build_fastdet(case))
+
+
+def graphed_compiled(case: Case) -> Step:
+    """As one CUDA graph of the compiled step."""
+    return _graph_step(case, _compile(build_fastdet(case)))
+
+
+def _compile(model: fastdet.FasterRCNN) -> fastdet.FasterRCNN:
+    torch._dynamo.reset()
+    model.compile(fullgraph=True)
+    return model
+
+
+def _graph_step(case: Case, model: fastdet.FasterRCNN) -> Step:
     images, targets = scene(case)
     batch, padded, _ = model.preprocess(images, targets)
     shape = case.batch, 3, case.height, case.width
@@ -171,7 +187,8 @@ def graphed(case: Case) -> Step:
             in_operators=False,
             other_bytes=lambda: detector.nbytes,
         )
-    trainer = GraphedTrainer(model, optimizer, shape, BOXES, amp=amp)
+    # The loops of the others compute no norm of gradients either.
+    trainer = GraphedTrainer(model, optimizer, shape, BOXES, amp=amp, check_gradients=False)
     return Step(
         partial(trainer.step, images, targets),
         partial(trainer.step_padded, batch.images, batch.sizes, padded, batch.scales),
@@ -199,7 +216,13 @@ def torchvision_step(case: Case) -> Step:
     return _loop_step(case, model, partial(model, images, given_targets), without_transform)
 
 
-WAYS: dict[str, Callable[[Case], Step]] = {"eager": eager, "compiled": compiled, "graphed": graphed}
+WAYS: dict[str, Callable[[Case], Step]] = {
+    "eager": eager,
+    "fused": fused,
+    "compiled": compiled,
+    "graphed": graphed,
+    "graphed, compiled": graphed_compiled,
+}
 
 
 def _call_step(case: Case, model: fastdet.FasterRCNN) -> Step:

@@ -12,6 +12,7 @@ from fastdet.models.builders import (
     fasterrcnn_vgg16,
 )
 from fastdet.models.faster_rcnn import FasterRCNN
+from fastdet.models.fuse import fuse
 from fastdet.models.settings import DETECTRON2, TORCHVISION, VGG16, Settings
 from fastdet.structures import Detections, Proposals, Samples, Targets
 
@@ -35,6 +36,7 @@ __all__ = [
     "fasterrcnn_resnet50_fpn_detectron2",
     "fasterrcnn_resnet50_fpn_v2",
     "fasterrcnn_vgg16",
+    "fuse",
     "graphs",
     "ops",
     "weights",

@@ -18,6 +18,7 @@ LAYERS: dict[str, set[str]] = {
     "kernels": set(),
     "boxes": set(),
     "structures": set(),
+    "preserve": set(),
     "weights": set(),
     "data": set(),
     "metrics": set(),
@@ -25,10 +26,10 @@ LAYERS: dict[str, set[str]] = {
     "ops": {"kernels", "boxes"},
     "interop": {"ops", "boxes", "weights"},
     "models": {"interop", "ops", "weights", "boxes", "structures"},
-    "graphs": {"models", "structures"},
+    "graphs": {"models", "structures", "preserve"},
     "export": {"models", "ops", "weights"},
-    "engine": {"models", "weights", "data", "metrics", "visualize"},
-    "cli": {"engine", "export", "models", "weights", "data", "metrics", "visualize", "structures"},
+    "engine": {"models", "preserve", "weights", "data", "metrics", "visualize"},
+    "cli": {"engine", "export", "models", "weights", "data", "metrics", "visualize", "structures", "preserve"},
 }
 # The entry points, which import everything.
 EXEMPT = {"__init__", "__main__"}

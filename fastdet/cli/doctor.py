@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdet.models.anchors import AnchorGenerator
 from fastdet.models.faster_rcnn import FasterRCNN
-from fastdet.models.preserve import preserve_mode, preserve_rng, preserve_tensors
+from fastdet.preserve import preserve_mode, preserve_rng, preserve_tensors
 from fastdet.structures import Detections, Targets
 
 
@@ -38,7 +38,7 @@ def describe_environment(device: torch.device) -> list[str]:
     packages = ("fastdet", "torch", "torchvision", "triton", "numpy")
     lines = [
         f"Python {platform.python_version()} on {platform.system()}, {platform.machine()}",
-        ", ".join(f"{package} {_version(package)}" for package in packages),
+        ", ".join(f"{package} {_installed_version(package)}" for package in packages),
     ]
     if device.type != "cuda":
         return [*lines, f"device: cpu, {torch.get_num_threads()} threads; the operations' CPU implementations run"]
@@ -49,7 +49,7 @@ def describe_environment(device: torch.device) -> list[str]:
     return [*lines, f"C compiler, for the launchers of Triton's kernels: {compiler}"]
 
 
-def _version(package: str) -> str:
+def _installed_version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdet.data import read_image
-from fastdet.models.preserve import preserve_mode
+from fastdet.preserve import preserve_mode
 
 
 class ImageDetections(NamedTuple):

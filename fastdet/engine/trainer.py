@@ -173,7 +173,9 @@ def _train_epoch(
         optimizer.zero_grad(set_to_none=True)
         torch.stack([losses[name] for name in LOSSES]).sum().backward()
         # Where nothing is clipped the norm still shows whether the gradients are finite.
-        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or math.inf)
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if settings.clip_norm:
+            nn.utils.clip_grads_with_norm_(model.parameters(), settings.clip_norm, norm)
         optimizer.step()
         unread.append((step + 1, batch, torch.stack([*(losses[name].detach() for name in LOSSES), norm])))
         bar.update(len(batch))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastdet.models import preprocessing
 from fastdet.models.anchors import Size
 from fastdet.models.faster_rcnn import FasterRCNN
-from fastdet.models.preserve import preserve_mode
+from fastdet.models.fuse import fuse
 from fastdet.models.settings import Settings
 from fastdet.weights import files
 
@@ -99,6 +99,6 @@ def trace_program(model: FasterRCNN, height: int | None, width: int | None) -> A
     batch = torch.export.Dim("batch", min=1)
     shapes = {name: {0: batch} for name in INPUTS}
     # Casts of a caller's autocast would become part of the program.
-    with preserve_mode(model, training=False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        detector = _TensorDetector(model).eval()
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        detector = _TensorDetector(fuse(model)).eval()
         return torch.export.export(detector, (images, sizes, scales), dynamic_shapes=shapes, strict=False)

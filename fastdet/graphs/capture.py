@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdet.graphs.guards import CaptureGuard
 from fastdet.graphs.static_inputs import BatchShapes, Shape, parse_buckets
 from fastdet.models.faster_rcnn import FasterRCNN
-from fastdet.models.preserve import preserve_rng, preserve_tensors
+from fastdet.preserve import preserve_rng, preserve_tensors
 
 # Calls before a capture, in which kernels are compiled and libraries choose their algorithms.
 WARM_UP_CALLS = 3
@@ -108,6 +108,8 @@ def capture_program(step: StaticStep, stream: torch.cuda.Stream, pool: Any = Non
 
     def run() -> Any:
         graph.replay()
+        # Operators count the changes of a tensor, a replay does not.
+        torch.autograd.graph.increment_version(step.changed)
         return results[0]
 
     def drop() -> None:

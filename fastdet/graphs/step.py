@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from fastdet.models.faster_rcnn import FasterRCNN
+from fastdet.models.layers import ConvReLU2d
 from fastdet.models.losses import NAMES
 from fastdet.structures import Batch, Targets
 
@@ -49,6 +50,7 @@ def training_step(
     *,
     amp: torch.dtype | None,
     clip_norm: float,
+    check_gradients: bool = True,
 ) -> Tensor:
     """Forward, losses, backward, clipping, update. If a loss or gradient is not finite, all stays as it was.
 
@@ -59,10 +61,12 @@ def training_step(
         optimizer: as `prepare_optimizer` leaves it.
         amp: dtype of autocast; None: none.
         clip_norm: largest norm of all gradients together; 0 does not clip.
+        check_gradients: compute the norm also where it is not needed to clip or to find the loss scale of fp16. Without
+            it only losses are checked.
 
     Returns:
-        fp32 [len(COLUMNS)]: the losses, the gradients' norm before clipping, whether the step was skipped, and the loss
-        scale that it was taken with.
+        fp32 [len(COLUMNS)]: the losses, the gradients' norm before clipping (NaN if it is not computed), whether the
+        step was skipped, and the loss scale that it was taken with.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     statistics = running_statistics(model)
@@ -71,11 +75,9 @@ def training_step(
     for parameter in trained:
         parameter.grad = None
     with torch.enable_grad():
+        weights = {} if amp is None else cast_weights(model, amp)
         with autocast(batch.images.device, amp):
-            losses, _ = model.forward_padded(
-                batch.images, batch.sizes, targets, batch.scales, compute_losses=True, compute_detections=False
-            )
-        assert losses is not None
+            losses = torch.func.functional_call(_PaddedLosses(model), weights, (batch, targets))
         each = torch.stack([losses[name] for name in NAMES])
         total = each.sum()
         (total * scale if amp == torch.float16 else total).backward()
@@ -83,8 +85,12 @@ def training_step(
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         if amp == torch.float16:
             torch._foreach_mul_(gradients, scale.reciprocal())
-        norm = nn.utils.get_total_norm(gradients)
-        skipped = (~(norm.isfinite() & each.isfinite().all())).float()
+        finite = each.isfinite().all()
+        norm = torch.full_like(scale, torch.nan)
+        if computes_norm(amp, clip_norm, check_gradients):
+            norm = nn.utils.get_total_norm(gradients)
+            finite &= norm.isfinite()
+        skipped = (~finite).float()
         if clip_norm:
             nn.utils.clip_grads_with_norm_(trained, clip_norm, norm)
         # Torch's contract with fused optimizers: where this is 1 they change nothing, their own state included.
@@ -101,6 +107,66 @@ def training_step(
             # A graph's gradients lie in memory that the next graph uses too.
             parameter.grad = None
         return torch.cat([each.detach(), torch.stack([norm, skipped, scale])])
+
+
+def computes_norm(amp: torch.dtype | None, clip_norm: float, check_gradients: bool) -> bool:
+    """Whether a step computes the norm of its gradients."""
+    return bool(clip_norm) or amp == torch.float16 or check_gradients
+
+
+class _PaddedLosses(nn.Module):
+    """The losses of `model.forward_padded`, as a call of a module."""
+
+    def __init__(self, model: FasterRCNN) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
+        losses, _ = self.model.forward_padded(
+            batch.images, batch.sizes, targets, batch.scales, compute_losses=True, compute_detections=False
+        )
+        assert losses is not None
+        return losses
+
+
+class _CastAll(torch.autograd.Function):
+    """Tensors in another dtype, and their gradients back, in one call each that takes few launches for all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        casts = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+        torch._foreach_copy_(casts, list(tensors))
+        needed = ctx.needs_input_grad[1:]
+        ctx.mark_non_differentiable(*(cast for cast, needs in zip(casts, needed, strict=True) if not needs))
+        return tuple(casts)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [grad for grad in grads if grad is not None]
+        wide = [
+            torch.empty_like(grad, dtype=dtype)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+            if grad is not None
+        ]
+        torch._foreach_copy_(wide, given)
+        remaining = iter(wide)
+        return None, *(None if grad is None else next(remaining) for grad in grads)
+
+
+def castable_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers whose parameters autocast casts and nothing else uses: convolutions and linear layers as they are."""
+    return [layer for layer in model.modules() if type(layer) in (nn.Conv2d, ConvReLU2d, nn.Linear)]
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """By name, in `dtype`, the parameters that autocast would cast one by one; gradients reach the model's own."""
+    castable = {id(parameter) for layer in castable_layers(model) for parameter in layer.parameters(recurse=False)}
+    named = {name: value for name, value in model.named_parameters(prefix="model") if id(value) in castable}
+    casts = _CastAll.apply(dtype, *named.values()) if named else ()
+    return dict(zip(named, casts, strict=True))
 
 
 @contextmanager

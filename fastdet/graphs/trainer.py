@@ -24,7 +24,7 @@ from fastdet.graphs import static_inputs
 from fastdet.graphs.capture import GraphedModel, StaticStep
 from fastdet.graphs.guards import CaptureGuard
 from fastdet.graphs.static_inputs import BatchShapes, Shape
-from fastdet.graphs.step import COLUMNS, LossScale, prepare_optimizer, training_step
+from fastdet.graphs.step import COLUMNS, LossScale, computes_norm, prepare_optimizer, training_step
 from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.models.losses import NAMES
 from fastdet.structures import Batch, Targets
@@ -50,17 +50,17 @@ class GraphedTrainer(GraphedModel):
 
     A captured step goes on using what it was captured with, so a change of that is refused until `recapture`:
 
-    - at every step: the trainer's `optimizer`, `max_boxes`, `amp` and `clip_norm`; the mode of the model, its
-      `settings`, `model.compile`, its first parameter (`model.to` moves, and `load_state_dict(assign=True)` replaces
-      all); the optimizer's groups with their options, learning-rate tensors and numbers of parameters, and its state as
-      a whole;
+    - at every step: the trainer's `optimizer`, `max_boxes`, `amp`, `clip_norm` and `check_gradients`; the mode of the
+      model, its `settings`, `model.compile`, its first parameter (`model.to` moves, and `load_state_dict(assign=True)`
+      replaces all); the optimizer's groups with their options, learning-rate tensors and numbers of parameters, and its
+      state as a whole;
     - at a capture, at the bucket's three steps after it, and at every step with `check_every_step`: each layer and its
       mode, each parameter, buffer and tensor of the optimizer by identity and address, and which are frozen. By
       default a later change of these has no effect on the captured step, or makes it write to freed memory;
     - never: a plain attribute of a layer, such as a dropout's p.
 
     Args:
-        model: in training mode, on the device where it is to train.
+        model: in training mode, on the device where it is to train; compiled or not, as of `GraphedDetector`.
         optimizer: torch.optim.SGD(..., fused=True) without dampening, or AdamW(..., fused=True, capturable=True), with
             `lr=torch.tensor(...)`. It gets its state at once, and for each group a learning rate on the device, to be
             changed by `set_lr` or in place; torch's schedulers do so, those that change the momentum too are refused.
@@ -70,6 +70,8 @@ class GraphedTrainer(GraphedModel):
         max_boxes: the most ground-truth boxes of an image.
         amp: torch.bfloat16 or torch.float16 for autocast; the latter with a loss scale on the device.
         clip_norm: largest norm of all gradients together; 0 does not clip.
+        check_gradients: look for gradients that are not finite, by their norm. False saves a pass over all gradients
+            where neither `clip_norm` nor fp16 needs the norm; then a step is skipped for its losses alone.
         memory_limit: bytes that graphs may keep; the least recently used are dropped, and captured again when they are
             needed. None: no limit, and graphs share their memory.
         check_every_step: compare everything at every step, for some tenths of a millisecond of the host's time.
@@ -78,7 +80,7 @@ class GraphedTrainer(GraphedModel):
         ValueError: an argument out of range, an optimizer that cannot be captured or is not of this model.
     """
 
-    _arguments = ("model", "amp", "optimizer", "max_boxes", "clip_norm")
+    _arguments = ("model", "amp", "optimizer", "max_boxes", "clip_norm", "check_gradients")
 
     def __init__(
         self,
@@ -89,6 +91,7 @@ class GraphedTrainer(GraphedModel):
         *,
         amp: torch.dtype | None = None,
         clip_norm: float = 0.0,
+        check_gradients: bool = True,
         memory_limit: int | None = None,
         check_every_step: bool = False,
     ) -> None:
@@ -100,6 +103,7 @@ class GraphedTrainer(GraphedModel):
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("the model has no trainable parameters")
         self.optimizer, self.max_boxes, self.clip_norm = optimizer, max_boxes, clip_norm
+        self.check_gradients = check_gradients
         self._steps = 0
         self._unread: list[tuple[int, str, Tensor]] = []
         self._rates: list[Tensor] = []
@@ -170,7 +174,8 @@ class GraphedTrainer(GraphedModel):
         Rows are kept until they are read, so read them now and then.
 
         A row has the "step" (from 1), the "loss" and the four of `fastdet.models.losses.NAMES` that it is the sum of,
-        the "gradient_norm" before clipping, "skipped" (1 where the update was), and the "loss_scale".
+        the "gradient_norm" before clipping (NaN without `check_gradients`, where
+        nothing needs it), "skipped" (1 where the update was), and the "loss_scale".
 
         Raises:
             FloatingPointError: a loss or gradient was not finite; names all such steps and their images. They changed
@@ -180,7 +185,10 @@ class GraphedTrainer(GraphedModel):
         if not self._unread:
             return []
         rows = torch.stack([row for _, _, row in self._unread]).tolist()
-        checked = len(NAMES) + (self.amp != torch.float16)
+        # Gradients too, but under fp16.
+        checked = len(NAMES) + (
+            self.amp is not torch.float16 and computes_norm(self.amp, self.clip_norm, self.check_gradients)
+        )
         finite, read, errors = [], [], []
         for (step, names, row), values in zip(self._unread, rows, strict=True):
             if all(map(math.isfinite, values[:checked])):
@@ -249,7 +257,14 @@ class GraphedTrainer(GraphedModel):
         def step(*tensors: Tensor) -> Tensor:
             batch, targets, amp = Batch(*tensors[:3]), Targets(*tensors[3:]), self.amp
             return training_step(
-                self.model, self.optimizer, self.loss_scale, batch, targets, amp=amp, clip_norm=self.clip_norm
+                self.model,
+                self.optimizer,
+                self.loss_scale,
+                batch,
+                targets,
+                amp=amp,
+                clip_norm=self.clip_norm,
+                check_gradients=self.check_gradients,
             )
 
         batch = static_inputs.allocate_batch(bucket, self.device)

@@ -14,7 +14,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from fastdet.interop.torchvision_objects import Weights, read_weights
 from fastdet.models.anchors import AnchorGenerator
-from fastdet.models.norms import FrozenBatchNorm2d
+from fastdet.models.layers import FrozenBatchNorm2d, join_relu
 from fastdet.models.settings import TORCHVISION, VGG16, Settings
 from fastdet.weights.convert import WeightsError, load
 
@@ -171,6 +171,7 @@ def _classifier(name: str, norm: type[nn.Module]) -> Any:
 
 def _vgg16(state: Mapping[str, Tensor] | None) -> tuple[Any, TwoMLPHead]:
     network = torchvision.models.vgg16(weights=None)
+    join_relu(network.features)
     # The head gets the classifier's layers, so its own need no memory.
     with torch.device("meta"):
         head = TwoMLPHead(512 * 7 * 7, 4096)

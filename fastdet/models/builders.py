@@ -19,7 +19,7 @@ from fastdet.interop.torchvision_objects import Weights, read_weights
 from fastdet.models import backbones
 from fastdet.models.backbones import NAMED
 from fastdet.models.faster_rcnn import FasterRCNN
-from fastdet.models.norms import FrozenBatchNorm2d
+from fastdet.models.layers import FrozenBatchNorm2d
 from fastdet.models.settings import DETECTRON2
 
 _CLASS_SCORES = "roi_heads.box_predictor.cls_score.weight"

@@ -15,8 +15,7 @@ from fastdet import boxes as box_algebra
 from fastdet import ops
 from fastdet.interop.attributes import ROI_HEADS_ATTRIBUTES, RefuseAttributes
 from fastdet.models import losses
-from fastdet.models.norms import MaskedBatchNorm2d
-from fastdet.models.rpn import init_normal
+from fastdet.models.layers import MaskedBatchNorm2d, init_normal
 from fastdet.models.settings import Settings
 from fastdet.structures import Batch, Detections, Proposals, Samples, Targets
 

@@ -18,8 +18,12 @@ from fastdet.interop.attributes import RPN_ATTRIBUTES, RefuseAttributes
 from fastdet.models import anchors as anchor_boxes
 from fastdet.models import losses
 from fastdet.models.anchors import Size
+from fastdet.models.layers import init_normal
 from fastdet.models.settings import Settings
 from fastdet.structures import AnchorTargets, Batch, Proposals, Targets
+
+# From so many values in a row on, torch's `topk` on CUDA divides a row among blocks; below, one block does it all.
+MULTI_BLOCK_TOPK = 20_000
 
 
 class RPNHead(nn.Module):
@@ -225,9 +229,9 @@ class RegionProposalNetwork(RefuseAttributes, nn.Module):
                 min_side=min_side if settings.rpn_min_size_before_top_n else None,
                 clamp=settings.bbox_xform_clip,
             )
-            top = decoded.scores.topk(min(pre_nms, decoded.scores.shape[1]), dim=1)
-            scores.append(top.values)
-            boxes.append(_gather_boxes(decoded.boxes, top.indices))
+            top_scores, index = top_n(decoded.scores, pre_nms)
+            scores.append(top_scores)
+            boxes.append(_gather_boxes(decoded.boxes, index))
         # One group an image and level, levels padded to the longest.
         level_boxes = _stack_padded(boxes, 0.0)
         level_scores = _stack_padded(scores, -math.inf)
@@ -252,8 +256,8 @@ class RegionProposalNetwork(RefuseAttributes, nn.Module):
         best_scores = best_scores.unflatten(0, (batch_size, levels)).flatten(1, 2)
         best_boxes = best_boxes.unflatten(0, (batch_size, levels)).flatten(1, 2)
         if levels > 1:
-            top = best_scores.topk(min(post_nms, best_scores.shape[1]), dim=1)
-            best_scores, best_boxes = top.values, _gather_boxes(best_boxes, top.indices)
+            best_scores, index = top_n(best_scores, post_nms)
+            best_boxes = _gather_boxes(best_boxes, index)
         return Proposals(best_boxes, best_scores, (best_scores > -math.inf).sum(1))
 
     def _check_channels(self, logit_levels: Sequence[Tensor], delta_levels: Sequence[Tensor]) -> None:
@@ -268,11 +272,12 @@ class RegionProposalNetwork(RefuseAttributes, nn.Module):
                 )
 
 
-def init_normal(layer: nn.Conv2d | nn.Linear, std: float) -> None:
-    """Draw the weights from N(0, std) and set the biases to 0, as the paper does for new layers."""
-    nn.init.normal_(layer.weight, std=std)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+def top_n(scores: Tensor, n: int) -> tuple[Tensor, ...]:
+    """The `n` highest of each row of `scores` [B, K], or all if there are fewer: values and indices, best first."""
+    n = min(n, scores.shape[1])
+    if scores.is_cuda and scores.shape[1] < MULTI_BLOCK_TOPK:
+        return tuple(part[:, :n] for part in scores.sort(dim=1, descending=True, stable=True))
+    return tuple(scores.topk(n, dim=1))
 
 
 def _gather_boxes(boxes: Tensor, index: Tensor) -> Tensor:

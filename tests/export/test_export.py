@@ -16,8 +16,9 @@ from fastdet import export, ops
 from fastdet.cli.main import main
 from fastdet.data import Shapes
 from fastdet.engine import checkpoint
+from fastdet.export.pt2 import trace_program
 from tests.helpers.checks import awkward_boxes, random_boxes
-from tests.helpers.detectors import TinyBackbone
+from tests.helpers.detectors import TinyBackbone, small_detector
 from tests.helpers.exported import FORMATS, assert_same, laid_out, loaded, needs_onnx, write
 from tests.helpers.weights import calibrate_batchnorm, randomize_heads
 
@@ -362,3 +363,15 @@ def test_the_command_names_what_is_wrong(weights_file, tmp_path, capsys, monkeyp
     monkeypatch.setitem(sys.modules, "onnx", None)
     output = fails(weights_file, tmp_path / "a.onnx")
     assert all(part in output for part in ("--to", "onnx", "pip install 'fastdet[onnx]'"))
+
+
+def test_exported_programs_have_no_batchnorm():
+    """It is folded into the convolutions; the model keeps its own."""
+    model = small_detector(box_num_convs=1).train()
+    modes = [layer.training for layer in model.modules()]
+    program = trace_program(model, 64, 96)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert [target for target in targets if "norm" in target] == []
+    assert sum("conv2d" in target for target in targets) == sum(isinstance(x, nn.Conv2d) for x in model.modules())
+    assert [layer.training for layer in model.modules()] == modes
+    assert isinstance(model.backbone[1], nn.BatchNorm2d)

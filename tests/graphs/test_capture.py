@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdet.graphs.capture import LRUCache, Program, StaticStep, capture_program
-from fastdet.models.preserve import preserve_rng, preserve_tensors
+from fastdet.preserve import preserve_rng, preserve_tensors
 from tests.helpers.detectors import small_scene
 from tests.helpers.graphs import adamw, assert_same, changed_tensors, clone_state, detector, differ, sgd, trainer
 
@@ -119,7 +119,9 @@ def test_a_capture_warms_up_and_puts_back(monkeypatch):
     assert len(calls) == 4
     assert torch.equal(torch.get_rng_state(), generator)
     assert program.nbytes == 700 + 8
+    version = weight._version
     assert program.run() is program.run()
+    assert weight._version == version + 2, "a replay counts as a change"
     assert (len(calls), graphs[0].replays, graphs[0].resets) == (4, 2, 0)
     program.drop()
     assert (graphs[0].resets, pools) == (1, ["shared"])

@@ -10,7 +10,7 @@ from torch import nn
 from fastdet.graphs import GraphedDetector, GraphedTrainer
 from fastdet.graphs.capture import FULL_CHECKS, Program, StaticStep, eager_program
 from fastdet.graphs.guards import CaptureGuard
-from fastdet.models.preserve import preserve_rng, preserve_tensors
+from fastdet.preserve import preserve_rng, preserve_tensors
 from tests.helpers.detectors import small_detector, small_scene
 from tests.helpers.graphs import FIXED, SHAPE, adamw, assert_same, clone_state, detector, sgd, trainer
 

@@ -1,14 +1,20 @@
 """The step itself: free of host syncs, under fp16 with a loss scale, with optimizers that a graph can hold."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
+from fastdet import TORCHVISION, AnchorGenerator, FasterRCNN
 from fastdet.graphs import GraphedTrainer
-from fastdet.graphs.step import INITIAL_SCALE, LossScale, prepare_optimizer, training_step
-from tests.helpers.detectors import small_scene
+from fastdet.graphs.step import INITIAL_SCALE, LossScale, cast_weights, prepare_optimizer, training_step
+from tests.helpers.detectors import NUM_CLASSES, SMALL_SETTINGS, Pyramid, small_scene
 from tests.helpers.graphs import MAX_BOXES, SHAPE, adamw, assert_same, clone_state, detector, differ, sgd, trainer
 from tests.helpers.host_sync import RefuseHostSync
+from tests.helpers.weights import randomize_heads
 
 CPU = torch.device("cpu")
 
@@ -124,3 +130,112 @@ def test_an_optimizer_of_another_model_is_refused():
     frozen = model.backbone[0].requires_grad_(False)
     with pytest.raises(ValueError, match="none of the model's trainable"):
         GraphedTrainer(model, sgd(frozen), SHAPE, MAX_BOXES)
+
+
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_weights_cast_in_one_call_are_those_of_autocast(amp, monkeypatch):
+    """Bit for bit: losses, norms, and what is learned from them, with a layer that is frozen and one called twice."""
+    found = []
+    for casts in (cast_weights, lambda model, dtype: {}):
+        monkeypatch.setattr("fastdet.graphs.step.cast_weights", casts)
+        torch.manual_seed(0)
+        model = FasterRCNN(Pyramid(), NUM_CLASSES, settings=TORCHVISION, **{**SMALL_SETTINGS, **LEVELS}).train()
+        randomize_heads(model)
+        model.backbone.fine.requires_grad_(False)
+        graphed = trainer(model, amp=amp, clip_norm=1.0)
+        torch.manual_seed(1)
+        for _ in range(3):
+            graphed.step(*small_scene())
+        found.append((graphed.losses(), clone_state(graphed)))
+    assert found[0][0] == found[1][0]
+    assert_same(found[0][1], found[1][1])
+
+
+LEVELS: dict[str, Any] = {
+    "size_buckets": (SHAPE[2:],),
+    "size_divisible": 1,
+    "rpn_anchor_generator": AnchorGenerator(((16,), (32,), (64,))),
+    "box_featmap_names": ("0", "1"),
+}
+
+
+def test_which_weights_are_cast():
+    class Scaled(nn.Linear):
+        """Uses its weights in another way, which autocast may leave in fp32."""
+
+    model = detector()
+    model.roi_heads.box_head.fc7 = Scaled(16, 16)
+    model.backbone[0].weight.requires_grad_(False)
+    casts = cast_weights(model, torch.bfloat16)
+    assert {value.dtype for value in casts.values()} == {torch.bfloat16}
+    left = {name for name, _ in model.named_parameters() if f"model.{name}" not in casts}
+    assert left == {
+        f"{layer}.{kind}" for layer in ("backbone.1", "roi_heads.box_head.fc7") for kind in ("weight", "bias")
+    }
+    for name, parameter in model.named_parameters():
+        if f"model.{name}" in casts:
+            cast = casts[f"model.{name}"]
+            assert cast.requires_grad == parameter.requires_grad, name
+            assert torch.equal(cast, parameter.to(torch.bfloat16))
+            assert cast.stride() == parameter.stride()
+    assert cast_weights(nn.BatchNorm2d(2), torch.bfloat16) == {}
+
+
+def ancestors(event: Any) -> set[str]:
+    return set() if event.cpu_parent is None else {event.cpu_parent.name} | ancestors(event.cpu_parent)
+
+
+def test_weights_are_cast_in_one_call():
+    model = detector()
+    optimizer = sgd(model)
+    prepare_optimizer(optimizer, model)
+    batch, padded, _ = model.preprocess(*small_scene())
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as profiled:
+        training_step(model, optimizer, LossScale.initial(None, CPU), batch, padded, amp=torch.bfloat16, clip_norm=0.0)
+    shapes = {tuple(parameter.shape) for parameter in model.parameters() if parameter.ndim > 1}
+    events = profiled.events()
+    casts = [event for event in events if event.name == "aten::_to_copy" and tuple(event.input_shapes[0]) in shapes]
+    # The gradient of a convolution on the CPU casts its own result.
+    inside = {"aten::_foreach_copy_", "aten::convolution_backward"}
+    assert [event.input_shapes[0] for event in casts if not inside & ancestors(event)] == []
+    assert sum(event.name == "aten::_foreach_copy_" for event in events) == 2, "there and, of the gradients, back"
+
+
+@pytest.mark.parametrize(
+    ("options", "computed"),
+    [
+        ({"check_gradients": False}, False),
+        ({}, True),
+        ({"check_gradients": False, "clip_norm": 1.0}, True),
+        ({"check_gradients": False, "amp": torch.float16}, True),
+        ({"check_gradients": False, "amp": torch.bfloat16}, False),
+    ],
+)
+def test_the_norm_is_computed_where_it_is_used_or_asked_for(options, computed, monkeypatch):
+    calls, get_total_norm = [], nn.utils.get_total_norm
+    monkeypatch.setattr(nn.utils, "get_total_norm", lambda gradients: calls.append(1) or get_total_norm(gradients))
+    graphed = trainer(**options)
+    images, targets = small_scene()
+    graphed.step(images, targets)
+    assert len(calls) == computed
+    (row,) = graphed.losses()
+    assert math.isfinite(row["gradient_norm"]) == computed
+    before = clone_state(graphed)
+    graphed.step([image * torch.inf for image in images], targets)
+    assert_same(clone_state(graphed), before)
+    with pytest.raises(FloatingPointError, match="step 2"):
+        graphed.losses()
+
+
+def test_the_norm_changes_no_step():
+    found = []
+    for check in (True, False):
+        graphed = trainer(check_gradients=check)
+        torch.manual_seed(1)
+        for _ in range(3):
+            graphed.step(*small_scene())
+        found.append(clone_state(graphed))
+    assert_same(*found)
+    graphed.check_gradients = True
+    with pytest.raises(RuntimeError, match="its check_gradients was changed"):
+        graphed.step(*small_scene())

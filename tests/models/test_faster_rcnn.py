@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 import fastdet
-from fastdet.models.norms import MaskedBatchNorm2d
+from fastdet.models.layers import MaskedBatchNorm2d
 from fastdet.models.preprocessing import resized_size, unbatch
 from fastdet.models.rpn import RPNHead
 from fastdet.structures import Batch, Proposals

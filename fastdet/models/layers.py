@@ -1,0 +1,101 @@
+"""Layers that torch does not have so: BatchNorm that is frozen or leaves padding out, a convolution with its ReLU."""
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
+    """torchvision's, in one pass over the features instead of two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+class MaskedBatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` whose statistics leave out the rows that are padding."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """`x` [N, C, H, W]; `valid` bool [N] is False for padding, None counts every row."""
+        if valid is None or not self.training:
+            return super().forward(x)
+        mask = valid[:, None, None, None]
+        number = (valid.sum() * (x.shape[2] * x.shape[3])).clamp(min=1)
+        wide = torch.where(mask, x.float(), 0.0)
+        mean = wide.sum((0, 2, 3), keepdim=True) / number
+        centered = torch.where(mask, wide - mean, 0.0)
+        variance = centered.square().sum((0, 2, 3), keepdim=True) / number
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            momentum: Any = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            unbiased = variance * (number / (number - 1).clamp(min=1))
+            self.running_mean.lerp_(mean.flatten(), momentum)
+            self.running_var.lerp_(unbiased.flatten(), momentum)
+        scale = self.weight[:, None, None] * (variance + self.eps).rsqrt()
+        return (centered * scale + self.bias[:, None, None]).to(x.dtype)
+
+
+class ConvReLU2d(nn.Conv2d):
+    """`nn.Conv2d` and the ReLU after it: one call of cuDNN on an NVIDIA GPU where no gradient is recorded, else two."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._is_one_call(input):
+            # Autocast casts for a convolution, and not for this call.
+            dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else input.dtype
+            bias = None if self.bias is None else self.bias.to(dtype)
+            shape: Any = self.stride, self.padding, self.dilation, self.groups
+            return torch.cudnn_convolution_relu(input.to(dtype), self.weight.to(dtype), bias, *shape)
+        return F.relu(super().forward(input), inplace=True)
+
+    def _is_one_call(self, input: Tensor) -> bool:
+        """Whether cuDNN's call computes the same here. It has no deterministic variant, and is not for few channels a
+        group. It has no implementation for fake tensors; and a compiler joins the two itself."""
+        recorded = torch.is_grad_enabled() and (input.requires_grad or any(p.requires_grad for p in self.parameters()))
+        cudnn = torch.backends.cudnn
+        return (
+            input.is_cuda
+            and torch.version.hip is None
+            and cudnn.is_available()
+            and cudnn.enabled
+            and not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
+            and not isinstance(input, FakeTensor)
+            and not (recorded or torch.compiler.is_compiling() or torch.jit.is_tracing())
+            and self.groups == 1
+            and self.padding_mode == "zeros"
+            and not isinstance(self.padding, str)
+            and input.ndim == 4
+            and (input.dtype == self.weight.dtype or torch.is_autocast_enabled("cuda"))
+            and input.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        )
+
+
+def join_relu(layers: nn.Sequential) -> None:
+    """Let the convolutions of a chain that a ReLU follows compute it too; an `nn.Identity` takes the ReLU's place."""
+    for first, second in pairwise(range(len(layers))):
+        convolution = layers[first]
+        if type(convolution) is nn.Conv2d and type(layers[second]) is nn.ReLU:
+            layers[first], layers[second] = with_relu(convolution), nn.Identity()
+
+
+def with_relu(convolution: nn.Conv2d) -> ConvReLU2d:
+    """The convolution with a ReLU after it, of the same parameters."""
+    joined: Any = copy.copy(convolution)
+    joined.__class__ = ConvReLU2d
+    return joined
+
+
+def init_normal(layer: nn.Conv2d | nn.Linear, std: float) -> None:
+    """Draw the weights from N(0, std) and set the biases to 0 (Ren et al. 2015, arXiv:1506.01497)."""
+    nn.init.normal_(layer.weight, std=std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
