@@ -135,7 +135,6 @@ CALLS: dict[str, Callable[[], object]] = {
 # not here is small beside the others. With an adaptive number of samples, a round of RoI align is one sample of a cell.
 UNITS: dict[str, tuple[str, Callable[[dict[str, Any]], int]]] = {
     "_box_iou_kernel": ("pair", lambda a: a["BLOCK_M"]),
-    "_overlap_kernel": ("pair", lambda a: 32 * a["BLOCK_ROWS"]),
     "_filter_kernel": ("pair", lambda a: a["BLOCK_ROWS"] * a["BLOCK_KEPT"]),
     "_best_kernel": ("pair", lambda a: a["BLOCK_K"] * a["BLOCK_G"]),
     "_match_kernel": ("pair", lambda a: a["BLOCK_K"] * a["BLOCK_G"]),

@@ -53,8 +53,8 @@ class Target(NamedTuple):
 
 
 def nms_fits(config: Config) -> bool:
-    whole = config.chunk >= max(config.overlap_rows, config.filter_rows, 32)
-    return whole and config.filter_span >= config.filter_kept
+    whole = config.chunk >= max(config.overlap_rows, 32) and config.step >= max(config.filter_rows, 32)
+    return whole and config.filter_span >= config.filter_kept and config.finish_rows >= 32
 
 
 def sample_fits(config: Config) -> bool:

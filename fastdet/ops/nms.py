@@ -46,17 +46,18 @@ def _suppress_sorted(boxes: Tensor, valid: Tensor, iou_threshold: float, max_kee
     from fastdet.kernels import nms as kernel
 
     groups, num_boxes, _ = boxes.shape
-    index = boxes.new_zeros(groups, max_keep, dtype=torch.int64)
-    if not index.numel() or not num_boxes:
-        return index, boxes.new_zeros(groups, dtype=torch.int64)
+    if not groups or not num_boxes or not max_keep:
+        return boxes.new_zeros(groups, max_keep, dtype=torch.int64), boxes.new_zeros(groups, dtype=torch.int64)
+    config = kernel.config(num_boxes, max_keep)
+    index = boxes.new_empty(groups, max_keep, dtype=torch.int64)
     count = boxes.new_empty(groups, dtype=torch.int64)
-    config = kernel.config(num_boxes)
-    chunks = -(-num_boxes // config.chunk)
     kernel.launch(
         boxes.contiguous(),
         valid.contiguous(),
-        overlap=boxes.new_empty(groups, chunks, config.chunk // 32, config.chunk, dtype=torch.int32),
-        removed=boxes.new_empty(groups, num_boxes, dtype=torch.int8),
+        survivors=boxes.new_empty(groups, config.chunk, dtype=torch.int32),
+        overlap=boxes.new_empty(groups, config.chunk // 32, config.chunk, dtype=torch.int32),
+        removed=boxes.new_empty(groups, config.step, dtype=torch.int8),
+        state=boxes.new_zeros(3, groups, dtype=torch.int32),
         kept=boxes.new_empty(groups, max_keep, 4),
         index=index,
         count=count,

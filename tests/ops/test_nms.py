@@ -274,22 +274,84 @@ def test_bad_input_names_the_argument(change, error, words):
         ops.batched_nms(**{**fitting, **change})
 
 
+def small_config(**changes):
+    """Small chunks, so that few boxes pass through all that many would."""
+    from fastdet.kernels import nms as kernel
+
+    config = kernel.Config(
+        chunk=32, overlap_rows=16, step=32, steps=1, filter_rows=16, filter_kept=8, filter_span=16, warps=1,
+        finish_rows=32,
+    )  # fmt: skip
+    return config._replace(**changes)
+
+
+def assert_kernel_equals_cpu(device, boxes, valid, threshold, max_keep):
+    expected = nms_cpu(boxes, valid, threshold, max_keep)
+    actual = nms_cuda(boxes.to(device), valid.to(device), threshold, max_keep)
+    assert torch.equal(actual[0].cpu(), expected[0])
+    assert torch.equal(actual[1].cpu(), expected[1])
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("seed", range(12))
 def test_kernel_equals_cpu(kernel_device, monkeypatch, seed):
     from fastdet.kernels import nms as kernel
 
-    # Small chunks, so that few boxes pass through all that many would.
-    small = kernel.Config(32, overlap_rows=16, filter_rows=16, filter_kept=8, filter_span=16, settle_warps=1)
-    monkeypatch.setattr(kernel, "config", lambda num_boxes: small)
+    small = small_config(step=(32, 64)[seed % 2], steps=seed % 4)
+    monkeypatch.setattr(kernel, "config", lambda *sizes: small)
     groups, count, side = 2, (1, 33, 64, 100)[seed % 4], (20.0, 60.0, 200.0)[seed % 3]
     boxes, valid = random_boxes(groups, count, side=side), torch.rand(groups, count) < 0.9
-    threshold = THRESHOLDS[seed % len(THRESHOLDS)]
     for max_keep in (5, count):
-        expected = nms_cpu(boxes, valid, threshold, max_keep)
-        actual = nms_cuda(boxes.to(kernel_device), valid.to(kernel_device), threshold, max_keep)
-        assert torch.equal(actual[0].cpu(), expected[0])
-        assert torch.equal(actual[1].cpu(), expected[1])
+        assert_kernel_equals_cpu(kernel_device, boxes, valid, THRESHOLDS[seed % len(THRESHOLDS)], max_keep)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+@pytest.mark.parametrize("shift", [0.2, 0.6, 2.0])
+@pytest.mark.parametrize("count", [63, 64, 65, 97])
+def test_kernel_on_rows_of_boxes(kernel_device, monkeypatch, steps, shift, count):
+    """Each box overlaps the next, or a few, or none: as many survive as a chunk holds, one more or one fewer; one group
+    ends early, one has no valid box at first, and one none at all."""
+    from fastdet.kernels import nms as kernel
+
+    monkeypatch.setattr(kernel, "config", lambda *sizes: small_config(step=64, steps=steps))
+    corner = torch.arange(count)[:, None] * torch.tensor([shift, 0.0])
+    boxes = torch.cat([corner, corner + 1], 1).expand(4, -1, -1)
+    place = torch.arange(count)
+    valid = torch.stack([place >= 0, place < 40, place > 34, place < 0])
+    for max_keep in (count, 33):
+        assert_kernel_equals_cpu(kernel_device, boxes, valid, 0.5, max_keep)
+
+
+@pytest.mark.kernel
+def test_kernel_leaves_its_counters_ready_for_a_replay(kernel_device, monkeypatch):
+    from fastdet.kernels import nms as kernel
+
+    monkeypatch.setattr(kernel, "config", lambda *sizes: small_config())
+    seen, launch = [], kernel.launch
+
+    def twice(*args, **kwargs):
+        launch(*args, **kwargs)
+        seen.append((kwargs["index"].clone(), kwargs["count"].clone()))
+        launch(*args, **kwargs)
+
+    monkeypatch.setattr(kernel, "launch", twice)
+    boxes, valid = random_boxes(2, 90, side=60), torch.ones(2, 90, dtype=torch.bool)
+    index, count = nms_cuda(boxes.to(kernel_device), valid.to(kernel_device), 0.5, 90)
+    assert torch.equal(index, seen[0][0])
+    assert torch.equal(count, seen[0][1])
+
+
+@pytest.mark.parametrize(
+    ("groups", "count", "max_keep", "most"),
+    [(1, 12000, 2000, 8), (1, 6000, 300, 6), (1440, 300, 300, 1), (5, 1024, 1024, 1), (1, 1025, 1025, 3)],
+)
+def test_suppression_takes_few_launches(groups, count, max_keep, most):
+    launches = pytest.importorskip("tools.launches")
+    boxes, valid = torch.zeros(groups, count, 4), torch.ones(groups, count, dtype=torch.bool)
+    with launches.record_launches() as recorded:
+        nms_cuda(boxes, valid, 0.7, max_keep)
+    assert len(recorded) <= most
 
 
 @pytest.mark.kernel
@@ -305,11 +367,7 @@ def test_kernel_decides_as_torchvision_at_the_threshold(kernel_device, threshold
 @pytest.mark.kernel
 def test_kernel_on_awkward_boxes(kernel_device):
     boxes = awkward_boxes()[None]
-    valid = torch.ones(1, boxes.shape[1], dtype=torch.bool)
-    expected = nms_cpu(boxes, valid, 0.3, 11)
-    actual = nms_cuda(boxes.to(kernel_device), valid.to(kernel_device), 0.3, 11)
-    assert torch.equal(actual[0].cpu(), expected[0])
-    assert torch.equal(actual[1].cpu(), expected[1])
+    assert_kernel_equals_cpu(kernel_device, boxes, torch.ones(1, boxes.shape[1], dtype=torch.bool), 0.3, 11)
 
 
 @pytest.mark.kernel
@@ -339,10 +397,14 @@ def test_kernel_takes_empty_input(kernel_device):
 def test_block_sizes_hold_what_the_kernels_assume():
     from fastdet.kernels import nms as kernel
 
-    for num_boxes in (1, 31, 33, 300, 1024, 12000):
-        config = kernel.config(num_boxes)
-        assert config.chunk % 32 == 0
-        assert config.chunk & (config.chunk - 1) == 0
-        assert config.chunk % config.overlap_rows == 0
-        assert config.chunk % config.filter_rows == 0
-        assert config.filter_span % config.filter_kept == 0
+    for count in (1, 31, 33, 300, 1024, 1025, 6000, 12000, 100_000):
+        for max_keep in (1, 300, 2000, count):
+            config = kernel.config(count, max_keep)
+            powers = config._replace(steps=1)
+            assert all(size & (size - 1) == 0 for size in powers)
+            assert min(config.chunk, config.step, config.finish_rows) >= 32
+            # The last launch is not made where no data can leave it something to do.
+            needed = kernel.most_steps(count, config.chunk, config.step)
+            assert config.steps <= needed
+            if max_keep == count:
+                assert config.steps == needed

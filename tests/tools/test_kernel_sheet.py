@@ -16,9 +16,8 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 # of one that has none. Boxes and channels come in 16 bytes, or 4 values; flags and counters in as many as they have.
 WIDTHS = {
     ("box_iou", "_box_iou_kernel", "stores_in_loops"): {16},
-    ("nms 12000 to 2000", "_overlap_kernel", "loads_outside"): {1, 4, 16},
-    ("nms 12000 to 2000", "_filter_kernel", "loads_in_loops"): {8},
-    ("nms of classes", "_settle_kernel", "loads_outside"): {1, 4, 16},
+    ("nms 12000 to 2000", "_filter_kernel", "loads_in_loops"): {4},
+    ("nms of classes", "_settle_kernel", "loads_outside"): {1, 4, 8, 16},
     ("match of anchors", "_best_kernel", "loads_in_loops"): {1, 4},
     ("match of anchors", "_match_kernel", "loads_in_loops"): {1, 4},
     ("match of proposals", "_match_kernel", "loads_in_loops"): {1, 16},

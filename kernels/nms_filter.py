@@ -1,0 +1,133 @@
+"""The wide step of non-maximum suppression: which boxes overlap none of those that are kept."""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastdet.kernels.common.boxes import load_boxes
+from fastdet.kernels.common.nms_overlap import are_finite, arrive_last, half_ulp, is_compiled, pairwise_exceeds
+
+
+@triton.jit(do_not_specialize=["num_boxes", "max_keep"])
+def _filter_kernel(
+    # Tensors, all contiguous
+    boxes_ptr,  # [groups, N, 4] fp32, pixels
+    valid_ptr,  # [groups, N] bool
+    kept_ptr,  # [groups, max_keep, 4] fp32, pixels, of which `count` are written
+    count_ptr,  # [groups] int64
+    removed_ptr,  # [groups, STEP] int8, 0 before and after: 1 where removed, by any number of programs
+    cursor_ptr,  # [groups] int32, the first row of the step; moved on
+    survivors_ptr,  # [groups, CHUNK] int32, output: rows
+    number_ptr,  # [groups] int32, output: how many survive; left at 0 where the group needs no more
+    arrivals_ptr,  # [groups] int32, 0 before and after
+    # Sizes
+    num_boxes,
+    max_keep,
+    # Scalars
+    iou_threshold,
+    half_ulp,
+    # Constexprs
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEPT: tl.constexpr,
+    SPAN: tl.constexpr,
+    FUSED: tl.constexpr,
+):
+    """Marks the rows of a step that overlap a kept box, then lists those that survive.
+
+                      SPAN of the kept boxes
+                  BLOCK_KEPT  BLOCK_KEPT  ...
+                +------------+------------+
+    BLOCK_ROWS  |  ->   any overlap   ->  |    program (group and row block; span)
+                +------------+------------+
+
+    The last program of a group lists the first CHUNK survivors of the step; where there are more, the next step begins
+    with the first that is left over.
+    """
+    # The program's group, rows [BLOCK_ROWS] and kept boxes [begin, end).
+    row_blocks: tl.constexpr = STEP // BLOCK_ROWS
+    group = (tl.program_id(0) // row_blocks).to(tl.int64)
+    place = tl.program_id(0) % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    count = tl.load(count_ptr + group)
+    cursor = tl.load(cursor_ptr + group)
+    if (count < max_keep) & (cursor < num_boxes):
+        row = cursor + place
+        source = group * num_boxes + row
+        inside = (row < num_boxes) & (tl.load(valid_ptr + source, mask=row < num_boxes, other=0) != 0)
+        x1, y1, x2, y2 = load_boxes(boxes_ptr, source, inside)
+        # The maximum over the kept boxes is taken once, after the loop.
+        overlaps = tl.zeros([BLOCK_ROWS, BLOCK_KEPT], dtype=tl.int32)
+        begin = tl.program_id(1) * SPAN
+        end = tl.minimum(count, begin + SPAN)
+        for first in range(begin, end, BLOCK_KEPT):
+            kept = first + tl.arange(0, BLOCK_KEPT)
+            # Past the end boxes are zeros, which overlap nothing.
+            kx1, ky1, kx2, ky2 = load_boxes(kept_ptr, group * max_keep + kept, kept < end)
+            # Compare all pairs: [BLOCK_ROWS, BLOCK_KEPT].
+            overlaps |= pairwise_exceeds(
+                x1, y1, x2, y2, kx1, ky1, kx2, ky2, iou_threshold, half_ulp, FUSED
+            ).to(tl.int32)  # fmt: skip
+        removed = (tl.max(overlaps, axis=1) != 0) | ~(inside & are_finite(x1, y1, x2, y2))
+        tl.store(removed_ptr + group * STEP + place, tl.full([BLOCK_ROWS], 1, dtype=tl.int8), mask=removed)
+
+        if arrive_last(arrivals_ptr + group, row_blocks * tl.num_programs(1)):
+            # List the survivors, of [STEP] rows, in order of priority.
+            lane = tl.arange(0, STEP)
+            survives = (tl.load(removed_ptr + group * STEP + lane) == 0).to(tl.int32)
+            rank = tl.cumsum(survives, axis=0) - 1
+            taken = (survives != 0) & (rank < CHUNK)
+            tl.store(survivors_ptr + group * CHUNK + rank, cursor + lane, mask=taken)
+            tl.store(number_ptr + group, tl.minimum(tl.sum(survives, axis=0), CHUNK))
+            left_over = tl.where((survives != 0) & (rank >= CHUNK), lane, STEP)
+            tl.store(cursor_ptr + group, cursor + tl.min(left_over, axis=0))
+            # Every thread has read its marks before another resets them.
+            tl.debug_barrier()
+            tl.store(removed_ptr + group * STEP + lane, tl.zeros([STEP], dtype=tl.int8))
+
+
+def launch_filter(
+    boxes: torch.Tensor,
+    valid: torch.Tensor,
+    kept: torch.Tensor,
+    count: torch.Tensor,
+    removed: torch.Tensor,
+    cursor: torch.Tensor,
+    survivors: torch.Tensor,
+    number: torch.Tensor,
+    arrivals: torch.Tensor,
+    *,
+    most_kept: int,
+    iou_threshold: float,
+    rows: int,
+    block_kept: int,
+    span: int,
+) -> None:
+    """Write to `survivors` [groups, chunk] and `number` [groups] the rows of the next step that overlap no kept box.
+
+    A program compares `rows` rows with `span` of the kept boxes, `most_kept` at most, `block_kept` at a time.
+    """
+    groups, step = removed.shape
+    _filter_kernel[(groups * (step // rows), triton.cdiv(most_kept, span))](
+        boxes_ptr=boxes,
+        valid_ptr=valid,
+        kept_ptr=kept,
+        count_ptr=count,
+        removed_ptr=removed,
+        cursor_ptr=cursor,
+        survivors_ptr=survivors,
+        number_ptr=number,
+        arrivals_ptr=arrivals,
+        num_boxes=boxes.shape[1],
+        max_keep=kept.shape[1],
+        iou_threshold=iou_threshold,
+        half_ulp=half_ulp(iou_threshold),
+        CHUNK=survivors.shape[1],
+        STEP=step,
+        BLOCK_ROWS=rows,
+        BLOCK_KEPT=block_kept,
+        SPAN=span,
+        FUSED=is_compiled(_filter_kernel),
+        num_warps=max(rows // 8, 1),
+        enable_fp_fusion=False,
+    )

@@ -1,0 +1,254 @@
+"""The narrow step of non-maximum suppression: the boxes of a chunk among themselves."""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastdet.kernels.common.boxes import load_boxes, store_rows_of_4
+from fastdet.kernels.common.nms_overlap import are_finite, arrive_last, half_ulp, is_compiled, pairwise_exceeds
+
+
+@triton.jit
+def _bitwise_or(a, b):
+    return a | b
+
+
+@triton.jit
+def pack_words(
+    flags,  # [.., 32 W] int32, 0 or 1
+    ROWS: tl.constexpr,
+):
+    """uint32 [ROWS, W]: 32 flags to a word, the first of them in bit 0."""
+    words: tl.constexpr = flags.shape[len(flags.shape) - 1] // 32
+    bits = tl.reshape(flags, [ROWS, words, 32]) << tl.arange(0, 32)[None, None, :]
+    return tl.sum(bits, axis=2).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def decide(
+    higher,  # [N, N / 32] uint32: bit c of word w is set if box 32 w + c overlaps the row's and has a higher priority
+    undecided,  # [N] int32, 1 for the boxes to decide, 0 for the others
+):
+    """int32 [N], 1 for the boxes that are kept. Each round meets every row with the packed states of all boxes: kept
+    ones remove it, undecided ones hold it back."""
+    kept = undecided * 0
+    while tl.sum(undecided, axis=0) > 0:
+        overlaps_kept = tl.reduce(higher & pack_words(kept, 1), 1, _bitwise_or)
+        overlaps_undecided = tl.reduce(higher & pack_words(undecided, 1), 1, _bitwise_or)
+        undecided = tl.where(overlaps_kept != 0, 0, undecided)
+        newly_kept = tl.where(overlaps_undecided == 0, undecided, 0)
+        kept += newly_kept
+        undecided -= newly_kept
+    return kept
+
+
+@triton.jit
+def append_kept(
+    kept_ptr,  # [max_keep, 4] fp32, pixels, of the group
+    index_ptr,  # [max_keep] int64, of the group
+    count,  # int64, boxes kept before
+    max_keep,
+    kept,  # [N] int32, 1 for the boxes to append
+    row,  # [N], their index
+    x1,  # [N] fp32, pixels, as are y1, x2 and y2
+    y1,
+    x2,
+    y2,
+):
+    """Append the kept boxes in order of priority; the number of boxes kept, int64."""
+    rank = count + tl.cumsum(kept, axis=0) - 1
+    write = (kept != 0) & (rank < max_keep)
+    tl.store(index_ptr + rank, row.to(tl.int64), mask=write)
+    store_rows_of_4(kept_ptr, rank, x1, y1, x2, y2, write)
+    return tl.minimum(count + tl.sum(kept, axis=0), max_keep)
+
+
+@triton.jit
+def _load_candidates(
+    boxes_ptr,  # of the whole tensor, as in the kernel
+    valid_ptr,
+    survivors_ptr,
+    group,
+    lane,  # [N], places in the chunk
+    num_boxes,
+    number,
+    CHUNK: tl.constexpr,
+    FIRST: tl.constexpr,
+):
+    """Index, eligibility and corners [N] of the boxes of a chunk; those that are not eligible overlap nothing."""
+    if FIRST:
+        row = lane
+        eligible = row < num_boxes
+        eligible &= tl.load(valid_ptr + group * num_boxes + row, mask=eligible, other=0) != 0
+    else:
+        eligible = lane < number
+        row = tl.load(survivors_ptr + group * CHUNK + lane, mask=eligible, other=0)
+    x1, y1, x2, y2 = load_boxes(boxes_ptr, group * num_boxes + row, eligible)
+    return row, eligible & are_finite(x1, y1, x2, y2), x1, y1, x2, y2
+
+
+@triton.jit(do_not_specialize=["num_boxes", "max_keep"])
+def _settle_kernel(
+    # Tensors, all contiguous
+    boxes_ptr,  # [groups, N, 4] fp32, pixels
+    valid_ptr,  # [groups, N] bool
+    survivors_ptr,  # [groups, CHUNK] int32, rows, from the filter; not read if FIRST
+    number_ptr,  # [groups] int32, how many of them there are; set to 0
+    overlap_ptr,  # [groups, CHUNK / 32, CHUNK] int32, scratch
+    removed_ptr,  # [groups, STEP] int8, set to 0 if FIRST
+    cursor_ptr,  # [groups] int32, set to CHUNK if FIRST
+    kept_ptr,  # [groups, max_keep, 4] fp32, pixels, appended to
+    index_ptr,  # [groups, max_keep] int64, appended to; filled up with 0 if FIRST
+    count_ptr,  # [groups] int64, kept boxes, updated; not read if FIRST
+    arrivals_ptr,  # [groups] int32, 0 before and after
+    # Sizes
+    num_boxes,
+    max_keep,
+    # Scalars
+    iou_threshold,
+    half_ulp,
+    # Constexprs
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    FUSED: tl.constexpr,
+):
+    """Compare the boxes of a chunk with one another, then decide them and append what is kept.
+
+                        BLOCK_ROWS rows
+                 +-------------------------+
+    32 columns,  | bit of column 0         |     program (group and row block; word), summed down to one word
+    one word     | bit of column 1   ...   |     a row: bit c of word w is set if box 32 w + c has a higher
+                 +-------------------------+     priority than the row's and overlaps it by more than the threshold
+
+    The last program of a group then holds the whole matrix in registers, one row a box. Words above the diagonal, and
+    of tiles without an eligible row, are left unwritten: they are never read.
+    """
+    WORDS: tl.constexpr = CHUNK // 32
+    row_blocks: tl.constexpr = CHUNK // BLOCK_ROWS
+    group = (tl.program_id(0) // row_blocks).to(tl.int64)
+    block = tl.program_id(0) % row_blocks
+    if FIRST:
+        number = tl.minimum(num_boxes, CHUNK)
+    else:
+        number = tl.load(number_ptr + group)
+    if number > 0:
+        lane = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        _row, eligible, x1, y1, x2, y2 = _load_candidates(
+            boxes_ptr, valid_ptr, survivors_ptr, group, lane, num_boxes, number, CHUNK, FIRST
+        )
+        word = tl.program_id(1)
+        on_or_below_diagonal = word * 32 < (block + 1) * BLOCK_ROWS
+        if on_or_below_diagonal & (tl.max(eligible.to(tl.int32), axis=0) > 0):
+            bit = tl.arange(0, 32)
+            column = word * 32 + bit
+            _column_row, _column_eligible, cx1, cy1, cx2, cy2 = _load_candidates(
+                boxes_ptr, valid_ptr, survivors_ptr, group, column, num_boxes, number, CHUNK, FIRST
+            )
+            # Compare all pairs, [32, BLOCK_ROWS], and pack 32 comparisons into a word.
+            overlaps = pairwise_exceeds(cx1, cy1, cx2, cy2, x1, y1, x2, y2, iou_threshold, half_ulp, FUSED)
+            overlaps &= column[:, None] < lane[None, :]
+            packed = tl.sum(overlaps.to(tl.int32) << bit[:, None], axis=0)
+            tl.store(overlap_ptr + (group * WORDS + word) * CHUNK + lane, packed)
+
+        if arrive_last(arrivals_ptr + group, row_blocks * tl.num_programs(1)):
+            _settle(
+                boxes_ptr, valid_ptr, survivors_ptr, overlap_ptr, kept_ptr, index_ptr, count_ptr,
+                group, num_boxes, number, max_keep, CHUNK, FIRST,
+            )  # fmt: skip
+            tl.store(number_ptr + group, 0)
+            if FIRST:
+                tl.store(cursor_ptr + group, CHUNK)
+                tl.store(removed_ptr + group * STEP + tl.arange(0, STEP), tl.zeros([STEP], dtype=tl.int8))
+
+
+@triton.jit
+def _settle(
+    boxes_ptr,  # these as in the kernel
+    valid_ptr,
+    survivors_ptr,
+    overlap_ptr,
+    kept_ptr,
+    index_ptr,
+    count_ptr,
+    group,
+    num_boxes,
+    number,
+    max_keep,
+    CHUNK: tl.constexpr,
+    FIRST: tl.constexpr,
+):
+    """Decide the chunk of a group, whose matrix is written, and append what is kept."""
+    WORDS: tl.constexpr = CHUNK // 32
+    lane = tl.arange(0, CHUNK)
+    row, eligible, x1, y1, x2, y2 = _load_candidates(
+        boxes_ptr, valid_ptr, survivors_ptr, group, lane, num_boxes, number, CHUNK, FIRST
+    )
+    # Load the matrix, [CHUNK, WORDS]: no words of rows that are decided already, nor words of later boxes.
+    words = tl.arange(0, WORDS)[None, :] * CHUNK + lane[:, None]
+    needed = eligible[:, None] & (tl.arange(0, WORDS)[None, :] * 32 < lane[:, None])
+    higher = tl.load(overlap_ptr + group * (WORDS * CHUNK) + words, mask=needed, other=0).to(tl.uint32, bitcast=True)
+    kept = decide(higher, eligible.to(tl.int32))
+    if FIRST:
+        count = tl.full([], 0, dtype=tl.int64)
+    else:
+        count = tl.load(count_ptr + group)
+    count = append_kept(
+        kept_ptr + group * max_keep * 4, index_ptr + group * max_keep, count, max_keep, kept, row, x1, y1, x2, y2
+    )
+    tl.store(count_ptr + group, count)
+    if FIRST:
+        for start in range(0, max_keep, CHUNK):
+            slot = start + lane
+            zeros = tl.zeros([CHUNK], dtype=tl.int64)
+            tl.store(index_ptr + group * max_keep + slot, zeros, mask=(slot >= count) & (slot < max_keep))
+
+
+def launch_settle(
+    boxes: torch.Tensor,
+    valid: torch.Tensor,
+    survivors: torch.Tensor,
+    number: torch.Tensor,
+    overlap: torch.Tensor,
+    removed: torch.Tensor,
+    cursor: torch.Tensor,
+    kept: torch.Tensor,
+    index: torch.Tensor,
+    count: torch.Tensor,
+    arrivals: torch.Tensor,
+    *,
+    first: bool,
+    iou_threshold: float,
+    rows: int,
+    warps: int,
+) -> None:
+    """Settle the survivors of each group, or with `first` its first rows, and append what is kept.
+
+    A program compares `rows` rows with 32 columns.
+    """
+    groups, chunk = survivors.shape
+    _settle_kernel[(groups * (chunk // rows), chunk // 32)](
+        boxes_ptr=boxes,
+        valid_ptr=valid,
+        survivors_ptr=survivors,
+        number_ptr=number,
+        overlap_ptr=overlap,
+        removed_ptr=removed,
+        cursor_ptr=cursor,
+        kept_ptr=kept,
+        index_ptr=index,
+        count_ptr=count,
+        arrivals_ptr=arrivals,
+        num_boxes=boxes.shape[1],
+        max_keep=index.shape[1],
+        iou_threshold=iou_threshold,
+        half_ulp=half_ulp(iou_threshold),
+        CHUNK=chunk,
+        STEP=removed.shape[1],
+        BLOCK_ROWS=rows,
+        FIRST=first,
+        FUSED=is_compiled(_settle_kernel),
+        num_warps=warps,
+        enable_fp_fusion=False,
+    )
