@@ -73,7 +73,7 @@ def _interpolate(
     )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=["num_images", *SIZES])
 def _roi_align_kernel(
     # Tensors, all contiguous
     input_0_ptr,  # [B, H, W, C] fp32, fp16 or bf16 (a channels-last [B, C, H, W]) of each level, None past the last

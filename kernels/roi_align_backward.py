@@ -50,7 +50,7 @@ def visits_bound(num_rois: int, sizes: list[tuple[int, int]], pooled_height: int
     return num_rois * rows * columns
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=["rows", "columns", "padded_height", "padded_width", *SIZES])
 def _roi_align_backward_kernel(
     # Tensors, all contiguous
     grad_ptr,  # [R, PH, PW, C] fp32, fp16 or bf16

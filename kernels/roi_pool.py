@@ -47,7 +47,7 @@ def visits_bound(num_rois: int, height: int, width: int, pooled_height: int, poo
     return num_rois * (height + pooled_height - 1) * (width + pooled_width - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_images", "height", "width"])
 def _roi_pool_kernel(
     # Tensors, all contiguous
     input_ptr,  # [B, H, W, C] fp32, fp16 or bf16 (a channels-last [B, C, H, W])
@@ -117,7 +117,7 @@ def _roi_pool_kernel(
     tl.store(argmax_ptr + out, argmax.to(argmax_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def _roi_pool_backward_kernel(
     # Tensors, all contiguous
     grad_ptr,  # [R, PH, PW, C] fp32, fp16 or bf16

@@ -15,7 +15,7 @@ BLOCK_R = 128
 BLOCK_EXTENT = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rois", "height", "width"])
 def _spans_kernel(
     # Tensors, all contiguous
     ranges_ptr,  # [2, PH + PW, R] int32: first grid row (or column) of a bin row (or column); one past the last
@@ -69,7 +69,7 @@ def _load_span(spans_ptr, line, num_rois, roi, mask):
     return tl.load(spans_ptr + tl.cast(line, tl.int64) * num_rois + roi, mask=mask, other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rois", "height", "width"])
 def _extents_kernel(
     # Tensors, all contiguous
     images_ptr,  # [R] int32, image of each RoI, -1 for padding
@@ -104,7 +104,7 @@ def _extents_kernel(
     tl.store(extent_ptr + 2, tl.sum(count, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rois", "height", "width"])
 def _visits_kernel(
     # Tensors, all contiguous
     images_ptr,  # [R] int32, image of each RoI, -1 for padding

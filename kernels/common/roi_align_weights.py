@@ -25,7 +25,7 @@ from fastdet.kernels.common.roi_samples import bilinear_cells, bin_geometry, sam
 BLOCK_W = 32
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=["num_rois", "num_images", "padded_height", "padded_width", *SIZES])
 def _weights_kernel(
     # Tensors, all contiguous
     rois_ptr,  # [R, 5] fp32: image index, x1, y1, x2, y2 in pixels

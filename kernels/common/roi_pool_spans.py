@@ -11,7 +11,7 @@ from fastdet.kernels.common.csr import BLOCK_R
 from fastdet.kernels.common.roi_bins import bin_edges, roi_image, roi_start_size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rois", "num_images", "height", "width"])
 def _spans_kernel(
     # Tensors, all contiguous
     rois_ptr,  # [R, 5] fp32: image index, x1, y1, x2, y2 in pixels

@@ -38,7 +38,8 @@ def bin_geometry(
     if SAMPLING > 0:
         count = tl.cast(SAMPLING, tl.int32)
     else:
-        count = tl.maximum(tl.ceil(size), 0.0).to(tl.int32)
+        # Compiled, `ceil` takes a subnormal size for 0.
+        count = tl.maximum(tl.ceil(size), tl.where(size > 0.0, 1.0, 0.0)).to(tl.int32)
     return start, size, count
 
 

@@ -588,7 +588,8 @@ def test_kernels_equal_cpu(kernel_device, name):
     pooled = roi_align_cuda(rois.to(kernel_device), here, scales, *size, *rules)
     assert pooled.is_contiguous(memory_format=torch.channels_last)
     assert_close(pooled.cpu(), expected)
-    if "adaptive" not in name:
+    # Of more samples the compiler may change the order of a sum.
+    if rules[0] in (1, 2):
         assert torch.equal(pooled.cpu(), expected)
     grad = torch.randn(expected.shape)
     arguments = (grad.to(kernel_device), rois.to(kernel_device), sizes_of(levels), scales, *rules)
