@@ -73,15 +73,16 @@ def _decode_kernel(
         deltas, logits: any layout       boxes, scores: row after row
              +---+---+---+
            h | a |   |   |  channels     |  BLOCK_N  |  BLOCK_N  |  ...
-             +---+---+---+     ->        program (block, image)
+             +---+---+---+     ->        program (image and block)
                w
 
     The anchor is not read but computed: cell_anchors[a] moved by (w * stride_w, h * stride_h) pixels.
     """
     # The program's anchors, [BLOCK_N], and their cells.
-    batch = tl.program_id(1).to(tl.int64)
-    index = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = height * width * NUM_ANCHORS
+    num_blocks = tl.cdiv(total, BLOCK_N)
+    batch = (tl.program_id(0) // num_blocks).to(tl.int64)
+    index = tl.program_id(0) % num_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = index < total
     cell = index // NUM_ANCHORS
     anchor = index % NUM_ANCHORS
@@ -157,7 +158,8 @@ def launch(
     batch, _, height, width = deltas.shape
     num_anchors = cell_anchors.shape[0]
     block_n, num_warps = config(batch * scores.shape[1])
-    _decode_kernel[(triton.cdiv(scores.shape[1], block_n), batch)](
+    # Images and blocks share the first axis of the grid, the only one that is not limited to 65535.
+    _decode_kernel[(batch * triton.cdiv(scores.shape[1], block_n),)](
         deltas_ptr=deltas,
         logits_ptr=logits,
         cell_anchors_ptr=cell_anchors,

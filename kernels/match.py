@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastdet.kernels.common.boxes import load_boxes, store_rows_of_4
-from fastdet.kernels.common.match_tiles import ignored_share_tile, iou_tile, load_candidates
+from fastdet.kernels.common.match_tiles import ignored_share_tile, iou_tile, load_candidates, program_candidates
 
 # At most this many programs share the ground truths of an image in the first pass.
 MAX_PARTS = 8
@@ -54,15 +54,16 @@ def _best_kernel(
              candidates
               BLOCK_K
              +-------+
-    BLOCK_G  |   v   |    program (block of candidates, image, part): part p of n takes the tiles p, p + n, p + 2 n ..;
+    BLOCK_G  |   v   |    program (image and block of candidates; part): part p of n takes the tiles p, p + n ..;
     BLOCK_G  |   v   |    the maximum of a row goes to gt_best by an atomic maximum, in any order
              +-------+
     """
-    first_gt = tl.program_id(1).to(tl.int64) * num_gt
+    image, _ = program_candidates(num_candidates, BLOCK_K)
+    first_gt = image * num_gt
     _, _, _, ax1, ay1, ax2, ay2 = load_candidates(
         candidates_ptr, valid_ptr, num_candidates, candidates_stride_b, HAS_VALID, BLOCK_K
     )
-    for start in range(tl.program_id(2) * BLOCK_G, num_gt, tl.num_programs(2) * BLOCK_G):
+    for start in range(tl.program_id(1) * BLOCK_G, num_gt, tl.num_programs(1) * BLOCK_G):
         overlap = iou_tile(ax1, ay1, ax2, ay2, gt_boxes_ptr, gt_valid_ptr, first_gt, start, num_gt, BLOCK_G)
         # The maximum of each row, [BLOCK_G]; bits of floats that are not negative compare as the floats do.
         gt = start + tl.arange(0, BLOCK_G)
@@ -108,11 +109,12 @@ def _match_kernel(
              candidates
               BLOCK_K
              +-------+
-    BLOCK_G  |   v   |    program (block of candidates, image): the maximum of each column stays in its thread;
+    BLOCK_G  |   v   |    program (image and block of candidates): the maximum of each column stays in its thread;
     BLOCK_G  |   v   |    with LOW_QUALITY also whether the column holds the maximum of a row
              +-------+
     """
-    first_gt = tl.program_id(1).to(tl.int64) * num_gt
+    image, candidate = program_candidates(num_candidates, BLOCK_K)
+    first_gt = image * num_gt
     mask, out, valid, ax1, ay1, ax2, ay2 = load_candidates(
         candidates_ptr, valid_ptr, num_candidates, candidates_stride_b, HAS_VALID, BLOCK_K
     )
@@ -156,8 +158,8 @@ def _match_kernel(
     positive = (label == 1) & (best > 0.0)
     bx1, by1, bx2, by2 = load_boxes(gt_boxes_ptr, first_gt + best_index, positive)
     x1, y1, x2, y2 = load_boxes(
-        candidates_ptr + tl.program_id(1).to(tl.int64) * candidates_stride_b,
-        tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K),
+        candidates_ptr + image * candidates_stride_b,
+        candidate,
         positive,
     )
     # Encode them.
@@ -203,10 +205,11 @@ def launch(
     num_gt = gt_boxes.shape[1]
     candidates_stride_b = 0 if candidates.ndim == 2 else num_candidates * 4
     block_k, block_g, num_warps = config(num_gt)
-    grid = (triton.cdiv(num_candidates, block_k), batch)
+    # Images and blocks share the first axis of the grid, the only one that is not limited to 65535.
+    programs = batch * triton.cdiv(num_candidates, block_k)
     if gt_best is not None:
         # Its results are atomic maxima in any case, so the ground truths are divided among programs too.
-        _best_kernel[(*grid, min(triton.cdiv(num_gt, block_g), MAX_PARTS))](
+        _best_kernel[(programs, min(triton.cdiv(num_gt, block_g), MAX_PARTS))](
             candidates_ptr=candidates,
             gt_boxes_ptr=gt_boxes,
             gt_valid_ptr=gt_valid,
@@ -221,7 +224,7 @@ def launch(
             num_warps=num_warps,
             enable_fp_fusion=False,
         )
-    _match_kernel[grid](
+    _match_kernel[(programs,)](
         candidates_ptr=candidates,
         gt_boxes_ptr=gt_boxes,
         gt_valid_ptr=gt_valid,

@@ -74,14 +74,15 @@ def _sample_kernel(
 ):
     """Fills the slots of one span of one image: its positives of the smallest keys, then its negatives, then nothing.
 
-    candidates  |  BLOCK_K  |  BLOCK_K  |  ...      program (span, image); the last launch has one span
+    candidates  |  BLOCK_K  |  BLOCK_K  |  ...      program (image and span); the last launch has one span
                      |
     slots       | positives, ascending | negatives, ascending | empty |
     """
     # The program's candidates [begin, end) of its image, and their codes [BLOCK_K], or the first of them.
-    batch = tl.program_id(1).to(tl.int64)
+    num_spans = tl.maximum(tl.cdiv(num_candidates, tl.maximum(span, 1)), 1)
+    batch = (tl.program_id(0) // num_spans).to(tl.int64)
     first = batch * num_candidates
-    begin = tl.program_id(0) * span
+    begin = tl.program_id(0) % num_spans * span
     end = tl.minimum(begin + span, num_candidates)
     seed = tl.full([], 0, dtype=tl.int64)
     if not HAS_CODES:
@@ -116,7 +117,7 @@ def _sample_kernel(
         )
 
     # Write the chosen to their slots; in smaller tiles, read once more, as a scan needs many registers.
-    out = (batch * tl.num_programs(0) + tl.program_id(0)) * num_slots
+    out = tl.program_id(0).to(tl.int64) * num_slots
     next_positive = 0
     next_negative = num_positive
     for start in range(begin, end, SCAN_K):
@@ -218,7 +219,7 @@ def _launch(
     slots = index if thin_code is None else thin_code
     assert slots is not None
     block_k, scan_k, num_warps = config(span)
-    _sample_kernel[(1 if thin_code is None else thin_code.shape[1], slots.shape[0])](
+    _sample_kernel[(slots.shape[0] * (1 if thin_code is None else thin_code.shape[1]),)](
         label_ptr=label,
         seed_ptr=seed,
         code_ptr=code,

@@ -7,6 +7,14 @@ from fastdet.kernels.common.boxes import intersection_union, iou, load_boxes, ra
 
 
 @triton.jit
+def program_candidates(num_candidates, BLOCK_K: tl.constexpr):
+    """The image, int64, and the candidates [BLOCK_K] of program (image and block)."""
+    num_blocks = tl.cdiv(num_candidates, BLOCK_K)
+    image = (tl.program_id(0) // num_blocks).to(tl.int64)
+    return image, tl.program_id(0) % num_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+
+
+@triton.jit
 def load_candidates(
     candidates_ptr,  # [K, 4] or [B, K, 4] fp32, pixels
     valid_ptr,  # [B, K] bool; read if HAS_VALID
@@ -15,19 +23,18 @@ def load_candidates(
     HAS_VALID: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The candidates of program (block, image).
+    """The candidates of program (image and block).
 
     Returns a mask of those in range, their index in [B, K] and a mask of the valid ones, each [BLOCK_K], and their
     corners x1, y1, x2, y2, each [1, BLOCK_K] and 0 where not valid.
     """
-    batch = tl.program_id(1).to(tl.int64)
-    candidate = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    image, candidate = program_candidates(num_candidates, BLOCK_K)
     mask = candidate < num_candidates
-    out = batch * num_candidates + candidate
+    out = image * num_candidates + candidate
     valid = mask
     if HAS_VALID:
         valid = valid & (tl.load(valid_ptr + out, mask=mask, other=0) != 0)
-    x1, y1, x2, y2 = load_boxes(candidates_ptr + batch * stride_b, candidate, valid)
+    x1, y1, x2, y2 = load_boxes(candidates_ptr + image * stride_b, candidate, valid)
     return mask, out, valid, x1[None, :], y1[None, :], x2[None, :], y2[None, :]
 
 

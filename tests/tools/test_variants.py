@@ -91,3 +91,11 @@ def test_all_image_sizes_share_a_kernel(call):
 def test_few_block_sizes_serve_all_image_sizes(call, most):
     """These choose their blocks by the number of boxes, in few steps."""
     assert max(variants(call).values()) <= most
+
+
+@pytest.mark.parametrize("call", [_nms, _match, _decode, _sample, _box_iou, _roi_pool, _roi_align])
+def test_only_the_first_axis_of_a_grid_grows_with_the_batch(call):
+    """The others end at 65535."""
+    few, many = (launches_of(lambda: call(batch, 4, 6)) for batch in (2, 64))  # noqa: B023
+    for before, after in zip(few, many, strict=True):
+        assert before.grid[1:] == after.grid[1:], before.kernel.fn.__name__
