@@ -1,6 +1,8 @@
-"""Sampling on the CPU: keys of the candidates, and the choice of the smallest."""
+"""Sampling on the CPU, in one thread: keys of the candidates, and the choice of the smallest."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 KEY_BITS = 29
@@ -10,20 +12,22 @@ _STEPS = ((16, 0x7FEB352D), (15, 0x846CA68B))
 
 def sample_cpu(label: Tensor, seed: Tensor, num_samples: int, max_positive: int) -> tuple[Tensor, Tensor]:
     batch, num_candidates = label.shape
-    index, weight = label.new_zeros(batch, num_samples), torch.zeros(batch, num_samples)
+    index, weight = np.zeros((batch, num_samples), np.int64), np.zeros((batch, num_samples), np.float32)
     words = _seed_words(int(seed))
-    for image in range(batch):
+    for image, labels in enumerate(label.numpy()):
         count = 0
         for wanted, quota in ((1, min(max_positive, num_samples)), (0, num_samples)):
-            candidates = (label[image] == wanted).nonzero()[:, 0]
+            candidates = np.flatnonzero(labels == wanted)
             chosen = _smallest(candidates, min(quota, num_samples - count), image * num_candidates, words)
             index[image, count : count + len(chosen)] = chosen
             count += len(chosen)
         weight[image, :count] = 1
-    return index, weight
+    return torch.from_numpy(index), torch.from_numpy(weight)
 
 
-def _smallest(candidates: Tensor, count: int, offset: int, seed_words: tuple[int, int]) -> Tensor:
+def _smallest(
+    candidates: NDArray[np.int64], count: int, offset: int, seed_words: tuple[int, int]
+) -> NDArray[np.int64]:
     """Those of `candidates` [N], ascending, that have the `count` smallest keys, the first of equal ones.
 
     The key of a candidate is that of its index plus `offset`.
@@ -32,22 +36,33 @@ def _smallest(candidates: Tensor, count: int, offset: int, seed_words: tuple[int
         return candidates
     keys = _keys(candidates + offset, seed_words)
     # Keys are uniform: hardly more than `count` of them lie below the share `count` / N of their range.
-    below = (keys < int((1.2 * count + 50) / len(candidates) * (1 << KEY_BITS))).nonzero()[:, 0]
-    if len(below) >= count:
-        candidates, keys = candidates[below], keys[below]
-    ranked = (keys.long() << 32) + candidates
-    return (ranked.topk(count, largest=False, sorted=False).values & 0xFFFFFFFF).sort().values
+    share = (1.2 * count + 50) / len(candidates)
+    if share < 0.5:
+        below = np.flatnonzero(keys < np.uint32(share * (1 << KEY_BITS)))
+        if len(below) >= count:
+            candidates, keys = candidates.take(below), keys.take(below)
+    ranked = keys.astype(np.int64)
+    ranked <<= 32
+    ranked += candidates
+    ranked.sort()
+    chosen = ranked[:count] & 0xFFFFFFFF
+    chosen.sort()
+    return chosen
 
 
-def _keys(index: Tensor, seed_words: tuple[int, int]) -> Tensor:
-    """int32 keys of KEY_BITS bits of `index` [N]: those of the kernel, in wrapping int32."""
-    first, second = map(_signed, seed_words)
-    mixed = index.int().bitwise_xor_(first).mul_(_signed(0x9E3779B1)).bitwise_xor_(second)
+def _keys(index: NDArray[np.int64], seed_words: tuple[int, int]) -> NDArray[np.uint32]:
+    """Keys of KEY_BITS bits of `index` [N]: those of the kernel, in wrapping arithmetic of 32 bits."""
+    first, second = seed_words
+    mixed = index.astype(np.uint32)
+    mixed ^= first
+    mixed *= 0x9E3779B1
+    mixed ^= second
     for shift, factor in _STEPS:
-        mixed ^= (mixed >> shift).bitwise_and_(0xFFFFFFFF >> shift)
-        mixed *= _signed(factor)
-    mixed ^= (mixed >> 16).bitwise_and_(0xFFFF)
-    return (mixed >> (32 - KEY_BITS)).bitwise_and_((1 << KEY_BITS) - 1)
+        mixed ^= mixed >> shift
+        mixed *= factor
+    mixed ^= mixed >> 16
+    mixed >>= 32 - KEY_BITS
+    return mixed
 
 
 def _seed_words(seed: int) -> tuple[int, int]:
@@ -61,8 +76,3 @@ def _avalanche(word: int) -> int:
     for shift, factor in _STEPS:
         word = (word ^ word >> shift) * factor & 0xFFFFFFFF
     return word ^ word >> 16
-
-
-def _signed(word: int) -> int:
-    """A 32-bit word as an int32."""
-    return (word ^ 0x80000000) - 0x80000000
