@@ -79,6 +79,13 @@ def assert_equals_loop(result, candidates, gt_boxes, gt_valid, valid, high, low,
 SIZES = [(0, 3), (3, 0), (1, 1), (7, 1), (37, 5), (101, 23)]
 
 
+@pytest.fixture(params=[0, match.FEW_PAIRS], ids=["tiles", "at once"])
+def few_pairs(request, monkeypatch):
+    """Both ways to compare: tile by tile, as many pairs, and all pairs at once, as few."""
+    monkeypatch.setattr(match, "FEW_PAIRS", request.param)
+
+
+@pytest.mark.usefixtures("few_pairs")
 @pytest.mark.parametrize("allow_low_quality", [False, True])
 @pytest.mark.parametrize(("num_candidates", "num_gt"), SIZES)
 def test_equals_a_loop(num_candidates, num_gt, allow_low_quality):
@@ -90,6 +97,7 @@ def test_equals_a_loop(num_candidates, num_gt, allow_low_quality):
     assert (result.index.dtype, result.iou.dtype, result.label.dtype) == (torch.int64, torch.float32, torch.int64)
 
 
+@pytest.mark.usefixtures("few_pairs")
 def test_iou_equals_a_float64_loop():
     candidates, gt_boxes, gt_valid, valid = case(1, 60, 7, whole=False)
     result = ops.match(candidates, gt_boxes, gt_valid, valid=valid, high=0.5, low=0.2)
@@ -104,12 +112,14 @@ def test_tiles_do_not_show(monkeypatch, seed, tile, block, spans):
     inputs = case(2, 83, 19, seed)
     expected = match_cpu(*inputs, None, 0.5, 0.2, True, 0.5, ONES)
     assert_equals_loop(expected, *inputs, 0.5, 0.2, True)
+    monkeypatch.setattr(match, "FEW_PAIRS", 0)
     monkeypatch.setattr(match, "TILE", tile)
     monkeypatch.setattr(match, "MIN_ACROSS", block)
     monkeypatch.setattr(match, "MAX_SPANS", spans)
     assert_equal(match_cpu(*inputs, None, 0.5, 0.2, True, 0.5, ONES), expected)
 
 
+@pytest.mark.usefixtures("few_pairs")
 @pytest.mark.parametrize("allow_low_quality", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
 def test_equals_torchvision(allow_low_quality, whole):
@@ -123,6 +133,7 @@ def test_equals_torchvision(allow_low_quality, whole):
     assert torch.equal(result.index[0][label == 1], theirs[label == 1])
 
 
+@pytest.mark.usefixtures("few_pairs")
 def test_thresholds_are_rounded_to_fp32():
     gt_boxes = torch.tensor([[[0.0, 0.0, 10.0, 10.0]]])
     candidates = torch.tensor([[0.0, 0.0, 10.0, side] for side in (7.0, 6.999, 3.0, 2.999)])
@@ -132,6 +143,7 @@ def test_thresholds_are_rounded_to_fp32():
     assert result.label.tolist() == [[1, -1, -1, 0]]
 
 
+@pytest.mark.usefixtures("few_pairs")
 def test_candidates_of_one_and_of_many_images_and_any_layout():
     candidates, gt_boxes, gt_valid, valid = case(3, 41, 6)
     settings = {"high": 0.5, "low": 0.3, "allow_low_quality": True}
@@ -146,6 +158,7 @@ def test_candidates_of_one_and_of_many_images_and_any_layout():
     assert_equal(ops.match(strided, gt_boxes, gt_valid, valid=valid, **settings), batched)
 
 
+@pytest.mark.usefixtures("few_pairs")
 def test_left_out_masks_leave_nothing_out():
     candidates, gt_boxes, gt_valid, valid = case(2, 20, 4)
     everything = ops.match(
@@ -158,6 +171,7 @@ def test_left_out_masks_leave_nothing_out():
     assert_equal(nothing, (torch.zeros(2, 20).long(), torch.zeros(2, 20), valid.long() - 1))
 
 
+@pytest.mark.usefixtures("few_pairs")
 def test_awkward_boxes_overlap_nothing():
     boxes = awkward_boxes()
     masks = torch.ones(1, 11, dtype=torch.bool)
@@ -181,6 +195,7 @@ def loop_covered(box, ignored):
     return max(shares)
 
 
+@pytest.mark.usefixtures("few_pairs")
 @pytest.mark.parametrize("share", [0.3, 0.5, 1.0])
 @pytest.mark.parametrize("num_gt", [1, 6, 40])
 def test_what_lies_in_ignored_boxes_is_no_negative(num_gt, share):
@@ -199,6 +214,7 @@ def test_what_lies_in_ignored_boxes_is_no_negative(num_gt, share):
         assert out.any() or not ignored
 
 
+@pytest.mark.usefixtures("few_pairs")
 def test_ignored_boxes_that_are_awkward_cover_nothing_they_should_not():
     boxes = awkward_boxes()
     masks = torch.ones(1, 11, dtype=torch.bool)
@@ -323,6 +339,7 @@ def test_deltas_are_those_of_the_positives_alone(weights):
     assert_close(deltas[positive], theirs)
 
 
+@pytest.mark.usefixtures("few_pairs")
 def test_a_threshold_of_zero_gives_no_deltas_without_overlap():
     boxes = torch.tensor([[0.0, 0.0, 0.0, 0.0], [5.0, 5.0, 9.0, 9.0]])
     result = ops.match(boxes, boxes[None, :1], high=0.0, low=0.0)

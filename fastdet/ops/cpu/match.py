@@ -1,14 +1,28 @@
-"""Matching on the CPU, in tiles of overlaps that stay in a core's cache."""
+"""Matching on the CPU, in one thread: few pairs at once, more in tiles of overlaps that stay in a core's cache."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastdet import boxes as box_algebra
-from fastdet.ops.cpu.overlap import TILE, Planes, Scratch, intersection, iou, reset_invalid, to_planes
+from fastdet.ops.cpu.overlap import (
+    TILE,
+    Planes,
+    Scratch,
+    few_intersections,
+    few_ious,
+    intersection,
+    iou,
+    reset_invalid,
+    to_planes,
+    valid_planes,
+)
 
+# At most so many pairs are compared at once.
+FEW_PAIRS = 1 << 17
 # Candidates across a tile, at least: with fewer of them the calls of torch would take longer than their work.
 MIN_ACROSS = 512
 # Spans at most: an IoU is stored for each pair of a span and a ground truth.
@@ -49,22 +63,61 @@ def match_cpu(
         chosen = anchors[rows]
         if not len(chosen):
             continue
-        gt = reset_invalid(to_planes(gt_boxes[image]), gt_valid[image])
-        spans = split_into_spans(chosen, gt.shape[1])
-        index[image, rows], overlap, span_best = find_best_gt(spans, gt)
+        ignored = None if gt_ignore is None else gt_boxes[image][gt_ignore[image]]
+        match_image = _match_few if len(chosen) * gt_boxes.shape[1] <= FEW_PAIRS else _match_many
+        index[image, rows], overlap, is_best, covered = match_image(
+            chosen, gt_boxes[image], gt_valid[image], ignored, allow_low_quality
+        )
         labels = torch.where(overlap >= high, 1, torch.where(overlap < low, 0, -1))
-        if gt_ignore is not None and gt_ignore[image].any():
-            ignored = gt_boxes[image][gt_ignore[image]]
-            covered = covered_share(spans, reset_invalid(to_planes(ignored)))
+        if covered is not None:
             labels.masked_fill_((labels == 0) & (covered >= ignore_iof), -1)
-        if allow_low_quality:
-            labels.masked_fill_(is_best_of_gt(spans, gt, span_best), 1)
+        if is_best is not None:
+            labels.masked_fill_(is_best, 1)
         best_iou[image, rows], label[image, rows] = overlap, labels
         # With a threshold of 0 a positive may overlap nothing.
         positive = ((label[image] == 1) & (best_iou[image] > 0)).nonzero()[:, 0]
         targets = gt_boxes[image][index[image][positive]]
         deltas[image].index_copy_(0, positive, box_algebra.encode(anchors[positive], targets, (wx, wy, ww, wh)))
     return index, best_iou, label, deltas
+
+
+# The best ground truth of each candidate, its IoU; whether it is the best candidate of some ground truth, None unless
+# asked for; the share of it that an ignored box covers, None without one.
+_Matched = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def _match_few(
+    candidates: Tensor, gt_boxes: Tensor, gt_valid: Tensor, ignored: Tensor | None, allow_low_quality: bool
+) -> _Matched:
+    planes = valid_planes(candidates.numpy())
+    gt = valid_planes(gt_boxes.numpy(), gt_valid.numpy())
+    if not gt.shape[1]:
+        gt = np.array([[0], [0], [0], [0], [1]], np.float32)
+    overlaps = few_ious(gt[..., None], planes[:, None])
+    index = overlaps.argmax(0)
+    best = overlaps.max(0)
+    is_best = None
+    if allow_low_quality:
+        best_of_gt = overlaps.max(1, keepdims=True)
+        is_best = ((overlaps == best_of_gt) & (best_of_gt > 0)).any(0)
+    covered = None
+    if ignored is not None and len(ignored):
+        shared = few_intersections(valid_planes(ignored.numpy())[..., None], planes[:, None])
+        covered = (shared / planes[4]).max(0)
+    is_best, covered = (None if part is None else torch.from_numpy(part) for part in (is_best, covered))
+    return torch.from_numpy(index), torch.from_numpy(best), is_best, covered
+
+
+def _match_many(
+    candidates: Tensor, gt_boxes: Tensor, gt_valid: Tensor, ignored: Tensor | None, allow_low_quality: bool
+) -> _Matched:
+    gt = reset_invalid(to_planes(gt_boxes), gt_valid)
+    spans = split_into_spans(candidates, gt.shape[1])
+    index, best, span_best = find_best_gt(spans, gt)
+    is_best = is_best_of_gt(spans, gt, span_best) if allow_low_quality else None
+    if ignored is None or not len(ignored):
+        return index, best, is_best, None
+    return index, best, is_best, covered_share(spans, reset_invalid(to_planes(ignored)))
 
 
 def split_into_spans(candidates: Tensor, num_boxes: int) -> Spans:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdet.ops.cpu.nms_tiles import suppress_tiles
-from fastdet.ops.cpu.overlap import TILE, iou, reset_invalid, to_planes
+from fastdet.ops.cpu.overlap import TILE, few_ious, iou, reset_invalid, to_planes, valid_planes
 from fastdet.ops.cpu.sorting import Index, argsort_descending
 
 # Groups of at most so many boxes are compared pair by pair, all groups at once.
@@ -97,9 +97,8 @@ def _suppress(corners: Corners, group: Index, iou_threshold: float, max_keep: in
             medium = medium[count:]
     for large in np.flatnonzero(lengths > MANY).tolist():
         start, end = int(starts[large]), int(ends[large])
-        planes = reset_invalid(to_planes(torch.from_numpy(corners[start:end])))
         keep[start:end] = False
-        keep[start + suppress_tiles(planes.numpy(), threshold, max_keep)] = True
+        keep[start + suppress_tiles(valid_planes(corners[start:end]), threshold, max_keep)] = True
     return keep
 
 
@@ -108,26 +107,18 @@ def _suppress_pairs(corners: Corners, rows: Index, later: Index, threshold: floa
     decided = bytearray(keep.tobytes())
     counts = later.take(rows)
     last = counts.cumsum()
+    planes = valid_planes(corners)
     for pairs in range(0, int(last[-1]) if len(last) else 0, TILE):
         chosen = slice(*np.searchsorted(last, (pairs, pairs + TILE), side="right"))
         higher, count = rows[chosen], counts[chosen]
         lower = np.arange(count.sum()) + np.repeat(higher + 1 - count.cumsum() + count, count)
         higher = np.repeat(higher, count)
-        overlapping = np.flatnonzero(_iou(corners.take(higher, axis=0), corners.take(lower, axis=0)) > threshold)
+        overlapping = np.flatnonzero(few_ious(planes.take(higher, axis=1), planes.take(lower, axis=1)) > threshold)
         # In order of priority: a box is decided before it removes another.
         for by, removed in zip(higher.take(overlapping).tolist(), lower.take(overlapping).tolist(), strict=True):
             if decided[by]:
                 decided[removed] = 0
     keep[:] = np.frombuffer(decided, np.bool_)
-
-
-def _iou(first: Corners, second: Corners) -> NDArray[np.float32]:
-    """The IoU of each pair of boxes [N, 4], rounded as torchvision's operator does; NaN, above nothing, for 0 / 0."""
-    ax1, ay1, ax2, ay2 = first.T
-    bx1, by1, bx2, by2 = second.T
-    inter = np.maximum(np.minimum(ax2, bx2) - np.maximum(ax1, bx1), 0)
-    inter *= np.maximum(np.minimum(ay2, by2) - np.maximum(ay1, by1), 0)
-    return inter / ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - inter)
 
 
 def _suppress_by_torchvision(corners: Corners, threshold: float) -> Mask:

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 # Pairs of a tile: few enough for a core's cache, and for torch to run an operator on one thread, without the cost of
@@ -54,3 +56,44 @@ def iou(first: Planes, second: Planes, scratch: Scratch) -> Tensor:
     """IoU, rounded at each step as the kernels round; else as `intersection`."""
     inter = intersection(first, second, scratch)
     return inter.div_(torch.add(first[4], second[4], out=scratch[1]).sub_(inter))
+
+
+Array = NDArray[np.float32]
+
+
+def valid_planes(boxes: Array, valid: NDArray[np.bool_] | None = None) -> Array:
+    """`reset_invalid` of `to_planes`, [5, N] for `boxes` [N, 4], in NumPy, whose calls take less time than torch's."""
+    planes = np.empty((5, len(boxes)), np.float32)
+    planes[:4] = boxes.T
+    with np.errstate(all="ignore"):
+        np.multiply(planes[2] - planes[0], planes[3] - planes[1], out=planes[4])
+    overlapping = (planes[4] > 0) & (planes[4] < np.inf) & (planes[2] > planes[0])
+    if valid is not None:
+        overlapping &= valid
+    if not overlapping.all():
+        planes[:4, ~overlapping] = 0
+        planes[4, ~overlapping] = 1
+    return planes
+
+
+def few_intersections(first: Array, second: Array) -> Array:
+    """`intersection` of few pairs of boxes [5, ...], which broadcast, in NumPy."""
+    ax1, ay1, ax2, ay2, _ = first
+    bx1, by1, bx2, by2, _ = second
+    inter = np.minimum(ax2, bx2)
+    inter -= np.maximum(ax1, bx1)
+    np.maximum(inter, 0, out=inter)
+    height = np.minimum(ay2, by2)
+    height -= np.maximum(ay1, by1)
+    np.maximum(height, 0, out=height)
+    inter *= height
+    return inter
+
+
+def few_ious(first: Array, second: Array) -> Array:
+    """`iou` of few pairs of boxes [5, ...], which broadcast, in NumPy."""
+    inter = few_intersections(first, second)
+    union = first[4] + second[4]
+    union -= inter
+    inter /= union
+    return inter

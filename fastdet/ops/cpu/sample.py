@@ -25,9 +25,7 @@ def sample_cpu(label: Tensor, seed: Tensor, num_samples: int, max_positive: int)
     return torch.from_numpy(index), torch.from_numpy(weight)
 
 
-def _smallest(
-    candidates: NDArray[np.int64], count: int, offset: int, seed_words: tuple[int, int]
-) -> NDArray[np.int64]:
+def _smallest(candidates: NDArray[np.int64], count: int, offset: int, seed_words: tuple[int, int]) -> NDArray[np.int64]:
     """Those of `candidates` [N], ascending, that have the `count` smallest keys, the first of equal ones.
 
     The key of a candidate is that of its index plus `offset`.
