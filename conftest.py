@@ -4,7 +4,10 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--bench-csv", metavar="FILE", help="write the table of the benchmarks (--bench-csv=FILE)")
+    group = parser.getgroup("fastdet's benchmarks")
+    group.addoption("--bench-csv", metavar="FILE", help="write the table of the benchmarks (--bench-csv=FILE)")
+    group.addoption("--busy", action="store_true", help="run benchmarks beside a process that keeps one core busy")
+    group.addoption("--threads", type=int, metavar="N", help="let benchmarks take N threads of the CPU")
 
 
 def pytest_configure(config: pytest.Config) -> None:

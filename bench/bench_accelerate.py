@@ -119,7 +119,7 @@ def test_filter_proposals(
         return run
 
     size = f"five levels of {HEIGHT}x{WIDTH}, {mode}, {batch}"
-    compare(*map(call, models), op="filter_proposals", size=size, rounds=rounds())
+    compare(*map(call, models), op="accelerated, filter_proposals", size=size, rounds=rounds())
 
 
 def rpn_anchors(model: nn.Module, device: torch.device) -> list[Tensor]:
@@ -136,7 +136,7 @@ def test_assign_targets_to_anchors(
     anchors = rpn_anchors(models[1], device)
     calls = [lambda rpn=model.rpn: rpn.assign_targets_to_anchors(anchors, targets) for model in models]
     size = f"{HEIGHT}x{WIDTH}, {num_boxes} boxes, 2"
-    compare(*calls, op="assign_targets (anchors)", size=size, rounds=rounds())
+    compare(*calls, op="accelerated, assign_targets (anchors)", size=size, rounds=rounds())
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0])
@@ -151,7 +151,12 @@ def test_postprocess_detections(
         lambda heads=model.roi_heads: heads.postprocess_detections(logits, deltas, proposals, [(HEIGHT, WIDTH)])
         for model in models
     ]
-    compare(*calls, op="postprocess_detections", size=f"1000 x {CLASSES}, logits N(0, {spread})", rounds=rounds())
+    compare(
+        *calls,
+        op="accelerated, postprocess_detections",
+        size=f"1000 x {CLASSES}, logits N(0, {spread})",
+        rounds=rounds(),
+    )
 
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
@@ -175,4 +180,9 @@ def test_box_roi_pool(
 
         return run
 
-    compare(*map(call, models), op=f"box_roi_pool, {mode}", size="512 boxes x 32 channels, 4 levels", rounds=rounds())
+    compare(
+        *map(call, models),
+        op=f"accelerated, box_roi_pool, {mode}",
+        size="512 boxes x 32 channels, 4 levels",
+        rounds=rounds(),
+    )

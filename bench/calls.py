@@ -185,13 +185,14 @@ CALLS: tuple[Callable[[torch.device, bool], OpCall], ...] = (
 
 def tensors(results: Any) -> list[Tensor]:
     """The results of a call, copied into rows of bytes, for comparison bit for bit."""
-    return [tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in _flat(results)]
+    return [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors_of(results)]
 
 
-def _flat(results: Any) -> list[Tensor]:
+def tensors_of(results: Any) -> list[Tensor]:
+    """The results of a call without a gradient: a tensor, or tuples and lists of tensors, one after another."""
     if isinstance(results, Tensor):
-        return [results]
-    return [tensor for each in results for tensor in _flat(each)]
+        return [results.detach()]
+    return [tensor for each in results for tensor in tensors_of(each)]
 
 
 class _Kernels(TorchDispatchMode):

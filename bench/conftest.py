@@ -1,18 +1,16 @@
-"""How benchmarks measure: two implementations in turn, percentiles, roofline, and one table at the end."""
+"""How benchmarks measure: calls in turn, percentiles, roofline, and one table at the end."""
 
 import importlib.util
-import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
-from bench import report, roofline
+from bench import report, roofline, timing
 from bench.costs import Call, Cost
-
-Clock = Callable[[Call], float]  # milliseconds of one call
+from bench.timing import Clock, Times
 
 _ROWS: list[report.Row] = []
 
@@ -20,7 +18,18 @@ _ROWS: list[report.Row] = []
 def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"cpu, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' if threads > 1 else ''}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _machine(pytestconfig: pytest.Config) -> Iterator[None]:
+    """The number of threads, and the neighbor, that the command line wants."""
+    threads = pytestconfig.getoption("--threads")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with timing.busy_neighbor() if pytestconfig.getoption("--busy") else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -35,55 +44,8 @@ def rates(device: torch.device) -> roofline.Device | None:
 
 
 @pytest.fixture(scope="session")
-def clock(device: torch.device) -> Clock:
-    return gpu_clock() if device.type == "cuda" else cpu_clock
-
-
-def cpu_clock(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
-
-
-def gpu_clock() -> Clock:
-    """A clock of the GPU's own time with nothing of the call's data in its cache.
-
-    Writing 512 MiB empties the cache, and a few times over it keeps the GPU busy for as long as the host needs to
-    launch a call of some tens of kernels, so that what is timed is not the host.
-    """
-    scratch = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
-
-    def milliseconds(call: Call) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(4):
-            scratch.zero_()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    return milliseconds
-
-
-def capture_replay(call: Call) -> Call | None:
-    """The replay of `call` as one CUDA graph, None (and a warning) where it cannot be captured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError as error:
-        # A capture that failed may leave its own stream the current one.
-        torch.cuda.set_stream(torch.cuda.default_stream())
-        warnings.warn(f"not captured: {error}", stacklevel=2)
-        return None
-    return graph.replay
+def device_clock(device: torch.device) -> Clock:
+    return timing.gpu_clock() if device.type == "cuda" else timing.cpu_clock
 
 
 if importlib.util.find_spec("pytest_benchmark") is None:
@@ -106,15 +68,63 @@ if importlib.util.find_spec("pytest_benchmark") is None:
 
 
 @pytest.fixture
-def compare(benchmark: Any, clock: Clock, rates: roofline.Device | None) -> Callable[..., None]:
+def take_turns(benchmark: Any, device_clock: Clock) -> Callable[..., list[Times]]:
+    """`take_turns(calls, rounds=, clock=)` times calls one after another, in rounds; short ones several times a round.
+
+    `rounds` is 50 on a GPU if left out, and elsewhere 10 or as many as `timing.LONGEST_S` allows; `clock` the device's.
+    """
+    cuda = torch.cuda.is_available()
+
+    def run(calls: Sequence[Call], *, rounds: int | None = None, clock: Clock | None = None) -> list[Times]:
+        for _ in range(3 if cuda else 1):
+            once = [timing.cpu_clock(call) for call in calls]
+        repeats = 1
+        if clock is None and not cuda:
+            if sum(once) < timing.SHORTEST_MS * 100:
+                # The first call of all may have been slow.
+                once = [timing.cpu_clock(call) for call in calls]
+            repeats = timing.count_repeats(min(once))
+            rounds = rounds or timing.count_rounds(repeats * sum(once), 10)
+        times = [Times([], []) for _ in calls]
+        turns = lambda part: timing.add_round(calls[part], times[part], clock or device_clock, repeats)  # noqa: E731
+        benchmark.pedantic(
+            lambda: turns(slice(-1, None)), setup=lambda: turns(slice(-1)), rounds=rounds or 50, iterations=1
+        )
+        return times
+
+    return run
+
+
+@pytest.fixture
+def record(benchmark: Any, pytestconfig: pytest.Config) -> Callable[..., None]:
+    """`record(op, size, dtype, ours, theirs, ...)` adds a row to the table and to the file; see `report.make_row`."""
+
+    def add(op: str, size: str, dtype: str, ours: Times, theirs: Times, **more: Any) -> None:
+        busy, path = bool(pytestconfig.getoption("--busy")), pytestconfig.getoption("--bench-csv")
+        row = report.make_row(op, size, dtype, device_name(), ours, theirs, busy=busy, **more)
+        benchmark.group = op
+        benchmark.extra_info.update(vars(row))
+        _ROWS.append(row)
+        if path:
+            # At once, so that what interrupts a later benchmark loses no row.
+            report.update(path, [row])
+
+    return add
+
+
+@pytest.fixture
+def compare(
+    take_turns: Callable[..., list[Times]],
+    record: Callable[..., None],
+    device_clock: Clock,
+    rates: roofline.Device | None,
+) -> Callable[..., None]:
     """`compare(ours, theirs, op=, size=, ...)` times both in turn: theirs runs before each round of ours.
 
     `floor` are the phases of the work (see roofline.py), left out where none is known. With `graph` a GPU times ours in
-    a CUDA graph as well: for calls without a host sync. `rounds` is 50 on a GPU and 10 elsewhere if left out.
-    `clock` takes the place of the usual one. `images` of a whole step, and the `costs` of ours and theirs, go into the
-    table.
+    a CUDA graph as well: for calls without a host sync. `rounds` and `clock` are those of `take_turns`. `num_boxes`,
+    where the size grows, and of a whole step its `images` and the `costs` of ours and theirs go into the table.
     """
-    cuda = torch.cuda.is_available()
 
     def measure(
         ours: Call,
@@ -126,39 +136,28 @@ def compare(benchmark: Any, clock: Clock, rates: roofline.Device | None) -> Call
         rounds: int | None = None,
         floor: Sequence[roofline.Work] = (),
         graph: bool = False,
-        clock: Clock = clock,
+        clock: Clock | None = None,
+        num_boxes: int | None = None,
         images: int | None = None,
         costs: tuple[Cost, Cost] | None = None,
     ) -> None:
-        rounds = rounds or (50 if cuda else 10)
-        times: dict[str, list[float]] = {"ours": [], "theirs": []}
-        for _ in range(3 if cuda else 1):
-            theirs()
-            ours()
-        benchmark.group = op
-        benchmark.pedantic(
-            lambda: times["ours"].append(clock(ours)),
-            setup=lambda: times["theirs"].append(clock(theirs)),
-            rounds=rounds,
-            iterations=1,
-        )
-        replay = capture_replay(ours) if graph and cuda else None
-        graphed_ms = None if replay is None else report.spread([clock(replay) for _ in range(rounds)]).p50
+        their_times, our_times = take_turns([theirs, ours], rounds=rounds, clock=clock)
+        replay = timing.capture_replay(ours) if graph and torch.cuda.is_available() else None
+        count = len(our_times.wall_ms)
+        graphed_ms = None if replay is None else report.spread([device_clock(replay) for _ in range(count)]).p50
         floor_us = roofline.floor_us(rates, floor) if rates and floor else None
-        row = report.make_row(
+        record(
             op,
             size,
             dtype,
-            device_name(),
-            report.spread(times["ours"]),
-            report.spread(times["theirs"]),
-            graphed_ms,
-            None if floor_us is None else floor_us / 1e3,
-            images,
-            costs,
+            our_times,
+            their_times,
+            graphed_ms=graphed_ms,
+            floor_ms=None if floor_us is None else floor_us / 1e3,
+            num_boxes=num_boxes,
+            images=images,
+            costs=costs,
         )
-        benchmark.extra_info.update(vars(row))
-        _ROWS.append(row)
 
     return measure
 
@@ -166,7 +165,8 @@ def compare(benchmark: Any, clock: Clock, rates: roofline.Device | None) -> Call
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if not _ROWS:
         return
-    terminalreporter.section(f"beside torchvision, on {device_name()}")
+    neighbor = ", with a busy neighbor" if config.getoption("--busy") else ""
+    terminalreporter.section(f"beside torchvision, on {device_name()}{neighbor}")
     for line in report.lines(_ROWS):
         terminalreporter.write_line(line)
     steps = [row for row in _ROWS if row.images_per_s is not None]
@@ -174,6 +174,3 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section("whole steps, ours / torchvision's")
         for line in report.step_lines(steps):
             terminalreporter.write_line(line)
-    path = config.getoption("--bench-csv")
-    if path:
-        report.write(path, _ROWS)

@@ -43,11 +43,13 @@ class Cost(NamedTuple):
         operation of ours or of torchvision's being one. None where a step is not made of operators.
     host_syncs: on a GPU calls of CUDA that return when the GPU is done; on a CPU operators that would be a host sync,
         torchvision's suppression among them. There `.tolist()` and copies to the host are not counted.
+
+    On a GPU both are None where the profiler recorded nothing.
     """
 
     peak_mib: float
     launches: int | None
-    host_syncs: int
+    host_syncs: int | None
 
 
 class Step(NamedTuple):
@@ -103,21 +105,19 @@ def graph_pool_bytes() -> int:
     return sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
 
 
-def count_cuda_calls(call: Call) -> tuple[int, int]:
-    """(launches, host syncs) of `call`, from the profiler."""
+def count_cuda_calls(call: Call) -> tuple[int, int] | tuple[None, None]:
+    """(launches, host syncs) of `call`, from the profiler; (None, None) where it recorded none of CUDA's calls."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
         with record_function(_STEP):
             call()
         torch.cuda.synchronize()
     events = profiled.events()
-    (span,) = (event.time_range for event in events if event.name == _STEP and event.device_type.name == "CPU")
+    spans = [event.time_range for event in events if event.name == _STEP and event.device_type.name == "CPU"]
     launches, host_syncs = count_launches_and_syncs(
-        event.name for event in events if span.start <= event.time_range.start <= span.end
+        event.name for span in spans for event in events if span.start <= event.time_range.start <= span.end
     )
-    if not launches:
-        raise RuntimeError("the profiler recorded no call of CUDA")
-    return launches, host_syncs
+    return (launches, host_syncs) if launches else (None, None)
 
 
 def count_launches_and_syncs(names: Iterable[str]) -> tuple[int, int]:

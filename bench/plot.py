@@ -1,13 +1,13 @@
-"""Draw a table of results: how much faster than torchvision each row is, and how far above its floor.
+"""Draw a table of results: how much faster than torchvision each row is, and how the time grows with the boxes.
 
-python -m bench.plot bench/results/NAME.csv docs/benchmarks.png
+    python -m bench.plot bench/results/NAME.csv FOLDER
+
+writes benchmarks.png, and growth.png where calls were measured with several numbers of boxes.
 """
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import matplotlib.ticker
@@ -17,39 +17,16 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
+from bench import report
+from bench.report import Row
+from bench.tables import usual_condition, with_dtype
+
 _FASTER, _SLOWER, _FLOOR = "#2a7f62", "#b5523b", "#4a6fa5"
+_LINES = ("solid", "dashed", "dotted", "dashdot")
+_COLUMNS = 4
 
 
-class Result(NamedTuple):
-    """The part of a row of the table that is drawn; see `report.Row`."""
-
-    op: str
-    size: str
-    dtype: str
-    device: str
-    ratio: float
-    times_floor: float | None
-
-
-def read(path: Path) -> list[Result]:
-    """The rows of a CSV; one without floors has no such column or leaves it empty."""
-    with path.open(newline="") as file:
-        return [
-            Result(
-                *(line[name] for name in ("op", "size", "dtype", "device")),
-                ratio=float(line["ratio"]),
-                times_floor=float(line["times_floor"]) if line.get("times_floor") else None,
-            )
-            for line in csv.DictReader(file)
-        ]
-
-
-def label(row: Result) -> str:
-    """The operation, its size and its dtype; fp32 and the integers of the sampler are left out."""
-    return f"{row.op}: {row.size}" + (f", {row.dtype}" if "16" in row.dtype else "")
-
-
-def draw(results: list[Result], path: Path) -> None:
+def draw_ratios(results: Sequence[Row], path: Path) -> None:
     """Write a PNG: bars of the ratio to torchvision, and where there are floors how many times the floor."""
     with_floors = any(row.times_floor is not None for row in results)
     widths = [3, 2] if with_floors else [1]
@@ -63,17 +40,49 @@ def draw(results: list[Result], path: Path) -> None:
         layout="constrained",
     )
     panels[0, 0].set_ylim(-0.8, len(results) - 0.2)
-    figure.suptitle(f"fastdet beside torchvision, on {results[0].device}", fontsize=14)
+    figure.suptitle(f"fastdet beside torchvision, on {results[0].condition}", fontsize=14)
     ratios = [row.ratio for row in results]
     colors = [_FASTER if ratio >= 1 else _SLOWER for ratio in ratios]
     _bars(panels[0, 0], ratios, colors, "torchvision's time / ours: right of the line is faster")
-    panels[0, 0].set_yticks(range(len(results)), [label(row) for row in results], fontsize=9)
+    panels[0, 0].set_yticks(range(len(results)), [f"{row.op}: {with_dtype(row)}" for row in results], fontsize=9)
     panels[0, 0].invert_yaxis()
     if with_floors:
         _bars(
             panels[0, 1], [row.times_floor for row in results], _FLOOR, "times the floor: at the line is the roofline"
         )
     figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def draw_growth(results: Sequence[Row], path: Path) -> None:
+    """Write a PNG: milliseconds by the number of boxes, ours and torchvision's, a panel for each call.
+
+    Each condition (threads, a busy neighbor) has a kind of line of its own.
+    """
+    calls = list(dict.fromkeys((row.op, row.size) for row in results))
+    styles = dict(zip(dict.fromkeys(row.condition for row in results), _LINES, strict=False))
+    rows = -(-len(calls) // _COLUMNS)
+    figure, panels = pyplot.subplots(
+        rows, _COLUMNS, figsize=(14, 0.8 + 2.8 * rows), squeeze=False, layout="constrained"
+    )
+    for axes, call in zip(panels.flat, calls, strict=False):
+        for condition, style in styles.items():
+            points = [row for row in results if (row.op, row.size, row.condition) == (*call, condition)]
+            points.sort(key=lambda row: row.num_boxes or 0)
+            counts = [row.num_boxes for row in points]
+            theirs, ours = [row.torchvision_p50_ms for row in points], [row.ours_p50_ms for row in points]
+            axes.loglog(counts, theirs, color=_SLOWER, linestyle=style, label=f"torchvision, {condition}")
+            axes.loglog(counts, ours, color=_FASTER, linestyle=style, marker=".", label=f"fastdet, {condition}")
+        axes.set_title(": ".join(call), fontsize=8)
+        axes.grid(alpha=0.3)
+    for axes in panels.flat[len(calls) :]:
+        axes.set_visible(False)
+    figure.supxlabel("boxes")
+    figure.supylabel("milliseconds")
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2 * len(styles), fontsize=8
+    )
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
@@ -108,11 +117,18 @@ def _bars(axes: Axes, values: Sequence[float | None], color: str | list[str], ti
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw a table of results as a PNG.")
+    parser = argparse.ArgumentParser(description="Draw a table of results as PNGs.")
     parser.add_argument("csv", type=Path)
-    parser.add_argument("png", type=Path)
+    parser.add_argument("folder", type=Path)
     options = parser.parse_args(arguments)
-    draw(read(options.csv), options.png)
+    rows = report.read(options.csv)
+    growing = [row for row in rows if row.num_boxes is not None]
+    usual = usual_condition(rows)
+    draw_ratios(
+        [row for row in rows if row not in growing and row.condition == usual], options.folder / "benchmarks.png"
+    )
+    if growing:
+        draw_growth(growing, options.folder / "growth.png")
 
 
 if __name__ == "__main__":

@@ -36,11 +36,15 @@ def clustered(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def jittered_anchors(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Boxes and scores: anchors, each moved and stretched by about a tenth, as an untrained RPN's proposals."""
+    """Boxes and scores: anchors, each moved and stretched by about a tenth, as an untrained RPN's proposals.
+
+    More boxes than there are anchors are drawn from all anchors again.
+    """
     generator = torch.Generator().manual_seed(seed)
     candidates = anchors()
-    chosen = candidates[torch.randperm(len(candidates), generator=generator)[:count]]
-    return _jittered(chosen, generator)
+    rounds = range(0, count, len(candidates))
+    index = torch.cat([torch.randperm(len(candidates), generator=generator) for _ in rounds])[:count]
+    return _jittered(candidates[index], generator)
 
 
 def by_class(

@@ -1,0 +1,184 @@
+"""The tables of the documents, from a CSV of results.
+
+    python -m bench.tables bench/results/NAME.csv README.md docs/benchmarks.md
+
+writes each between the lines `<!-- from the results: NAME -->` and `<!-- end -->`, NAME being one of `TABLES`.
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bench import report
+from bench.report import Row
+
+# What belongs together in the README: a pattern of the names of operations.
+FAMILIES = {
+    "suppression": r"nms,.*|batched_nms",
+    "post-processing": r"postprocess_detections",
+    "matching": r"match",
+    "sampling": r"sample",
+    "decoding": r"decode",
+    "RoI pooling": r"roi_(pool|align).*",
+    "IoU of all pairs": r"(\w+_)?box_iou",
+    "training step": r"model, train.*",
+    "detection": r"model, infer.*",
+    "one image": r"one image, .*",
+    "`fastdet.accelerate`": r"accelerated, .*",
+}
+
+
+def usual_condition(rows: Sequence[Row]) -> str:
+    """The condition that most rows were measured in, of those with nothing beside them."""
+    conditions = [row.condition for row in rows if not row.busy]
+    return max(conditions, key=conditions.count)
+
+
+def worst_and_best(rows: Sequence[Row]) -> list[str]:
+    """A line for each family: the row that is the slowest beside torchvision, in any condition, and the fastest."""
+    usual = usual_condition(rows)
+
+    def describe(row: Row) -> str:
+        return f"{row.op}: {with_dtype(row)}" + ("" if row.condition == usual else f"; {_short(row.condition)}")
+
+    lines = []
+    for family, pattern in FAMILIES.items():
+        members = sorted((row for row in rows if re.fullmatch(pattern, row.op)), key=lambda row: row.ratio)
+        if members:
+            worst, best = members[0], members[-1]
+            cells = family, f"{worst.ratio:.2f}", describe(worst), f"{best.ratio:.2f}", describe(best)
+            lines.append(_line(cells))
+    return [*_head("", "least", "of", "most", "of"), *lines]
+
+
+def operations(rows: Sequence[Row]) -> list[str]:
+    """How many times as fast each operation and step is in fp32, with a column for each condition."""
+    conditions = list(dict.fromkeys(row.condition for row in rows))
+    ratios: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row.num_boxes is None and "16" not in row.dtype and not row.op.startswith("one image"):
+            ratios.setdefault((row.op, row.size), {})[row.condition] = row.ratio
+    return [
+        *_head("operation", "size", *map(_short, conditions)),
+        *(_line((*what, *(_ratio(by.get(condition)) for condition in conditions))) for what, by in ratios.items()),
+    ]
+
+
+def growth(rows: Sequence[Row]) -> list[str]:
+    """How many times as fast the calls are that were measured with several numbers of boxes."""
+    usual = usual_condition(rows)
+    series: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.num_boxes is not None:
+            series.setdefault((row.op, row.size), []).append(row)
+    lines = []
+    for what, members in series.items():
+        shown = ", ".join(f"{row.num_boxes}: {row.ratio:.2f}" for row in members if row.condition == usual)
+        worst = min(members, key=lambda row: row.ratio)
+        lines.append(_line((*what, shown, f"{worst.ratio:.2f} ({worst.num_boxes}; {_short(worst.condition)})")))
+    return [*_head("operation", "size", f"boxes: times as fast, {_short(usual)}", "least of all"), *lines]
+
+
+def whole_steps(rows: Sequence[Row]) -> list[str]:
+    """What a step of four images costs in every way to run it, in brackets torchvision's in eager mode."""
+    lines = []
+    for row in rows:
+        if row.peak_mib is not None and row.size.endswith("batch 4") and row.condition == usual_condition(rows):
+            pairs = [
+                (row.peak_mib, row.torchvision_peak_mib),
+                (row.launches, row.torchvision_launches),
+                (row.host_syncs, row.torchvision_host_syncs),
+            ]
+            costs = [f"{_count(ours)} ({_count(theirs)})" for ours, theirs in pairs]
+            lines.append(_line((row.op, row.dtype, f"{row.images_per_s:.1f}", f"{row.ratio:.2f}", *costs)))
+    return [
+        *_head("step of 4 images", "dtype", "images/s", "times as fast", "peak, MiB", "operators", "host syncs"),
+        *lines,
+    ]
+
+
+def one_image(rows: Sequence[Row]) -> list[str]:
+    """Milliseconds of detection in one image, in the ways that there are on a CPU."""
+    lines = [
+        _line((row.size, way, f"{row.ours_p50_ms:.1f}", f"{row.torchvision_p50_ms:.1f}"))
+        for row in rows
+        for way in (row.op.removeprefix("one image, "),)
+        if way != row.op
+    ]
+    return [*_head("detector", "way", "fastdet, ms", "torchvision, ms"), *lines]
+
+
+def fastest(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each detector: in which way one image takes least, and how much longer the others take."""
+    sentences = []
+    for size in dict.fromkeys(row.size for row in rows if row.op.startswith("one image, ")):
+        took: dict[str, float] = {}
+        for row in rows:
+            if row.op.startswith("one image, ") and row.size == size:
+                way = row.op.removeprefix("one image, ")
+                took[f"fastdet {way}"] = row.ours_p50_ms
+                # The compiled detector was measured beside torchvision's in eager mode.
+                took.setdefault(f"torchvision {'eager' if way == 'compiled' else way}", row.torchvision_p50_ms)
+        best, *others = sorted(took, key=took.__getitem__)
+        longer = ", ".join(f"{took[way] / took[best]:.2f} times as long in {way}" for way in others)
+        sentences.append(f"- {size}: {best}, {took[best]:.1f} ms; {longer}.")
+    return sentences
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
+    "worst_and_best": worst_and_best,
+    "operations": operations,
+    "growth": growth,
+    "whole_steps": whole_steps,
+    "one_image": one_image,
+    "fastest": fastest,
+}
+
+
+def fill(text: str, rows: Sequence[Row]) -> str:
+    """A document with its tables as the results are."""
+    return re.sub(
+        r"(<!-- from the results: (\w+) -->\n).*?(<!-- end -->)",
+        lambda found: "\n".join([found[1], *TABLES[found[2]](rows), "", found[3]]),
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def with_dtype(row: Row) -> str:
+    """The size and the dtype; fp32 and the integers of the sampler are left out."""
+    return row.described + (f", {row.dtype}" if "16" in row.dtype else "")
+
+
+def _short(condition: str) -> str:
+    return condition.removeprefix("cpu, ")
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def _head(*cells: str) -> list[str]:
+    return [_line(cells), "|---" * len(cells) + "|"]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write the tables of documents from a CSV of results.")
+    parser.add_argument("csv", type=Path)
+    parser.add_argument("documents", type=Path, nargs="+")
+    options = parser.parse_args(arguments)
+    for path in options.documents:
+        path.write_text(fill(path.read_text(), report.read(options.csv)))
+
+
+if __name__ == "__main__":
+    main()
