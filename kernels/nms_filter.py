@@ -56,7 +56,7 @@ def _filter_kernel(
         source = group * num_boxes + row
         inside = (row < num_boxes) & (tl.load(valid_ptr + source, mask=row < num_boxes, other=0) != 0)
         x1, y1, x2, y2 = load_boxes(boxes_ptr, source, inside)
-        # The maximum over the kept boxes is taken once, after the loop.
+        # The maximum over the kept boxes is listed once, after the loop.
         overlaps = tl.zeros([BLOCK_ROWS, BLOCK_KEPT], dtype=tl.int32)
         begin = tl.program_id(1) * SPAN
         end = tl.minimum(count, begin + SPAN)
@@ -76,8 +76,8 @@ def _filter_kernel(
             lane = tl.arange(0, STEP)
             survives = (tl.load(removed_ptr + group * STEP + lane) == 0).to(tl.int32)
             rank = tl.cumsum(survives, axis=0) - 1
-            taken = (survives != 0) & (rank < CHUNK)
-            tl.store(survivors_ptr + group * CHUNK + rank, cursor + lane, mask=taken)
+            listed = (survives != 0) & (rank < CHUNK)
+            tl.store(survivors_ptr + group * CHUNK + rank, cursor + lane, mask=listed)
             tl.store(number_ptr + group, tl.minimum(tl.sum(survives, axis=0), CHUNK))
             left_over = tl.where((survives != 0) & (rank >= CHUNK), lane, STEP)
             tl.store(cursor_ptr + group, cursor + tl.min(left_over, axis=0))

@@ -1,6 +1,5 @@
 """The documents agree with the repository: figures, names, paths, commands, and the README's script."""
 
-import csv
 import itertools
 import pkgutil
 import re
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import plot
+from bench import report, tables
 from tests.test_package import LAYERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,42 +44,19 @@ def test_the_script_of_the_readme_trains(monkeypatch, tmp_path):
     assert set(names["found"][0]) == {"boxes", "labels", "scores"}
 
 
-@pytest.mark.parametrize(("path", "least"), [("README.md", 5), ("docs/benchmarks.md", 25)])
-def test_rows_of_ratios_are_measured(path, least):
-    measured = {(row.op, row.size, f"{row.ratio:.2f}") for row in plot.read(RESULTS) if "16" not in row.dtype}
-    rows = re.findall(r"^\| (.+) \| (.+) \| (\d+\.\d\d) \|$", (ROOT / path).read_text(), re.MULTILINE)
-    assert len(rows) >= least
-    assert [row for row in rows if row not in measured] == []
-
-
-def test_readme_has_the_best_and_the_worst_operation():
-    rows = re.findall(r"^\| .+ \| .+ \| (\d+\.\d\d) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    ratios = [row.ratio for row in plot.read(RESULTS)]
-    assert {f"{min(ratios):.2f}", f"{max(ratios):.2f}"} <= set(rows)
-
-
-def test_ratio_of_match_in_the_text_is_measured():
-    (ratio,) = (row.ratio for row in plot.read(RESULTS) if row.op == "match" and "50 boxes" in row.size)
-    words = " ".join((ROOT / "docs/benchmarks.md").read_text().split())
-    assert f"in the run of the table {ratio:.2f} times" in words
-
-
-def test_rows_of_whole_steps_are_measured():
-    with RESULTS.open(newline="") as file:
-        measured = {(row["op"], row["dtype"]): row for row in csv.DictReader(file) if row["size"].endswith("batch 4")}
-    rows = re.findall(
-        r"^\| (model, .+) \| (\w+) \| (.+) \| (.+) \| (.+) \| (.+) \| (.+) \|$",
-        (ROOT / "docs/benchmarks.md").read_text(),
-        re.MULTILINE,
-    )
-    assert len(rows) == 12
-    for op, dtype, rate, ratio, *costs in rows:
-        row = measured[op, dtype]
-        assert (rate, ratio) == (f"{float(row['images_per_s']):.1f}", f"{float(row['ratio']):.2f}")
-        for cost, name in zip(costs, ("peak_mib", "launches", "host_syncs"), strict=True):
-            pair = (row[name], row[f"torchvision_{name}"])
-            ours, theirs = (f"{float(value):.0f}" if value else "-" for value in pair)
-            assert cost == f"{ours} ({theirs})"
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("README.md", ["worst_and_best", "fastest"]),
+        ("docs/benchmarks.md", ["operations", "growth", "one_image", "whole_steps"]),
+    ],
+)
+def test_tables_are_those_of_the_results(path, names):
+    """`python -m bench.tables bench/results/epyc-2-cores.csv README.md docs/benchmarks.md` writes them."""
+    text, rows = (ROOT / path).read_text(), report.read(RESULTS)
+    assert re.findall(r"<!-- from the results: (\w+) -->", text) == names
+    assert tables.fill(text, rows) == text
+    assert all(len(tables.TABLES[name](rows)) >= 1 for name in names)
 
 
 def test_no_gpu_figure_is_given_without_results_of_a_gpu():
@@ -88,7 +64,7 @@ def test_no_gpu_figure_is_given_without_results_of_a_gpu():
         return
     for path, heading in (("README.md", "## Speed"), ("docs/benchmarks.md", "# Benchmarks")):
         text = (ROOT / path).read_text()
-        before_the_table = text[text.index(heading) : text.index("| operation | size |")]
+        before_the_table = text[text.index(heading) : text.index("<!-- from the results")]
         assert "**No GPU figure exists yet" in before_the_table
 
 

@@ -3,9 +3,9 @@
     python -m tools.gpu_check --out DIR
 
 The steps run one after another, each in a process with a limit of its own; one that fails or is late stops none of the
-others. DIR then holds summary.txt (a line a step), logs.txt (the output of each step), bench.csv, benchmarks.png and
-sweep.csv. The status is 0 where every step passed, 1 where one did not, 2 where there is no GPU. Needs torch, triton
-and pytest, and no network.
+others. DIR then holds summary.txt (a line a step), logs.txt (the output of each step), bench.csv, kernel_times.csv,
+alternatives.csv and sweep.csv. The status is 0 where every step passed, 1 where one did not, 2 where there is no GPU.
+Needs torch, triton and pytest, and no network.
 """
 
 import argparse
@@ -154,7 +154,7 @@ def add_rows(part: Path, whole: Path) -> None:
 
 
 def steps(out: Path) -> list[Step]:
-    """All steps, the most informative first: the last ones get what time is left."""
+    """All steps, what decides most first. Their limits add up to less than `TOTAL`."""
     python = [sys.executable]
     has_benchmark = importlib.util.find_spec("pytest_benchmark") is not None
     # Without its plugin pytest rejects the options of the project's settings.
@@ -165,7 +165,7 @@ def steps(out: Path) -> list[Step]:
         "--tb=short",
         *([] if has_benchmark else ["-o", "addopts=--strict-markers --import-mode=importlib -rfE"]),
     ]
-    alone = ["tests/ops/test_repeatable.py", "tests/ops/test_host_sync.py"]
+    alone = ["tests/ops/test_repeatable.py", "tests/ops/test_host_sync.py", "tests/ops/test_full_size.py"]
     marked = [
         path
         for path in sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))
@@ -173,40 +173,44 @@ def steps(out: Path) -> list[Step]:
     ]
     side_by_side = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     benches = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "bench").rglob("bench_*.py"))
-    drawing = None if importlib.util.find_spec("matplotlib") else "matplotlib is not installed"
-    model, accelerate = "bench/bench_model.py", "bench/bench_accelerate.py"
+    whole = {f"bench/bench_{name}.py" for name in ("model", "accelerate", "onnx")}
 
     def benchmark(name: str, chosen: list[str], limit: float) -> Step:
         part = out / "part.csv"
         command = [*pytest, *(["--benchmark-only"] if has_benchmark else []), f"--bench-csv={part}", *chosen]
         return Step(name, command, limit, adds=(part, out / "bench.csv"))
 
+    def program(name: str, module: str, limit: float, *options: str) -> Step:
+        return Step(name, [*python, "-m", module, *options], limit)
+
     install = ["-m", "pip", "install", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-build-isolation"]
+    one_image = "(train-1-bfloat16 or infer-1-bfloat16) and not fused"
     return [
-        Step("install in place", [*python, *install, "-e", "."], 40),
-        Step("environment", [*python, "-m", "tools.gpu_check", "--environment"], 40),
-        Step("operations", [*pytest, "-m", "kernel or cuda", *side_by_side, *marked], 150),
-        Step("same bits 50 times", [*pytest, alone[0]], 90),
-        Step("no host sync, one graph", [*pytest, alone[1]], 80),
-        benchmark("benchmarks: operations", [path for path in benches if path not in (model, accelerate)], 100),
-        benchmark("benchmarks: model", [model, "-k", "not compiled"], 170),
-        Step(
-            "picture",
-            [*python, "-m", "bench.plot", str(out / "bench.csv"), str(out / "benchmarks.png")],
-            30,
-            absent=drawing,
-        ),
+        Step("install in place", [*python, *install, "-e", "."], 20),
+        program("environment", "tools.gpu_check", 15, "--environment"),
         # Compiles the kernels, so that the time limit of the sanitizer does not include that.
-        Step("small calls", [*python, "-m", "bench.calls"], 45),
-        sanitizer("memcheck", 45),
-        sanitizer("racecheck", 45),
+        program("small calls", "bench.calls", 35),
+        Step("equality at full size", [*pytest, "-m", "cuda", alone[2]], 35),
+        program("kernel times", "tools.kernel_times", 30, "--csv", str(out / "kernel_times.csv")),
+        benchmark("benchmarks: model", ["bench/bench_model.py", "-k", one_image], 75),
+        program("topk against sort", "tools.alternatives", 15, "--csv", str(out / "alternatives.csv")),
         Step(
-            "sweep",
-            [*python, "-m", "tools.tune_blocks", "--csv", str(out / "sweep.csv"), "--seconds", "{seconds}"],
-            200,
+            "operations",
+            [*pytest, "-m", "kernel or cuda", *side_by_side, *marked],
+            60,
+            # Else each of the workers takes as many threads as there are cores.
+            environment={"OMP_NUM_THREADS": "2"},
         ),
-        benchmark("benchmarks: compiled", [model, "-k", "train-1-bfloat16-compiled or infer-1-bfloat16-compiled"], 150),
-        benchmark("benchmarks: accelerated", [accelerate], 120),
+        Step("same bits 50 times", [*pytest, alone[0]], 20),
+        Step("no host sync, one graph", [*pytest, alone[1]], 15),
+        benchmark("benchmarks: operations", [path for path in benches if path not in whole], 35),
+        program(
+            "sweep",
+            "tools.tune_blocks",
+            40,
+            *("--csv", str(out / "sweep.csv"), "--seconds", "{seconds}", "--only", "nms", "roi_pool", "roi_align"),
+        ),
+        sanitizer("memcheck", 120),
     ]
 
 
@@ -274,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("bench.csv", "sweep.csv", "part.csv"):
+    for name in ("bench.csv", "kernel_times.csv", "alternatives.csv", "sweep.csv", "part.csv"):
         (out / name).unlink(missing_ok=True)
     results = run_all(steps(out), out)
     print(f"\n{table(results)}\nTo keep: cp {out}/bench.csv bench/results/{slug(torch.cuda.get_device_name())}.csv")

@@ -138,9 +138,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | Non
     limit: int | None = None
     if max_keep is not None or not _are_plain(boxes, scores, iou_threshold):
         boxes, scores, limit = _check(boxes, scores, iou_threshold, max_keep)
-    if boxes.is_cpu and len(boxes) <= MANY:
+    if boxes.is_cpu and boxes.shape[0] <= MANY:
         kept = torch.ops.torchvision.nms.default(boxes, scores, iou_threshold)
-        # It keeps a box that is not finite whatever there is, and removes none by it.
+        # It keeps a box that is not finite in any case, and removes none by it.
         if not math.isfinite(boxes.sum()):
             kept = kept[boxes[kept].isfinite().all(1)]
         return kept if max_keep is None else kept[:limit]
@@ -205,6 +205,7 @@ def _are_plain(boxes: object, scores: object, iou_threshold: object) -> bool:
         and boxes.is_cpu
         and scores.is_cpu
         and boxes.layout is scores.layout is torch.strided
+        and not (boxes.requires_grad or scores.requires_grad)
         and scores.ndim == 1
         and boxes.shape == (scores.numel(), 4)
         and type(iou_threshold) is float

@@ -225,6 +225,15 @@ def test_presorted_rows_are_not_sorted_again():
     assert torch.equal(order.gather(1, presorted.index)[plain.valid], plain.index[plain.valid])
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("count", [3, 90, nms.MANY + 1])
+def test_boxes_that_need_a_gradient_are_taken(count):
+    boxes, scores, groups = random_boxes(count, side=60), torch.rand(count), torch.arange(count) % 3
+    leaves = boxes.clone().requires_grad_(), scores.clone().requires_grad_()
+    assert torch.equal(ops.nms(*leaves, 0.5), ops.nms(boxes, scores, 0.5))
+    assert torch.equal(ops.batched_nms(*leaves, groups, 0.5), ops.batched_nms(boxes, scores, groups, 0.5))
+
+
 def test_padded_form_checks_its_arguments_and_widens():
     boxes, scores = random_boxes(2, 50, side=40), torch.rand(2, 50)
     halves = nms_padded(boxes.bfloat16(), scores, 0.5, 50)
@@ -328,18 +337,18 @@ def test_kernel_leaves_its_counters_ready_for_a_replay(kernel_device, monkeypatc
     from fastdet.kernels import nms as kernel
 
     monkeypatch.setattr(kernel, "config", lambda *sizes: small_config())
-    seen, launch = [], kernel.launch
+    found, launch = [], kernel.launch
 
     def twice(*args, **kwargs):
         launch(*args, **kwargs)
-        seen.append((kwargs["index"].clone(), kwargs["count"].clone()))
+        found.append((kwargs["index"].clone(), kwargs["count"].clone()))
         launch(*args, **kwargs)
 
     monkeypatch.setattr(kernel, "launch", twice)
     boxes, valid = random_boxes(2, 90, side=60), torch.ones(2, 90, dtype=torch.bool)
     index, count = nms_cuda(boxes.to(kernel_device), valid.to(kernel_device), 0.5, 90)
-    assert torch.equal(index, seen[0][0])
-    assert torch.equal(count, seen[0][1])
+    assert torch.equal(index, found[0][0])
+    assert torch.equal(count, found[0][1])
 
 
 @pytest.mark.parametrize(

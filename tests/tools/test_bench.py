@@ -1,14 +1,18 @@
 """The arithmetic of the benchmarks: floors, percentiles, the table, the picture. What they measure is not tested."""
 
+import os
 import re
 import time
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from bench import between_networks, costs, plot, report, roofline, scenes, whole_step
+from bench import between_networks, costs, plot, report, roofline, scenes, tables, timing, whole_step
+from bench.timing import Times
+from tools import alternatives, kernel_times
 
 H100 = roofline.DEVICES["NVIDIA H100 80GB HBM3"]
 ANCHORS = 18648
@@ -43,16 +47,25 @@ def test_spread():
     assert report.spread([2.0]) == (2.0, 2.0, 2.0)
 
 
-def row(graphed_ms: float | None = 0.25, floor_ms: float | None = 0.125, median: float = 4.0) -> report.Row:
+def row(
+    graphed_ms: float | None = 0.25,
+    floor_ms: float | None = 0.125,
+    median: float = 4.0,
+    op: str = "nms, first kept",
+    size: str = "12000 -> 2000, IoU 0.7",
+    device: str = "a device, with a comma",
+    **more: Any,
+) -> report.Row:
     return report.make_row(
-        op="nms",
-        size="12000 -> 2000, IoU 0.7",
+        op=op,
+        size=size,
         dtype="float32",
-        device="a device, with a comma",
-        ours=report.Spread(0.5, 1.0, 1.5),
-        theirs=report.Spread(median / 2, median, median * 2),
+        device=device,
+        ours=Times([0.5, 1.0, 1.5], [1.0, 2.0, 3.0]),
+        theirs=Times([median / 2, median, median * 2], [median] * 3),
         graphed_ms=graphed_ms,
         floor_ms=floor_ms,
+        **more,
     )
 
 
@@ -63,11 +76,17 @@ def test_row_derives_ratio_and_times_the_floor():
     assert row(floor_ms=None).times_floor is None
 
 
+def test_cpu_time_is_given_of_a_cpu_alone():
+    assert (row().ours_cpu_ms, row().torchvision_cpu_ms) == (None, None)
+    on_cpu = row(device="cpu, 2 threads")
+    assert (on_cpu.ours_cpu_ms, on_cpu.torchvision_cpu_ms) == (2.0, 4.0)
+
+
 COSTS = costs.Cost(100.0, 7, 0), costs.Cost(200.0, 90, 13)
 
 
 def step_row() -> report.Row:
-    times = report.Spread(40.0, 50.0, 60.0), report.Spread(80.0, 100.0, 120.0)
+    times = Times([40.0, 50.0, 60.0], [50.0]), Times([80.0, 100.0, 120.0], [100.0])
     return report.make_row("model, train", "batch 4", "bfloat16", "cpu", *times, images=4, costs=COSTS)
 
 
@@ -256,25 +275,99 @@ def test_torchvision_has_the_same_weights():
 
 
 def test_csv_round_trip(tmp_path):
-    given = [row(), row(graphed_ms=None, floor_ms=None)]
-    report.write(tmp_path / "results.csv", given)
-    drawn = [(each.op, each.size, each.dtype, each.device, each.ratio, each.times_floor) for each in given]
-    assert plot.read(tmp_path / "results.csv") == drawn
+    given = [row(), row(num_boxes=100), row(num_boxes=100, busy=True, graphed_ms=None), step_row()]
+    report.update(tmp_path / "results.csv", given)
+    assert report.read(tmp_path / "results.csv") == given
+
+
+def test_a_row_takes_the_place_of_what_measured_the_same(tmp_path):
+    path = tmp_path / "results.csv"
+    report.update(path, [row(num_boxes=1), row(num_boxes=2)])
+    again = row(num_boxes=1, median=8.0)
+    report.update(path, [again])
+    assert report.read(path) == [again, row(num_boxes=2)]
 
 
 def test_csv_without_the_optional_columns(tmp_path):
     path = tmp_path / "results.csv"
-    path.write_text("op,size,dtype,device,ours_ms,torchvision_ms,ratio\nnms,small,float32,cpu,1.5,3,2\n")
-    assert plot.read(path) == [("nms", "small", "float32", "cpu", 2.0, None)]
+    required = "op,size,dtype,device,ours_p20_ms,ours_p50_ms,ours_p80_ms"
+    path.write_text(
+        f"{required},torchvision_p20_ms,torchvision_p50_ms,torchvision_p80_ms,ratio\nnms,small,float32,cpu,1,2,3,4,5,6,2.5\n"
+    )
+    (found,) = report.read(path)
+    assert (found.ours_p50_ms, found.ratio, found.times_floor, found.busy) == (2.0, 2.5, None, False)
 
 
 @pytest.mark.parametrize("floor_ms", [0.125, None])
 def test_plot_writes_a_picture(tmp_path, floor_ms):
-    report.write(tmp_path / "results.csv", [row(floor_ms=floor_ms), row(floor_ms=None, median=0.5)])
-    plot.main([str(tmp_path / "results.csv"), str(tmp_path / "results.png")])
-    with Image.open(tmp_path / "results.png") as picture:
+    report.update(tmp_path / "results.csv", [row(floor_ms=floor_ms), row(floor_ms=None, median=0.5, size="small")])
+    plot.main([str(tmp_path / "results.csv"), str(tmp_path)])
+    with Image.open(tmp_path / "benchmarks.png") as picture:
         assert picture.format == "PNG"
         assert picture.width == (1820 if floor_ms else 1430)
+    assert not (tmp_path / "growth.png").exists()
+
+
+def test_plot_draws_cost_against_size(tmp_path):
+    many = [row(num_boxes=count, median=count / 100, busy=busy) for count in (100, 1000) for busy in (False, True)]
+    report.update(tmp_path / "results.csv", [*many, row()])
+    plot.main([str(tmp_path / "results.csv"), str(tmp_path)])
+    with Image.open(tmp_path / "growth.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_the_worst_row_stands_beside_the_best():
+    rows = [
+        *(row(device="cpu, 2 threads", size=f"size {median}", median=median) for median in (0.25, 3.0, 5.0)),
+        row(device="cpu, 2 threads", size="small", median=0.125, busy=True),
+        row(device="cpu, 2 threads", op="match", size="all", median=2.0),
+    ]
+    head, _, suppression, matching = tables.worst_and_best(rows)
+    assert head == "|  | least | of | most | of |"
+    assert suppression == (
+        "| suppression | 0.12 | nms, first kept: small; 2 threads, busy | 5.00 | nms, first kept: size 5.0 |"
+    )
+    assert matching == "| matching | 2.00 | match: all | 2.00 | match: all |"
+
+
+def test_documents_are_filled_between_the_marks():
+    text = "before\n<!-- from the results: growth -->\nold\n<!-- end -->\nafter\n"
+    filled = tables.fill(text, [row(num_boxes=100), row(num_boxes=300, median=2.0)])
+    assert "| nms, first kept | 12000 -> 2000, IoU 0.7 | 100: 4.00, 300: 2.00 | 2.00 (300;" in filled
+    assert "old" not in filled
+    assert tables.fill(filled, [row(num_boxes=100), row(num_boxes=300, median=2.0)]) == filled
+
+
+def test_short_calls_are_repeated():
+    assert timing.count_repeats(0.01) == 200
+    assert timing.count_repeats(50.0) == 1
+    assert timing.count_rounds(1.0, 10) == 10
+    assert timing.count_rounds(1e6, 10) == 3
+
+
+def test_the_busy_neighbor_ends():
+    with timing.busy_neighbor() as process:
+        assert os.path.exists(f"/proc/{process}")
+    assert not os.path.exists(f"/proc/{process}")
+
+
+def test_times_of_kernels_are_sorted_and_may_be_missing():
+    events = [("small", 5.0), ("large", 40.0), ("small", 5.0)] * kernel_times.REPEATS
+    whole, large, small = kernel_times.table("step", 60.0, events)
+    assert whole == ("step", "the whole call", "1", "60.00", "")
+    assert large == ("step", "large", "1", "40.00", "0.800")
+    assert small == ("step", "small", "2", "10.00", "0.200")
+    _, nothing = kernel_times.table("step", 60.0, [])
+    assert nothing == ("step", "the profiler recorded nothing", "", "", "")
+
+
+def test_alternatives_give_the_same():
+    choice = alternatives.first_of_many(torch.device("cpu"), 2, 50, 7)
+    assert [found.way for found in alternatives.measure(choice, lambda call: 1.0)] == ["topk", "sort"]
+    with pytest.raises(ValueError, match="worse differs"):
+        alternatives.measure(
+            choice._replace(ways={**choice.ways, "worse": lambda: choice.ways["sort"]()[::-1]}), lambda call: 1.0
+        )
 
 
 def test_boxes_by_class_differ_and_stay_near_the_rois():

@@ -1,5 +1,6 @@
 """The runner of `make gpu-check`, on commands that need no GPU."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -137,7 +138,19 @@ def test_every_step_names_files_that_exist(tmp_path: Path) -> None:
     assert examples <= named
     assert all((gpu_check.ROOT / path).is_file() for path in named)
     assert len({step.name for step in steps}) == len(steps)
+    modules = [step.command[step.command.index("-m") + 1] for step in steps if "-m" in step.command]
+    assert {"bench.calls", "tools.kernel_times", "tools.alternatives", "tools.tune_blocks"} <= set(modules)
+    assert all(importlib.util.find_spec(module) for module in modules)
     assert gpu_check.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+def test_the_limits_add_up_to_less_than_the_time(tmp_path: Path) -> None:
+    steps = gpu_check.steps(tmp_path)
+    assert sum(step.limit for step in steps) < gpu_check.TOTAL
+    names = [step.name for step in steps]
+    assert names.index("small calls") < names.index("equality at full size") < names.index("operations")
+    (memcheck,) = (step for step in steps if step.name == "memcheck")
+    assert memcheck.limit >= 120
 
 
 # Those of the project's packages that neither torch and torchvision bring nor the operations need.

@@ -13,7 +13,7 @@ _LANES = 32
 # Boxes that are suppressed among themselves, in time quadratic in their number, before their kept ones go on.
 _BLOCK = 256
 # Beyond it coordinates are as far as it, so that no difference of them overflows.
-_FAR = np.float32(2.0**60)
+_LARGEST = np.float32(2.0**60)
 
 
 def suppress_tiles(planes: NDArray[np.float32], threshold: float, max_keep: int) -> Index:
@@ -57,7 +57,7 @@ def _removed(planes: NDArray[np.float32], order: Index, kept: Index, threshold: 
     # The last box fills up the last tile.
     order = np.append(order, np.repeat(order[-1:], -len(order) % _LANES))
     boxes, kept_boxes = planes.take(order, axis=1).reshape(5, -1, _LANES), planes.take(kept, axis=1)
-    tile, partner = _near(boxes, kept_boxes, threshold)
+    tile, partner = _find_pairs(boxes, kept_boxes, threshold)
     removed = np.zeros((boxes.shape[1], _LANES), np.bool_)
     # Allocated once: memory of this size comes from the system anew each time.
     size = TILE // _LANES
@@ -75,7 +75,7 @@ def _removed(planes: NDArray[np.float32], order: Index, kept: Index, threshold: 
     return order.compress(removed.reshape(-1))
 
 
-def _near(tiles: NDArray[np.float32], kept: NDArray[np.float32], threshold: float) -> tuple[Index, Index]:
+def _find_pairs(tiles: NDArray[np.float32], kept: NDArray[np.float32], threshold: float) -> tuple[Index, Index]:
     """Pairs of a tile [5, T, lanes] and a kept box [5, K] that may overlap by more than the threshold, tile by tile.
 
     In a tile no intersection is larger than that with the tile's bounds, nor than its largest box, and no union
@@ -93,11 +93,11 @@ def _near(tiles: NDArray[np.float32], kept: NDArray[np.float32], threshold: floa
 def _z_order(corners: NDArray[np.float32]) -> NDArray[np.uint32]:
     """Places of boxes [4, N] on a curve along which near ones of similar size are near: the bits of four coordinates,
     8 of each, interleaved."""
-    corners = np.clip(corners, -_FAR, _FAR)
+    corners = np.clip(corners, -_LARGEST, _LARGEST)
     low, high = corners.min(1, keepdims=True), corners.max(1, keepdims=True)
     # Each byte with its bits four apart.
     spread: NDArray[np.uint32] = np.arange(256, dtype=np.uint32)
     for shift, mask in ((12, 0x000F000F), (6, 0x03030303), (3, 0x11111111)):
         spread = (spread | spread << np.uint32(shift)) & np.uint32(mask)
-    bits = spread.take(((corners - low) * (255 / np.maximum(high - low, 1 / _FAR))).astype(np.uint8))
+    bits = spread.take(((corners - low) * (255 / np.maximum(high - low, 1 / _LARGEST))).astype(np.uint8))
     return bits[0] | bits[1] << 1 | bits[2] << 2 | bits[3] << 3
