@@ -19,6 +19,9 @@ from fastdet.models.layers import MaskedBatchNorm2d, init_normal
 from fastdet.models.settings import Settings
 from fastdet.structures import Batch, Detections, Proposals, Samples, Targets
 
+# Pairs of a proposal and a class of an image whose boxes, 2 MiB of them, are in memory at a time.
+_MOST_CANDIDATES = 1 << 17
+
 
 class RoIOutput(NamedTuple):
     """What a pass of `RoIHeads` gives, N being the samples with targets, else the proposals.
@@ -179,25 +182,18 @@ class RoIHeads(RefuseAttributes, nn.Module):
 
         `class_logits` [B, P, classes], `box_deltas` [B, P, 4 * classes]; `sizes` int64 [B, 2] clips the boxes.
         """
-        settings = self.settings
-        batch, count, classes = class_logits.shape
+        _, count, classes = class_logits.shape
+        cap = self.settings.box_detections_per_img
         scores = class_logits.float().softmax(-1)[..., 1:].transpose(1, 2)
-        deltas = box_deltas.float().unflatten(-1, (classes, 4))[:, :, 1:].transpose(1, 2)
-        boxes = box_algebra.decode(
-            deltas, proposals.boxes[:, None], settings.bbox_reg_weights, clamp=settings.bbox_xform_clip
-        )
-        boxes = box_algebra.clip(boxes, sizes)
-        width, height = box_algebra.sides(boxes)
-        valid = (scores > settings.box_score_thresh) & proposals.valid[:, None]
-        valid &= (width >= settings.box_min_size) & (height >= settings.box_min_size)
+        deltas = box_deltas.unflatten(-1, (classes, 4))[:, :, 1:].transpose(1, 2)
+        # Blocks of classes bound the memory where there are many; mostly there is one block.
+        size = max(_MOST_CANDIDATES // max(count, 1), 1)
+        blocks = zip(scores.split(size, dim=1), deltas.split(size, dim=1), strict=True)
+        kept = [self._suppress_classes(*block, proposals, sizes) for block in blocks]
+        boxes, scores, index = (torch.cat(parts, dim=1) for parts in zip(*kept, strict=True))
 
-        # One group an image and class; then the classes of an image are merged by score.
-        groups, cap = batch * (classes - 1), settings.box_detections_per_img
-        per_group = count if cap is None else min(cap, count)
-        boxes, scores = boxes.reshape(groups, count, 4), scores.reshape(groups, count)
-        kept = ops.nms_padded(boxes, scores, settings.box_nms_thresh, per_group, valid.reshape(groups, count))
-        scores = torch.where(kept.valid, scores.gather(1, kept.index), -math.inf).reshape(batch, -1)
-        boxes = boxes.gather(1, kept.index[..., None].expand(-1, -1, 4)).reshape(batch, -1, 4)
+        # The classes of an image are merged by score.
+        per_class = scores.shape[1] // (classes - 1)
         total = scores.shape[1] if cap is None else min(cap, scores.shape[1])
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         scores, order = scores[:, :total], order[:, :total]
@@ -206,10 +202,35 @@ class RoIHeads(RefuseAttributes, nn.Module):
         return Detections(
             torch.where(found[..., None], boxes, 0.0),
             torch.where(found, scores, 0.0),
-            torch.where(found, order // per_group + 1, 0),
+            torch.where(found, order // max(per_class, 1) + 1, 0),
             found.sum(1),
-            torch.where(found, kept.index.reshape(batch, -1).gather(1, order), 0),
+            torch.where(found, index.gather(1, order), 0),
         )
+
+    def _suppress_classes(
+        self, scores: Tensor, deltas: Tensor, proposals: Proposals, sizes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes [B, N, 4], scores [B, N], -inf past those kept, and proposals [B, N], class after class.
+
+        `scores` [B, classes, P] and `deltas` [B, classes, P, 4] are of some classes; each of their groups of an image
+        and a class is suppressed by itself.
+        """
+        settings = self.settings
+        batch, classes, count = scores.shape
+        boxes = box_algebra.decode(
+            deltas.float(), proposals.boxes[:, None], settings.bbox_reg_weights, clamp=settings.bbox_xform_clip
+        )
+        boxes = box_algebra.clip(boxes, sizes)
+        width, height = box_algebra.sides(boxes)
+        valid = (scores > settings.box_score_thresh) & proposals.valid[:, None]
+        valid &= (width >= settings.box_min_size) & (height >= settings.box_min_size)
+        groups, cap = batch * classes, settings.box_detections_per_img
+        per_group = count if cap is None else min(cap, count)
+        boxes, scores = boxes.reshape(groups, count, 4), scores.reshape(groups, count)
+        kept = ops.nms_padded(boxes, scores, settings.box_nms_thresh, per_group, valid.reshape(groups, count))
+        scores = torch.where(kept.valid, scores.gather(1, kept.index), -math.inf)
+        boxes = boxes.gather(1, kept.index[..., None].expand(-1, -1, 4))
+        return boxes.reshape(batch, -1, 4), scores.reshape(batch, -1), kept.index.reshape(batch, -1)
 
     def _pool(self, features: Mapping[str, Tensor], batch: Batch, boxes: Tensor, valid: Tensor) -> Tensor:
         """Features of `boxes` [B, N, 4], [B, N, C, size, size], each from the level for its size; 0 if not `valid`."""

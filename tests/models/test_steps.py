@@ -1,9 +1,14 @@
 """Each step of the detector against the loops of oracle.py, in float64."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
+from fastdet.models import roi_heads
+from fastdet.models.settings import VGG16
+from fastdet.structures import Proposals
 from tests.helpers import oracle
 from tests.helpers.detectors import NUM_CLASSES, small_detector, small_scene
 
@@ -149,3 +154,20 @@ def test_detections(cap):
         close(results[i]["boxes"], np.array([box for _, _, box in expected]) * factor)
     total = (NUM_CLASSES - 1) * found["proposals"].boxes.shape[1]
     assert found["detections"].boxes.shape[1] == (total if cap is None else cap)
+
+
+@pytest.mark.parametrize("cap", [None, 9])
+def test_blocks_of_classes_change_nothing(monkeypatch, cap):
+    heads = roi_heads.RoIHeads(4, 8, dataclasses.replace(VGG16, box_detections_per_img=cap)).eval()
+    boxes = torch.rand(2, 20, 4) * 30
+    boxes[..., 2:] += boxes[..., :2]
+    proposals = Proposals(boxes, torch.ones(2, 20), torch.tensor([20, 13]))
+    # Few values, so that scores of several classes are equal.
+    logits, deltas = torch.randn(2, 20, 8).mul(2).round(), torch.randn(2, 20, 32)
+    sizes = torch.tensor([[50, 60], [40, 60]])
+    whole = heads.postprocess_detections(logits, deltas, proposals, sizes)
+    assert (whole.count > 5).all()
+    for most in (1, 40, 60):
+        monkeypatch.setattr(roi_heads, "_MOST_CANDIDATES", most)
+        in_blocks = heads.postprocess_detections(logits, deltas, proposals, sizes)
+        assert all(map(torch.equal, in_blocks, whole))
