@@ -1,4 +1,4 @@
-"""RoI max-pool over channels-last features, and its gradient, gathered per feature cell.
+"""RoI max-pool over channels-last features, and its gradient, gathered per tile of feature cells.
 
 The gradient needs no atomics and has the same bits on every run. The kernels are launched with
 `enable_fp_fusion=False`, as a fused multiply-add moves the edge of a bin.
@@ -18,6 +18,8 @@ from fastdet.kernels.common.roi_pool_spans import launch_spans
 
 # -FLT_MAX, from which torchvision's search for the maximum starts too.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+# A program of the gradient owns a square of this many cells a side: it reads a bin once for all of them.
+TILE = 2
 
 
 class Config(NamedTuple):
@@ -38,13 +40,19 @@ def config(channels: int, itemsize: int) -> Config:
 
 
 def config_backward(channels: int, itemsize: int) -> Config:
-    """As forward, with more loads at a time: a cell has about 20 bins, and up to some hundreds."""
+    """As forward, with more loads at a time: a tile has about 50 bins, and up to some hundreds."""
     return config(channels, itemsize)._replace(unroll=8)
 
 
+def tiles(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of tiles of a map of `height` x `width` cells."""
+    return triton.cdiv(height, TILE), triton.cdiv(width, TILE)
+
+
 def visits_bound(num_rois: int, height: int, width: int, pooled_height: int, pooled_width: int) -> int:
-    """Upper bound of the (bin, cell of that bin) pairs: adjacent bins share at most one row or column of cells."""
-    return num_rois * (height + pooled_height - 1) * (width + pooled_width - 1)
+    """Upper bound of the (bin, tile of that bin) pairs: adjacent bins share at most one row or column of tiles."""
+    rows, columns = tiles(height, width)
+    return num_rois * (rows + pooled_height - 1) * (columns + pooled_width - 1)
 
 
 @triton.jit(do_not_specialize=["num_images", "height", "width"])
@@ -117,48 +125,68 @@ def _roi_pool_kernel(
     tl.store(argmax_ptr + out, argmax.to(argmax_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["height", "width"])
+@triton.jit(do_not_specialize=["height", "width", "rows", "columns"])
 def _roi_pool_backward_kernel(
     # Tensors, all contiguous
     grad_ptr,  # [R, PH, PW, C] fp32, fp16 or bf16
     argmax_ptr,  # [R, PH, PW, C] int16 or int32, from the forward kernel
-    bounds_ptr,  # [B * H * W, 2] int64, from `launch_visits`: begin and end of each cell's list in visits
+    bounds_ptr,  # [B * rows * columns, 2] int64, from `launch_visits`: begin and end of each tile's list in visits
     visits_ptr,  # [visits_bound] int32, from `launch_visits`: (roi * PH + bin row) * PW + bin column
     grad_input_ptr,  # [B, H, W, C] dtype of grad, output
     # Sizes
     channels,
     height,
     width,
+    rows,  # rows and columns of tiles
+    columns,
     # Constexprs
+    TILE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """The gradient of one feature cell, for one block of channels: the sum over the bins whose maximum it was.
+    """The gradient of one tile of cells, for one block of channels: of each cell the sum over the bins whose maximum
+    it was.
 
-    Program (cell of all images, channel block); UNROLL bins of its list in flight, added in ascending order in fp32.
+        +---+---+---+-          Program (tile of all images, channel block); UNROLL bins of the tile's list in flight,
+        | tile  |               each added to the cell that is its maximum, in ascending order in fp32. Cells of a tile
+        +   +   +   +-          that lie beyond the map are not written.
+        |       |
+        +---+---+---+-
     """
-    # The program's cell and channels [BLOCK_C].
-    cell = tl.program_id(0)
+    # The program's tile and channels [BLOCK_C].
+    tile = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
-    begin = tl.load(bounds_ptr + cell.to(tl.int64) * 2)
-    end = tl.load(bounds_ptr + cell.to(tl.int64) * 2 + 1)
-    cell_in_plane = cell % (height * width)
-    total = tl.zeros([BLOCK_C], tl.float32)
+    image = tile // (rows * columns)
+    top = tile // columns % rows * TILE
+    left = tile % columns * TILE
+    begin = tl.load(bounds_ptr + tile.to(tl.int64) * 2)
+    end = tl.load(bounds_ptr + tile.to(tl.int64) * 2 + 1)
+    # The places of the cells in the map, row after row; of those beyond it one that is no maximum. Sums, [BLOCK_C].
+    cells, totals = (), ()
+    for k in tl.static_range(TILE * TILE):
+        y = top + k // TILE
+        x = left + k % TILE
+        cells += (tl.where((y < height) & (x < width), y * width + x, -2),)
+        totals += (tl.zeros([BLOCK_C], tl.float32),)
     for first in range(begin, end, UNROLL):
-        # Load UNROLL bins, the gradients only where the cell was the maximum: each [BLOCK_C].
-        offsets, argmaxes, grads = (), (), ()
+        # Load UNROLL bins, each [BLOCK_C]. Of a sector of gradients some channel nearly always belongs to the tile.
+        argmaxes, grads = (), ()
         for step in tl.static_range(UNROLL):
-            visit = tl.load(visits_ptr + first + step, mask=first + step < end, other=0)
-            offsets += (visit.to(tl.int64) * channels + channel,)
+            mask = first + step < end
+            offset = tl.load(visits_ptr + first + step, mask=mask, other=0).to(tl.int64) * channels + channel
+            argmaxes += (tl.load(argmax_ptr + offset, mask=inside & mask, other=-1).to(tl.int32),)
+            grads += (tl.load(grad_ptr + offset, mask=inside & mask, other=0.0).to(tl.float32),)
         for step in tl.static_range(UNROLL):
-            argmaxes += (tl.load(argmax_ptr + offsets[step], mask=inside & (first + step < end), other=-1),)
-        for step in tl.static_range(UNROLL):
-            grads += (tl.load(grad_ptr + offsets[step], mask=argmaxes[step] == cell_in_plane, other=0.0),)
-        for step in tl.static_range(UNROLL):
-            total += grads[step].to(tl.float32)
-    out = cell.to(tl.int64) * channels + channel
-    tl.store(grad_input_ptr + out, total.to(grad_input_ptr.dtype.element_ty), mask=inside)
+            sums = ()
+            for k in tl.static_range(TILE * TILE):
+                sums += (tl.where(argmaxes[step] == cells[k], totals[k] + grads[step], totals[k]),)
+            totals = sums
+    # Store the cells that lie on the map.
+    plane_ptr = grad_input_ptr + image.to(tl.int64) * height * width * channels + channel
+    for k in tl.static_range(TILE * TILE):
+        total = totals[k].to(grad_input_ptr.dtype.element_ty)
+        tl.store(plane_ptr + cells[k].to(tl.int64) * channels, total, mask=inside & (cells[k] >= 0))
 
 
 def launch(
@@ -207,16 +235,19 @@ def launch_backward(
 ) -> None:
     """Fill `grad_input` [B, C, H, W] from `grad` and `argmax` [R, C, PH, PW], all channels-last, and `rois` [R, 5].
 
-    Scratch: `images` [R], `spans` [2, H + W + 2, R] and `visits` [visits_bound], int32; `extents` [B, 3] and `bounds`
-    [B * H * W, 2], int64.
+    Scratch, with (TH, TW) = `tiles`: `images` [R], `spans` [2, TH + TW + 2, R] and `visits` [visits_bound], int32;
+    `extents` [B, 3] and `bounds` [B * TH * TW, 2], int64.
     """
     num_images, channels, height, width = grad_input.shape
     pooled_height, pooled_width = grad.shape[2:]
-    grid, pooled = (height, width), (pooled_height, pooled_width)
-    launch_spans(rois, images, spans, num_images=num_images, grid=grid, pooled=pooled, spatial_scale=spatial_scale)
+    grid, pooled = tiles(height, width), (pooled_height, pooled_width)
+    launch_spans(
+        rois, images, spans, num_images=num_images, cells=(height, width), pooled=pooled, spatial_scale=spatial_scale,
+        tile=TILE,
+    )  # fmt: skip
     launch_visits(images, extents, spans, bounds, visits, grid=grid, pooled=pooled)
     block_c, unroll, num_warps = config_backward(channels, grad.element_size())
-    _roi_pool_backward_kernel[(num_images * height * width, triton.cdiv(channels, block_c))](
+    _roi_pool_backward_kernel[(len(bounds), triton.cdiv(channels, block_c))](
         grad_ptr=grad,
         argmax_ptr=argmax,
         bounds_ptr=bounds,
@@ -225,6 +256,9 @@ def launch_backward(
         channels=channels,
         height=height,
         width=width,
+        rows=grid[0],
+        columns=grid[1],
+        TILE=TILE,
         BLOCK_C=block_c,
         UNROLL=unroll,
         num_warps=num_warps,

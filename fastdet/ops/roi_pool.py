@@ -37,6 +37,7 @@ def roi_pool_backward_cuda(
         return grad_input.zero_()
     batch, _, height, width = size
     num_rois = len(rois)
+    rows, columns = kernel.tiles(height, width)
     longest = kernel.visits_bound(num_rois, height, width, pooled_height, pooled_width)
     kernel.launch_backward(
         grad.contiguous(memory_format=torch.channels_last),
@@ -45,8 +46,8 @@ def roi_pool_backward_cuda(
         grad_input,
         images=grad.new_empty(num_rois, dtype=torch.int32),
         extents=grad.new_empty(batch, 3, dtype=torch.int64),
-        spans=grad.new_empty(2, height + width + 2, num_rois, dtype=torch.int32),
-        bounds=grad.new_empty(batch * height * width, 2, dtype=torch.int64),
+        spans=grad.new_empty(2, rows + columns + 2, num_rois, dtype=torch.int32),
+        bounds=grad.new_empty(batch * rows * columns, 2, dtype=torch.int64),
         visits=grad.new_empty(longest, dtype=torch.int32),
         spatial_scale=spatial_scale,
     )

@@ -1,8 +1,8 @@
 """For every grid cell, the list of (RoI, bin) pairs whose bin reaches it, as a CSR array: the visits of the cell.
 
-A grid cell is one feature cell for RoI max-pool, and a tile of feature cells for RoI align. The bins of a RoI that
-reach a row of grid cells are consecutive, and so are those that reach a column. From these spans every program finds
-its own offset into the CSR array, without communication between programs.
+A grid cell is a tile of feature cells. The bins of a RoI that reach a row of grid cells are consecutive, and so are
+those that reach a column. From these spans every program finds its own offset into the CSR array, without
+communication between programs.
 """
 
 import torch

@@ -16,41 +16,46 @@ def _spans_kernel(
     # Tensors, all contiguous
     rois_ptr,  # [R, 5] fp32: image index, x1, y1, x2, y2 in pixels
     images_ptr,  # [R] int32, output: image of each RoI, -1 for padding
-    spans_ptr,  # [2, H + W + 2, R] int32, output
+    spans_ptr,  # [2, TH + TW + 2, R] int32, output; TH = cdiv(height, TILE) and TW = cdiv(width, TILE)
     # Sizes
     num_rois,
     num_images,
-    height,
+    height,  # cells
     width,
     # Scalars
     spatial_scale,  # cells per pixel
     # Constexprs
     POOLED_HEIGHT: tl.constexpr,
     POOLED_WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """How the bins of each RoI lie along each axis, so that the programs of the next kernel need not walk the bins.
 
-    Program (block of RoIs, line): lines 0 .. H are positions in rows of cells, H + 1 .. H + W + 1 in columns.
+    Program (block of RoIs, line): lines 0 .. TH are positions in rows of tiles, TH + 1 .. TH + TW + 1 in columns.
 
-    spans[0, p] is the number of (bin, cell of that bin) pairs along the axis before position p, so that
+    spans[0, p] is the number of (bin, tile of that bin) pairs along the axis before position p, so that
     spans[0, p + 1] - spans[0, p] bins reach p; spans[1, p] is the first bin that has not ended before p.
     """
     # The line's axis, and its position along it.
     lane = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     roi = tl.minimum(lane, num_rois - 1)
     line = tl.program_id(1)
-    is_row = line <= height
-    position = tl.where(is_row, line, line - height - 1)
+    rows = tl.cdiv(height, TILE)
+    is_row = line <= rows
+    position = tl.where(is_row, line, line - rows - 1)
     limit = tl.where(is_row, height, width)
     num_bins = tl.where(is_row, POOLED_HEIGHT, POOLED_WIDTH)
 
-    # Count the cells before the position, bin after bin.
+    # Count the tiles before the position, bin after bin.
     start, size = roi_start_size(rois_ptr, roi, tl.where(is_row, 2, 1), spatial_scale)
     num_before = tl.zeros([BLOCK_R], tl.int32)
     num_ended = tl.zeros([BLOCK_R], tl.int32)
     for index in range(0, num_bins):
-        low, high = bin_edges(start, size, index, num_bins.to(tl.float32), limit)
+        first_cell, end_cell = bin_edges(start, size, index, num_bins.to(tl.float32), limit)
+        high = tl.cdiv(end_cell, TILE)
+        # A bin beyond the map has no tile.
+        low = tl.where(first_cell < end_cell, first_cell // TILE, high)
         num_before += tl.minimum(tl.maximum(position - low, 0), high - low)
         num_ended += tl.where(high <= position, 1, 0)
 
@@ -67,23 +72,28 @@ def launch_spans(
     spans: torch.Tensor,
     *,
     num_images: int,
-    grid: tuple[int, int],
+    cells: tuple[int, int],
     pooled: tuple[int, int],
     spatial_scale: float,
+    tile: int,
 ) -> None:
-    """Fill `images` [R] and `spans` [2, H + W + 2, R] from `rois` [R, 5]; `grid` is (H, W), `pooled` (PH, PW)."""
+    """Fill `images` [R] and `spans` [2, TH + TW + 2, R] from `rois` [R, 5]; `pooled` is (PH, PW).
+
+    `cells` are (height, width) of the map, `tile` the cells of a tile along each axis.
+    """
     num_rois = len(rois)
-    _spans_kernel[(triton.cdiv(num_rois, BLOCK_R), sum(grid) + 2)](
+    _spans_kernel[(triton.cdiv(num_rois, BLOCK_R), spans.shape[1])](
         rois_ptr=rois,
         images_ptr=images,
         spans_ptr=spans,
         num_rois=num_rois,
         num_images=num_images,
-        height=grid[0],
-        width=grid[1],
+        height=cells[0],
+        width=cells[1],
         spatial_scale=spatial_scale,
         POOLED_HEIGHT=pooled[0],
         POOLED_WIDTH=pooled[1],
+        TILE=tile,
         BLOCK_R=BLOCK_R,
         enable_fp_fusion=False,
     )
