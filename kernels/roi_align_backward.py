@@ -2,6 +2,8 @@
 # mypy: disable-error-code="assignment, var-annotated"
 # (Triton tuples grow in a loop, which Python's types cannot express)
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -43,11 +45,31 @@ def tiles(sizes: list[tuple[int, int]]) -> tuple[int, int]:
     return sum(triton.cdiv(height, TILE) for height, _ in sizes), max(triton.cdiv(width, TILE) for _, width in sizes)
 
 
-def visits_bound(num_rois: int, sizes: list[tuple[int, int]], pooled_height: int, pooled_width: int) -> int:
-    """Upper bound of the (bin, tile of that bin) pairs: adjacent bins share at most two rows or columns of tiles."""
-    rows = max(triton.cdiv(height, TILE) for height, _ in sizes) + 2 * (pooled_height - 1)
-    columns = max(triton.cdiv(width, TILE) for _, width in sizes) + 2 * (pooled_width - 1)
-    return num_rois * rows * columns
+@functools.lru_cache(maxsize=256)
+def visits_bound(
+    num_rois: int,
+    sizes: tuple[tuple[int, int], ...],
+    scales: tuple[float, ...],
+    edges: tuple[float, ...],
+    pooled_height: int,
+    pooled_width: int,
+) -> int:
+    """Upper bound of the (bin, tile of that bin) pairs: adjacent bins share at most two rows or columns of tiles.
+
+    A RoI of all levels but the last has an area below the next level's edge: it is either narrow or low.
+    """
+    areas = [edge * scale**2 for edge, scale in zip(edges, scales, strict=False)] + [math.inf]
+    longest = 0
+    for (height, width), area in zip(sizes, areas, strict=False):
+        columns = triton.cdiv(width, TILE)
+        for rows in range(1, triton.cdiv(height, TILE) + 1):
+            # So many rows of tiles take a height of more than this many cells, as samples read a cell beyond; and
+            # what is as wide as this, a cell at least, reaches into so many columns. One more outweighs the rounding.
+            cells_high = (rows - 2) * TILE - 1
+            cells_wide = max(area / cells_high, 1) if cells_high > 0 else math.inf
+            reached = int(min((cells_wide + 1) / TILE + 3, columns))
+            longest = max(longest, (rows + 2 * (pooled_height - 1)) * (reached + 2 * (pooled_width - 1)))
+    return num_rois * longest
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "padded_height", "padded_width", *SIZES])

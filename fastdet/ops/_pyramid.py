@@ -76,8 +76,11 @@ def _level_edge(level: int, canonical_scale: float, canonical_level: int, dtype:
 
 
 def assign_levels(rois: Tensor, edges: list[float]) -> Tensor:
-    """The level that each row of `rois` [K, 5] is pooled from, int64 [K]; a NaN area is below every edge."""
-    area = (rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])
+    """The level that each row of `rois` [K, 5] is pooled from, int64 [K]; a NaN area is below every edge.
+
+    The area of an inverted box counts without its sign.
+    """
+    area = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).abs()
     levels = torch.zeros_like(area, dtype=torch.int64)
     for edge in edges:
         levels += area >= edge

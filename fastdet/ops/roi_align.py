@@ -60,6 +60,8 @@ def roi_align_backward_cuda(
     num_rois, _, *pooled = grad.shape
     maps = [(level.shape[2], level.shape[3]) for level in grads]
     rows, columns = kernel.tiles(maps)
+    edges = level_edges(scales, *canonical, dtype=torch.float32)
+    longest = kernel.visits_bound(num_rois, tuple(maps), tuple(scales), tuple(edges), *pooled)
     # The longest side of a level along each axis, in whole tiles.
     height, width = (-(-max(sides) // kernel.TILE) * kernel.TILE for sides in zip(*maps, strict=True))
     kernel.launch(
@@ -73,9 +75,9 @@ def roi_align_backward_cuda(
         extents=grad.new_empty(sizes[0], 3, dtype=torch.int64),
         spans=grad.new_empty(2, rows + columns + 2, num_rois, dtype=torch.int32),
         bounds=grad.new_empty(sizes[0] * rows * columns, 2, dtype=torch.int64),
-        visits=grad.new_empty(kernel.visits_bound(num_rois, maps, *pooled), dtype=torch.int32),
+        visits=grad.new_empty(longest, dtype=torch.int32),
         scales=scales,
-        edges=level_edges(scales, *canonical, dtype=torch.float32),
+        edges=edges,
         sampling_ratio=sampling_ratio,
         aligned=aligned,
     )
@@ -188,7 +190,8 @@ def multiscale_roi_align(
         canonical_scale: side in pixels of the square box that is pooled from `canonical_level`.
         canonical_level: level k of that box, counted from the image, which is 0.
 
-    A box whose area is negative or NaN is pooled from the finest level. All else as `roi_align`.
+    The area of an inverted box counts without its sign; a box whose area is NaN is pooled from the finest level. All
+    else as `roi_align`.
 
     Raises:
         TypeError: a level or `boxes` is not a floating-point tensor, levels of several dtypes, `sampling_ratio` or

@@ -44,11 +44,14 @@ def roi_level(
     edge_3,
     edge_4,
 ):
-    """The level that a RoI is pooled from: the number of edges that its area reaches, 0 if the area is NaN."""
+    """The level that a RoI is pooled from: the number of edges that its area reaches, 0 if the area is NaN.
+
+    Of an inverted RoI the area counts without its sign, so that none of a level spans more cells than its area allows.
+    """
     roi_ptr = rois_ptr + roi.to(tl.int64) * 5
     width = tl.load(roi_ptr + 3) - tl.load(roi_ptr + 1)
     height = tl.load(roi_ptr + 4) - tl.load(roi_ptr + 2)
-    area = width * height
+    area = tl.abs(width * height)
     lower = (area >= edge_1).to(tl.int32) + (area >= edge_2).to(tl.int32)
     return lower + (area >= edge_3).to(tl.int32) + (area >= edge_4).to(tl.int32)
 

@@ -225,12 +225,20 @@ def test_a_box_at_an_edge_is_pooled_from_torchvisions_level():
     assert set(pooled.flatten().tolist()) == {0.0, 1.0, 2.0, 3.0}
 
 
-def test_negative_and_nan_areas_are_of_the_finest_level():
+def test_areas_count_without_their_sign_and_nan_as_nothing():
     nan, inf = float("nan"), float("inf")
     edges = _pyramid.level_edges(FOUR_LEVELS, 224, 4, dtype=torch.float32)
-    corners = [[0, 0, -900, 900], [0, 0, nan, 9], [inf, 0, inf, 9], [0, 0, inf, 9], [900, 900, 0, 0], [0, 0, 0, 0]]
+    corners = [
+        [0, 0, -900, 900],
+        [20, 900, 0, 0],
+        [0, 0, nan, 9],
+        [inf, 0, inf, 9],
+        [0, 0, inf, 9],
+        [900, 900, 0, 0],
+        [0, 0, 0, 0],
+    ]
     rois = torch.nn.functional.pad(torch.tensor(corners), (1, 0))
-    assert _pyramid.assign_levels(rois, edges).tolist() == [0, 0, 0, 3, 3, 0]
+    assert _pyramid.assign_levels(rois, edges).tolist() == [3, 1, 0, 0, 3, 3, 0]
 
 
 def test_gradcheck():
@@ -513,20 +521,50 @@ def test_bad_batches_name_the_argument(boxes, valid, error, words):
         ops.batched_roi_align([FEATURES], boxes, 2, (1.0,), valid=valid)
 
 
+def tiles_of_bins(low: float, high: float, num_bins: int, ratio: int, aligned: bool, limit: int, tile: int) -> int:
+    """How many tiles the bins along one axis reach, each counted for each bin."""
+    used = 0
+    for places in samples_by_definition(low, high, num_bins, ratio, aligned):
+        if places and max(places) >= -1 and min(places) <= limit:
+            first, last = (int(min(max(f(places), 0), limit - 1)) for f in (min, max))
+            used += min(last + 1, limit - 1) // tile - first // tile + 1
+    return used
+
+
 def test_no_list_of_visits_outgrows_its_bound():
     kernel = pytest.importorskip("fastdet.kernels.roi_align_backward")
     longest = 0.0
     for limit, num_bins, ratio in itertools.product((1, 4, 5, 9, 40), (1, 2, 3, 7), (1, 2, 5, -1)):
-        bound = kernel.visits_bound(1, [(limit, 1)], num_bins, 1)
+        bound = kernel.visits_bound(1, ((limit, 1),), (1.0,), (), num_bins, 1)
         for low, high, aligned in itertools.product(range(-3, limit + 3), range(-3, limit + 3), (False, True)):
-            bins = samples_by_definition(low * 1.01, high * 1.01, num_bins, ratio, aligned)
-            used = 0
-            for places in bins:
-                if places and max(places) >= -1 and min(places) <= limit:
-                    first, last = (int(min(max(f(places), 0), limit - 1)) for f in (min, max))
-                    used += min(last + 1, limit - 1) // kernel.TILE - first // kernel.TILE + 1
+            used = tiles_of_bins(low * 1.01, high * 1.01, num_bins, ratio, aligned, limit, kernel.TILE)
             longest = max(longest, used / bound)
     assert 0.9 < longest <= 1.0, "nearly reached, and never passed"
+
+
+@pytest.mark.parametrize("ratio", [2, -1])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_the_area_of_a_level_bounds_the_visits(ratio, aligned):
+    """Boxes of a level are narrow, low or small, inverted ones too."""
+    kernel = pytest.importorskip("fastdet.kernels.roi_align_backward")
+    sizes, scales, bins = ((60, 90), (30, 45)), (0.5, 0.25), (3, 2)
+    edges = tuple(_pyramid.level_edges(scales, 40, 2, dtype=torch.float32))
+    bound = kernel.visits_bound(1, sizes, scales, edges, *bins)
+    assert bound < kernel.visits_bound(1, sizes[:1], scales[:1], (), *bins) / 2
+    torch.manual_seed(0)
+    sides = torch.exp2(torch.rand(1500, 2) * 8) * torch.randn(1500, 2).sign()
+    corner = torch.rand(1500, 2) * torch.tensor([180.0, 120.0]) * (torch.rand(1500, 1) < 0.7)
+    rois = torch.cat([torch.zeros(1500, 1), corner, corner + sides], 1)
+    longest = 0
+    for level, (_, x1, y1, x2, y2) in zip(
+        _pyramid.assign_levels(rois, list(edges)).tolist(), rois.tolist(), strict=True
+    ):
+        rows, columns = (
+            tiles_of_bins(low * scales[level], high * scales[level], num_bins, ratio, aligned, limit, kernel.TILE)
+            for low, high, num_bins, limit in zip((y1, x1), (y2, x2), bins, sizes[level], strict=True)
+        )
+        longest = max(longest, rows * columns)
+    assert 0.3 * bound < longest <= bound
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(512, (256, 2)), (200, (256, 2)), (100, (128, 1)), (1, (1, 1))])
