@@ -47,12 +47,19 @@ class Config(NamedTuple):
     finish_rows: int
 
 
-def config(num_boxes: int, max_keep: int) -> Config:
+# Bytes of the bit matrices of all groups, beyond which chunks become smaller.
+MOST_OVERLAP = 64 << 20
+
+
+def config(groups: int, num_boxes: int, max_keep: int) -> Config:
     """Sizes for groups of `num_boxes` boxes: the matrix of a chunk has to fit the registers of one program.
 
-    That of 1024 boxes is 64 words in each of 512 threads.
+    That of 1024 boxes is 64 words in each of 512 threads. Of many groups all matrices together are bounded too: there
+    the groups keep the device busy, however small their chunks.
     """
     chunk = min(max(triton.next_power_of_2(num_boxes), 32), 1024)
+    while chunk > 32 and groups * chunk**2 // 8 > MOST_OVERLAP:
+        chunk //= 2
     left = max(num_boxes - chunk, 0)
     step = min(max(triton.next_power_of_2(left), 32), 4096)
     # Steps that pass all rows where each has at most a chunk of survivors; and steps of full chunks that are enough to

@@ -48,7 +48,7 @@ def _suppress_sorted(boxes: Tensor, valid: Tensor, iou_threshold: float, max_kee
     groups, num_boxes, _ = boxes.shape
     if not groups or not num_boxes or not max_keep:
         return boxes.new_zeros(groups, max_keep, dtype=torch.int64), boxes.new_zeros(groups, dtype=torch.int64)
-    config = kernel.config(num_boxes, max_keep)
+    config = kernel.config(groups, num_boxes, max_keep)
     index = boxes.new_empty(groups, max_keep, dtype=torch.int64)
     count = boxes.new_empty(groups, dtype=torch.int64)
     kernel.launch(

@@ -1,4 +1,5 @@
 import importlib
+import itertools
 import math
 
 import numpy as np
@@ -406,9 +407,9 @@ def test_kernel_takes_empty_input(kernel_device):
 def test_block_sizes_hold_what_the_kernels_assume():
     from fastdet.kernels import nms as kernel
 
-    for count in (1, 31, 33, 300, 1024, 1025, 6000, 12000, 100_000):
+    for groups, count in itertools.product((1, 2000), (1, 31, 33, 300, 1024, 1025, 6000, 12000, 100_000)):
         for max_keep in (1, 300, 2000, count):
-            config = kernel.config(count, max_keep)
+            config = kernel.config(groups, count, max_keep)
             powers = config._replace(steps=1)
             assert all(size & (size - 1) == 0 for size in powers)
             assert min(config.chunk, config.step, config.finish_rows) >= 32
@@ -417,3 +418,12 @@ def test_block_sizes_hold_what_the_kernels_assume():
             assert config.steps <= needed
             if max_keep == count:
                 assert config.steps == needed
+
+
+def test_the_scratch_of_many_groups_is_bounded():
+    """Sixteen images with the blocks of classes that 1000 proposals of 1202 classes are suppressed in."""
+    from fastdet.kernels import nms as kernel
+
+    chunks = {groups: kernel.config(groups, 1000, 300).chunk for groups in (1, 16 * 20, 16 * 131, 1_000_000)}
+    assert chunks == {1: 1024, 16 * 20: 1024, 16 * 131: 256, 1_000_000: 32}
+    assert all(groups * chunk**2 // 8 <= kernel.MOST_OVERLAP for groups, chunk in chunks.items() if chunk > 32)
