@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 from fastdet.graphs import static_inputs
 from fastdet.graphs.capture import GraphedModel, StaticStep
@@ -18,6 +19,7 @@ from fastdet.graphs.step import autocast, castable_layers
 from fastdet.models import preprocessing
 from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.models.fuse import fuse
+from fastdet.models.layers import take_channels_last
 from fastdet.structures import Detections
 
 
@@ -105,8 +107,12 @@ class GraphedDetector(GraphedModel):
         return found
 
     def _make_copy(self) -> FasterRCNN:
-        """The model fused, with weights in the dtype to which autocast would cast them in every call."""
+        """The model fused, with weights in the dtype to which autocast would cast them in every call, and on a GPU,
+        where features are pooled channels-last, in the order in which the box head reads them then."""
         fused = fuse(self.model)
+        head = fused.roi_heads.box_head
+        if self.device.type == "cuda" and type(head) is TwoMLPHead:
+            take_channels_last(head, self.model.settings.box_pool_size)
         if self.amp is not None:
             for layer in castable_layers(fused):
                 layer.to(self.amp)

@@ -1,4 +1,5 @@
-"""Layers that torch does not have so: BatchNorm that is frozen or leaves padding out, a convolution with its ReLU."""
+"""Layers that torch does not have so: BatchNorm that is frozen or leaves padding out, a convolution with its ReLU, a
+box head for channels-last features."""
 
 import copy
 from itertools import pairwise
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 
 class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
@@ -92,6 +94,21 @@ def with_relu(convolution: nn.Conv2d) -> ConvReLU2d:
     joined: Any = copy.copy(convolution)
     joined.__class__ = ConvReLU2d
     return joined
+
+
+class ChannelsLastMLPHead(TwoMLPHead):
+    """`TwoMLPHead` that takes channels-last features without a copy; the columns of `fc6` are in their order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [N, C, h, w]."""
+        return super().forward(x.permute(0, 2, 3, 1))
+
+
+def take_channels_last(head: TwoMLPHead, pool_size: int) -> None:
+    """Let a head that is for inference alone take channels-last features, of `pool_size` x `pool_size` cells."""
+    columns = head.fc6.weight.detach().unflatten(1, (-1, pool_size, pool_size)).permute(0, 2, 3, 1).flatten(1)
+    head.fc6.weight = nn.Parameter(columns, requires_grad=False)
+    head.__class__ = ChannelsLastMLPHead
 
 
 def init_normal(layer: nn.Conv2d | nn.Linear, std: float) -> None:

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
-from fastdet.models.layers import ConvReLU2d, FrozenBatchNorm2d, MaskedBatchNorm2d, join_relu
+from fastdet.models.layers import ConvReLU2d, FrozenBatchNorm2d, MaskedBatchNorm2d, join_relu, take_channels_last
 from tests.helpers.checks import assert_close
 
 
@@ -51,6 +52,18 @@ def test_frozen_is_batchnorm_in_evaluation():
     x = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(frozen(x), plain.eval()(x))
     assert not list(frozen.parameters())
+
+
+def test_a_head_takes_channels_last_features_without_a_copy():
+    head, x = TwoMLPHead(3 * 4 * 4, 5), torch.randn(6, 3, 4, 4)
+    expected = head(x)
+    take_channels_last(head, 4)
+    torch.testing.assert_close(head(x), expected)
+    inputs: list[torch.Tensor] = []
+    head.fc6.register_forward_pre_hook(lambda _, args: inputs.extend(args))
+    features = x.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(head(features), expected)
+    assert inputs[0].data_ptr() == features.data_ptr()
 
 
 def test_a_convolution_and_its_relu_are_those_of_two_layers():
