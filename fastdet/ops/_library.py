@@ -4,6 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 
 def define(
@@ -17,7 +20,8 @@ def define(
     """Register `torch.ops.fastdet.<name>` from `schema` ("name(arguments) -> results").
 
     `cuda` launches the Triton kernel, on the device of its first argument, not on the current one. `fake` gives
-    shapes, dtypes and strides to tracing. Without `autograd` the results carry no gradient.
+    shapes, dtypes and strides to tracing. Without `autograd` the results carry no gradient. Under `torch.vmap` the
+    operation runs once for each entry.
     """
     name, signature = schema.split("(", 1)
     qualified = f"fastdet::{name}"
@@ -30,6 +34,8 @@ def define(
     torch.library.impl(qualified, "CPU")(cpu)
     torch.library.impl(qualified, "CUDA")(cuda_on_device)
     torch.library.register_fake(qualified)(fake)
+    op = getattr(torch.ops.fastdet, name).default
+    torch.library.register_vmap(qualified, lambda info, in_dims, *args: _call_for_each(op, info, in_dims, args))
     if autograd is not None:
         torch.library.impl(qualified, "Autograd")(autograd)
 
@@ -38,3 +44,34 @@ def call_below_autograd(op: Callable[..., Any], *args: Any) -> Any:
     """`op(*args)` by the implementation of the device, which records no gradient."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def needs_derivative(*tensors: torch.Tensor) -> bool:
+    """Whether a gradient of one of them is recorded, or a forward-mode derivative may be carried by them."""
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return recorded or forward_ad._current_level >= 0
+
+
+def apply_function(function: Any, *args: Any) -> Any:
+    """`function.apply` within an implementation at the autograd key, where the transforms of `torch.func` have called
+    it for one of their levels, with tensors of that level. (`autograd.Function` would start again with all levels.)"""
+    with enable_single_level_autograd_function():
+        return function.apply(*args)
+
+
+def _call_for_each(op: Callable[..., Any], info: Any, in_dims: Any, args: Any) -> tuple[Any, Any]:
+    """The rule of `torch.vmap`: `op` called with each entry of `args` along `in_dims`; results stacked, and their dims.
+
+    `in_dims` has the structure of `args`, and None for what has no entries.
+    """
+    values, structure = pytree.tree_flatten(args)
+    dims = pytree.tree_leaves(in_dims, is_leaf=lambda dim: dim is None)
+    results = []
+    for entry in range(info.batch_size):
+        chosen = [v if dim is None else v.select(dim, entry) for v, dim in zip(values, dims, strict=True)]
+        results.append(op(*pytree.tree_unflatten(chosen, structure)))
+    first = results[0]
+    if isinstance(first, torch.Tensor):
+        return torch.stack(results), 0
+    stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
+    return type(first)(stacked), type(first)([0] * len(stacked))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdet.ops import _checks
-from fastdet.ops._library import define
+from fastdet.ops._library import define, needs_derivative
 from fastdet.ops.cpu.box_iou import angles, box_iou_cpu, pairwise
 from fastdet.ops.cpu.overlap import TILE
 
@@ -59,9 +59,9 @@ def _box_iou(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float = 1e-7) -> Te
 
 
 def _use_plain_formula(boxes1: Tensor, boxes2: Tensor) -> bool:
-    """For float64 and gradients, which checks and losses need, not large matrices; and for one tile on the CPU, which
+    """For float64 and derivatives, which checks and losses need, not large matrices; and for one tile on the CPU, which
     takes less time than the call of an operator."""
-    if boxes1.dtype == torch.float64 or (torch.is_grad_enabled() and (boxes1.requires_grad or boxes2.requires_grad)):
+    if boxes1.dtype == torch.float64 or needs_derivative(boxes1, boxes2):
         return True
     # In a compiled graph a comparison would specialize a symbolic size.
     small = boxes1.device.type == "cpu" and not torch.compiler.is_compiling()

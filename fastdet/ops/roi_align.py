@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction
 
 from fastdet.ops import _checks, _rois
-from fastdet.ops._library import call_below_autograd, define
+from fastdet.ops._library import apply_function, call_below_autograd, define, needs_derivative
 from fastdet.ops._pyramid import check_pyramid, level_edges
 from fastdet.ops.cpu.roi_align import level_shapes, roi_align_backward_cpu, roi_align_cpu
 
@@ -92,13 +93,30 @@ def roi_align_backward_fake(grad: Tensor, rois: Tensor, sizes: list[int], *_: An
     return [_rois.empty(grad, shape) for shape in level_shapes(sizes)]
 
 
-class _RoiAlign(torch.autograd.Function):
+class _RoiAlign(_SingleLevelFunction):
     @staticmethod
-    def forward(ctx: Any, rois: Tensor, scales: list[float], rules: tuple[Any, ...], *features: Tensor) -> Tensor:
+    def forward(rois: Tensor, scales: list[float], rules: tuple[Any, ...], *features: Tensor) -> Tensor:
+        return call_below_autograd(torch.ops.fastdet.roi_align, rois, list(features), scales, *rules)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        rois, scales, rules, *features = inputs
         ctx.save_for_backward(rois)
+        ctx.save_for_forward(rois)
         sides = [side for level in features for side in level.shape[2:]]
         ctx.arguments = ([*features[0].shape[:2], *sides], scales, *rules[2:])
-        return call_below_autograd(torch.ops.fastdet.roi_align, rois, list(features), scales, *rules)
+        ctx.rules = rules
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        """Linear in the features."""
+        (rois,), (sizes, scales, *_), levels = ctx.saved_tensors, ctx.arguments, tangents[3:]
+        given = next(level for level in levels if level is not None)
+        shapes = level_shapes(sizes)
+        filled = [
+            given.new_zeros(shape) if level is None else level for level, shape in zip(levels, shapes, strict=True)
+        ]
+        return torch.ops.fastdet.roi_align(rois, filled, scales, *ctx.rules)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -109,8 +127,8 @@ class _RoiAlign(torch.autograd.Function):
 
 def roi_align_autograd(rois: Tensor, features: list[Tensor], scales: list[float], *rules: Any) -> Tensor:
     """`rules` from the number of bins on."""
-    if torch.is_grad_enabled() and any(level.requires_grad for level in features):
-        return _RoiAlign.apply(rois, scales, rules, *features)
+    if needs_derivative(*features):
+        return apply_function(_RoiAlign, rois, scales, rules, *features)
     return call_below_autograd(torch.ops.fastdet.roi_align, rois, features, scales, *rules)
 
 

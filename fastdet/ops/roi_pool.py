@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction
 
 from fastdet.ops import _checks, _rois
-from fastdet.ops._library import call_below_autograd, define
+from fastdet.ops._library import apply_function, call_below_autograd, define, needs_derivative
 from fastdet.ops.cpu.roi_pool import empty_outputs, roi_pool_backward_cpu, roi_pool_cpu
 
 
@@ -64,14 +65,27 @@ def roi_pool_backward_fake(grad: Tensor, *args: Any) -> Tensor:
     return _rois.empty(grad, args[-4:])
 
 
-class _RoiPool(torch.autograd.Function):
+class _RoiPool(_SingleLevelFunction):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, rois: Tensor, *scale_and_bins: float) -> tuple[Tensor, Tensor]:
-        pooled, argmax = call_below_autograd(torch.ops.fastdet.roi_pool, input, rois, *scale_and_bins)
+    def forward(input: Tensor, rois: Tensor, *scale_and_bins: float) -> tuple[Tensor, Tensor]:
+        return call_below_autograd(torch.ops.fastdet.roi_pool, input, rois, *scale_and_bins)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        (input, rois, *scale_and_bins), (_, argmax) = inputs, output
         ctx.save_for_backward(rois, argmax)
         ctx.scalars = (*scale_and_bins, *input.shape)
+        ctx.save_for_forward(rois, argmax)
         ctx.mark_non_differentiable(argmax)
-        return pooled, argmax
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
+        """The tangents [B, C, H, W] of the maxima."""
+        rois, argmax = ctx.saved_tensors
+        image = rois[:, 0].nan_to_num().long().clamp(0, max(len(tangent) - 1, 0))
+        channel = torch.arange(tangent.shape[1], device=tangent.device)
+        found = tangent.flatten(2)[image[:, None, None, None], channel[:, None, None], argmax.long().clamp(min=0)]
+        return torch.where(argmax < 0, 0.0, found), None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -81,8 +95,8 @@ class _RoiPool(torch.autograd.Function):
 
 
 def roi_pool_autograd(input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and input.requires_grad:
-        return _RoiPool.apply(input, *args)
+    if needs_derivative(input):
+        return apply_function(_RoiPool, input, *args)
     return call_below_autograd(torch.ops.fastdet.roi_pool, input, *args)
 
 

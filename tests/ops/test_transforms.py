@@ -1,0 +1,115 @@
+"""Derivatives in every mode, and torch.func's transforms, of the differentiable operations."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastdet import ops
+from fastdet.ops.cpu.overlap import TILE
+from tests.helpers.checks import assert_close
+
+Function = Callable[[Tensor], Tensor]
+IOUS = {
+    "iou": ops.box_iou,
+    "generalized": ops.generalized_box_iou,
+    "distance": ops.distance_box_iou,
+    "complete": ops.complete_box_iou,
+}
+ROIS = torch.tensor(
+    [[0, 0.0, 0.0, 9.0, 5.0], [1, 1.3, 2.0, 7.0, 6.1], [1, -3.0, 4.0, 2.0, 20.0], [0, 40.0, 40, 50, 50]]
+)
+
+
+def boxes(count: int) -> Tensor:
+    corner = torch.rand(count, 2) * 50
+    return torch.cat([corner, corner + 1 + torch.rand(count, 2) * 20], 1)
+
+
+def cases() -> dict[str, tuple[Function, Tensor]]:
+    torch.manual_seed(0)
+    found: dict[str, tuple[Function, Tensor]] = {}
+    for name, function in IOUS.items():
+        for first, second in ((6, 5), (TILE // 100, 99), (TILE // 100, 120)):
+            found[f"{name} {first} x {second}"] = partial(function, boxes2=boxes(second)), boxes(first)
+    features = torch.randn(2, 3, 6, 8)
+    found["roi_pool"] = partial(ops.roi_pool, boxes=ROIS, output_size=(2, 3)), features
+    for ratio in (2, -1):
+        align = partial(ops.roi_align, boxes=ROIS, output_size=(2, 3), sampling_ratio=ratio, aligned=True)
+        found[f"roi_align {ratio}"] = align, features
+    coarse, per_image = torch.randn(2, 3, 3, 4), [ROIS[ROIS[:, 0] == k, 1:] for k in (0, 1)]
+
+    def pyramid(level: Tensor) -> Tensor:
+        canonical = {"canonical_scale": 8, "canonical_level": 1}
+        return ops.multiscale_roi_align([level, coarse], per_image, 2, (0.5, 0.25), **canonical)
+
+    found["multiscale_roi_align"] = pyramid, features
+    return found
+
+
+CASES = cases()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_modes_of_derivatives_agree(name):
+    """Forward mode gives J v and reverse mode w J, and w (J v) = (w J) v; central differences give J v too."""
+    function, x = CASES[name]
+    torch.manual_seed(1)
+    v = torch.randn_like(x)
+    with forward_ad.dual_level():
+        value, tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(x, v)))
+    w = torch.randn_like(value)
+    (gradient,) = torch.autograd.grad(function(leaf := x.clone().requires_grad_()), leaf, w)
+    assert tangent.abs().max() > 0
+    assert_close((w * tangent).double().sum(), (gradient * v).double().sum(), torch.float32)
+    assert torch.equal(value, function(x))
+    again, by_jvp = torch.func.jvp(function, (x,), (v,))
+    assert torch.equal(again, value)
+    assert torch.equal(by_jvp, tangent)
+    _, by_vjp = torch.func.vjp(function, x)
+    assert torch.equal(by_vjp(w)[0], gradient)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, x) in CASES.items() if x.shape[0] < 10])
+def test_jacobians_by_rows_and_by_columns_agree(name):
+    function, x = CASES[name]
+    rows, columns = torch.func.jacrev(function)(x), torch.func.jacfwd(function)(x)
+    assert rows.abs().max() > 0
+    torch.testing.assert_close(rows, columns)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_vmap_is_a_loop(name):
+    function, x = CASES[name]
+    batch = torch.stack([x, x.flip(0), x * 0.5])
+    assert_close(torch.vmap(function)(batch), torch.stack([function(each) for each in batch]), torch.float32)
+    moved = torch.vmap(function, in_dims=1)(batch.transpose(0, 1))
+    assert torch.equal(moved, torch.vmap(function)(batch))
+    gradient = torch.func.grad(lambda each: function(each).square().sum())
+    assert_close(torch.vmap(gradient)(batch), torch.stack([gradient(each) for each in batch]), torch.float32)
+
+
+def test_vmap_over_boxes_of_roi_align():
+    features, rois = CASES["roi_align 2"][1], torch.stack([ROIS, ROIS.flip(0)])
+    # The rows of a batch cannot be inspected, so that an index out of range would not be an error.
+    pooled = torch.vmap(lambda boxes: torch.ops.fastdet.roi_align(boxes, [features], [0.5], 2, 2, 2, True, 224.0, 4))(
+        rois
+    )
+    assert torch.equal(pooled, torch.stack([ops.roi_align(features, each, 2, 0.5, 2, True) for each in rois]))
+
+
+def test_vmap_of_operations_with_several_results():
+    index, count = torch.vmap(lambda b: torch.ops.fastdet.nms(b[None], torch.ones(1, 7).bool(), 0.5, 7))(
+        torch.stack([boxes(7), boxes(7)])
+    )
+    assert index.shape == (2, 1, 7)
+    assert count.shape == (2, 1)
+
+
+def test_tangents_of_maxima_outside_the_map_are_zero():
+    function, x = CASES["roi_pool"]
+    _, tangent = torch.func.jvp(function, (x,), (torch.ones_like(x),))
+    assert torch.equal(tangent, (function(x) != 0).float())
