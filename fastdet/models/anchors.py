@@ -66,11 +66,11 @@ class AnchorGenerator:
         return [len(sizes) * len(ratios) for sizes, ratios in zip(self.sizes, self.aspect_ratios, strict=True)]
 
     def cell_anchors(self) -> list[Tensor]:
-        """For each level the anchors of cell (0, 0), fp32 [A, 4], ratios outermost."""
+        """For each level the anchors of cell (0, 0), fp32 [A, 4] on the CPU, ratios outermost."""
         cells = []
         for sizes, ratios in zip(self.sizes, self.aspect_ratios, strict=True):
-            root = torch.tensor(ratios, dtype=torch.float32).sqrt()
-            scale = torch.tensor(sizes, dtype=torch.float32)
+            root = torch.tensor(ratios, dtype=torch.float32, device="cpu").sqrt()
+            scale = torch.tensor(sizes, dtype=torch.float32, device="cpu")
             height, width = (root[:, None] * scale).flatten(), ((1 / root)[:, None] * scale).flatten()
             cell = torch.stack([-width, -height, width, height], dim=1) / 2
             cells.append((cell.round() if self.rounded else cell) + self.offset)

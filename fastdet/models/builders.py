@@ -165,11 +165,13 @@ def fasterrcnn_resnet50_fpn_detectron2(
     state = None
     _require_weights(weights, replace_predictor)
     if weights is not None:
+        anchors = overrides.get("rpn_anchor_generator", DETECTRON2.rpn_anchor_generator)
         with weight_files.prefix_errors(weights):
             state = weight_files.from_detectron2(
                 weight_files.read_state_dict(weights),
                 pixel_mean=overrides.get("image_mean", DETECTRON2.image_mean),
                 pixel_std=overrides.get("image_std", DETECTRON2.image_std),
+                sizes_per_level=len(anchors.sizes[0]),
             )
     trainable = NAMED["resnet50_fpn"].trainable_layers(trainable_backbone_layers, state is not None)
     model = FasterRCNN(

@@ -11,6 +11,7 @@ from fastdet.interop.attributes import DETECTOR_ATTRIBUTES, RefuseAttributes
 from fastdet.interop.torchvision_objects import Weights, settings_arguments
 from fastdet.models import backbones, losses, preprocessing
 from fastdet.models.anchors import AnchorGenerator, Size
+from fastdet.models.layers import Constants, place_constants
 from fastdet.models.roi_heads import RoIHeads, count_classes
 from fastdet.models.rpn import RegionProposalNetwork
 from fastdet.models.settings import FIXED_FIELDS, Settings
@@ -45,8 +46,6 @@ class FasterRCNN(RefuseAttributes, nn.Module):
     """
 
     refused_attributes = DETECTOR_ATTRIBUTES
-    _image_mean: Tensor
-    _image_std: Tensor
 
     def __init__(
         self,
@@ -91,8 +90,9 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         for parameter in self.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        for name in ("image_mean", "image_std"):
-            self.register_buffer(f"_{name}", torch.tensor(getattr(settings, name)), persistent=False)
+        mean, std = (torch.tensor(values, device="cpu") for values in (settings.image_mean, settings.image_std))
+        self._pixel_statistics = Constants(mean=mean, std=std)
+        self.register_load_state_dict_post_hook(place_constants)
 
     @property
     def settings(self) -> Settings:
@@ -114,7 +114,7 @@ class FasterRCNN(RefuseAttributes, nn.Module):
 
     def forward(
         self,
-        images: Sequence[Tensor],
+        images: Sequence[Tensor] | Tensor,
         targets: Sequence[Mapping[str, Tensor]] | None = None,
         return_losses: bool = False,
         return_features: bool = False,
@@ -123,7 +123,8 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         """Losses in training, detections in evaluation; with `return_losses` both, in either mode.
 
         Args:
-            images: [C, H, W], floating point in 0..1 or uint8, of any sizes; moved to the model's device.
+            images: [C, H, W], or one channel for all, floating point in 0..1 or uint8, of any sizes; or a stacked batch
+                [B, C, H, W]. Moved to the model's device.
             targets: for each image a dict of boxes [N, 4] (pixels), labels [N] (1..num_classes - 1) and optionally
                 ignore bool [N] (regions that are not trained on, such as crowds: no anchor or proposal learns to be
                 background where they are). Best left on the CPU, where they are checked.
@@ -168,7 +169,7 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         """The whole detector on padded tensors: fixed shapes, no host sync. `compile` compiles it.
 
         Args:
-            images: fp32 [B, C, H, W], normalized and padded.
+            images: [B, C, H, W], normalized and padded, in the dtype of the backbone.
             sizes: int64 [B, 2], (height, width) of each image inside the padding.
             targets: ground truth, needed for the losses with at least one row (else ValueError).
             scales: fp32 [B], by how much each image was resized; None: 1.
@@ -181,7 +182,7 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         compute_losses = self.training if compute_losses is None else compute_losses
         compute_detections = not self.training if compute_detections is None else compute_detections
         if scales is None:
-            scales = torch.ones(images.shape[0], device=images.device)
+            scales = torch.ones(images.shape[0], dtype=torch.float32, device=images.device)
         step = self._compiled_step or FasterRCNN._step
         return step(self, Batch(images, sizes, scales), targets, compute_losses, compute_detections)[:2]
 
@@ -199,34 +200,33 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         return self._compiled_step
 
     def preprocess(
-        self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None
+        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Mapping[str, Tensor]] | None = None
     ) -> tuple[Batch, Targets | None, list[Size]]:
         """Check lists of images and targets, as `forward` takes them, and make padded tensors on the model's device.
 
         Returns the batch and the targets for `forward_padded`, and the (height, width) of the images as given.
 
         Raises:
-            TypeError: the model is not in float32.
             ValueError: naming the image's index, and the box's index and values.
         """
-        if self._image_mean.dtype != torch.float32:
-            raise TypeError(f"the model must be in float32, got {self._image_mean.dtype}; for less, use torch.autocast")
-        preprocessing.check_images(images, len(self.settings.image_mean))
+        images = preprocessing.check_images(images, len(self.settings.image_mean))
         checked = None
         if targets is not None:
             self.settings.check_classes(self.num_classes)
             checked = preprocessing.check_targets(targets, images, self.num_classes)
         original_sizes = [(image.shape[-2], image.shape[-1]) for image in images]
-        batch = preprocessing.batch_images(images, self.settings, self._image_mean, self._image_std, self.training)
+        mean, std = self._pixel_statistics.buffers()
+        dtype = next(self.parameters()).dtype
+        batch = preprocessing.batch_images(images, self.settings, mean, std, dtype, self.training)
         padded = None if checked is None else preprocessing.batch_targets(checked, original_sizes, batch.sizes)
         return batch, padded, original_sizes
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """The input of the backbone for `pixels` [B, C, H, W] in 0..1."""
-        return preprocessing.normalize(pixels, self.settings, self._image_mean, self._image_std)
+        return preprocessing.normalize(pixels, self.settings, *self._pixel_statistics.buffers())
 
     def inspect(
-        self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None
+        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Mapping[str, Tensor]] | None = None
     ) -> dict[str, Any]:
         """Every intermediate result of one pass, batched and padded, by name.
 

@@ -1,7 +1,8 @@
 """Layers that torch does not have so: BatchNorm that is frozen or leaves padding out, a convolution with its ReLU, a
-box head for channels-last features."""
+box head for channels-last features, tensors that follow from settings."""
 
 import copy
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,46 @@ import torchvision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
+
+
+class Constants(nn.Module):
+    """fp32 tensors that follow from settings, as buffers: on the module's device, and not in its state dict.
+
+    Their values are set again after each move, as `to_empty` leaves no values, and other dtypes would round them.
+    """
+
+    def __init__(self, **values: Tensor) -> None:
+        super().__init__()
+        self._values = {name: value.to("cpu", torch.float32) for name, value in values.items()}
+        for name, value in self._values.items():
+            self.register_buffer(name, value.to(torch.empty(0).device), persistent=False)
+
+    @torch.no_grad()
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Constants":
+        super()._apply(fn, recurse)
+        for name, value in self._values.items():
+            # In place, as captured graphs read where they are.
+            self._buffers[name] = self.get_buffer(name).float().copy_(value)
+        return self
+
+    def leave_meta(self, device: torch.device) -> None:
+        """Where weights were assigned to a model from the meta device, its buffers are still there."""
+        for name, value in self._values.items():
+            if self.get_buffer(name).is_meta:
+                self._buffers[name] = value.to(device)
+
+
+def place_constants(model: nn.Module, _: Any = None) -> None:
+    """After a state dict was loaded: the constants on the device of the weights."""
+    device = next(model.parameters()).device
+    for module in model.modules():
+        if isinstance(module, Constants):
+            module.leave_meta(device)
+
+
+def narrow(levels: Iterable[Tensor]) -> list[Tensor]:
+    """float64 in fp32, the dtype in which the steps between the layers are computed; others as they are."""
+    return [level.float() if level.dtype == torch.float64 else level for level in levels]
 
 
 class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):

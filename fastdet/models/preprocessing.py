@@ -47,19 +47,30 @@ def padding_mask(sizes: Tensor, padded: Size) -> Tensor:
     return rows[:, :, None] & columns[:, None, :]
 
 
-def check_images(images: Any, channels: int) -> None:
-    """Raises ValueError unless `images` is a non-empty list of floating-point or uint8 tensors [channels, H, W]."""
+def check_images(images: Any, channels: int) -> list[Tensor]:
+    """The images, each [channels, H, W] or [1, H, W].
+
+    Raises:
+        ValueError: `images` is no list of such tensors, floating point or uint8, and no stack [B, C, H, W] of them.
+    """
+    if isinstance(images, Tensor) and images.ndim == 4:
+        images = list(images.unbind())
     if not isinstance(images, (list, tuple)):
-        raise ValueError(f"images must be a list of tensors, got {type(images).__name__}")
+        raise ValueError(f"images must be a list of tensors, or one [B, C, H, W], got {_describe(images)}")
     if not images:
         raise ValueError("images is empty: a batch has at least one image")
     for i, image in enumerate(images):
         if not isinstance(image, Tensor):
             raise ValueError(f"image {i} must be a tensor, got {type(image).__name__}")
         number = image.is_floating_point() or image.dtype == torch.uint8
-        if image.ndim != 3 or image.shape[0] != channels or 0 in image.shape or not number:
+        if image.ndim != 3 or image.shape[0] not in (channels, 1) or 0 in image.shape or not number:
             expected = f"a floating-point or uint8 tensor of {channels} x H x W (image_mean has {channels} numbers)"
-            raise ValueError(f"image {i} must be {expected}, got {image.dtype} of {list(image.shape)}")
+            raise ValueError(f"image {i} must be {expected}, got {_describe(image)}")
+    return list(images)
+
+
+def _describe(value: object) -> str:
+    return f"{value.dtype} of {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_targets(targets: Any, images: Sequence[Tensor], num_classes: int) -> list[dict[str, Tensor]]:
@@ -81,8 +92,8 @@ def check_targets(targets: Any, images: Sequence[Tensor], num_classes: int) -> l
             found = sorted(target) if isinstance(target, Mapping) else type(target).__name__
             raise ValueError(f"target {i} must be a dict with boxes and labels, got {found}")
         boxes = _tensor(i, "boxes", target["boxes"])
-        if boxes.ndim != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
-            raise ValueError(f"target {i}: boxes must be floating point [N, 4], got {boxes.dtype} {list(boxes.shape)}")
+        if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.is_complex() or boxes.dtype == torch.bool:
+            raise ValueError(f"target {i}: boxes must be real numbers [N, 4], got {boxes.dtype} {list(boxes.shape)}")
         labels = _tensor(i, "labels", target["labels"])
         if tuple(labels.shape) != (len(boxes),) or labels.is_floating_point() or labels.dtype == torch.bool:
             expected = f"integers [{len(boxes)}]"
@@ -117,18 +128,23 @@ def _check_boxes(i: int, boxes: Tensor, labels: Tensor, height: int, width: int,
             raise ValueError(f"target {i}: box {j} {what}: {boxes[j].tolist()}, label {int(labels[j])}")
 
 
-def batch_images(images: Sequence[Tensor], settings: Settings, mean: Tensor, std: Tensor, training: bool) -> Batch:
-    """Resize, normalize and pad on the device of `mean` and `std` [C]; images of one size are processed together."""
+def batch_images(
+    images: Sequence[Tensor], settings: Settings, mean: Tensor, std: Tensor, dtype: torch.dtype, training: bool
+) -> Batch:
+    """Resize, normalize and pad on the device of `mean` and `std` [C]; images of one size are processed together.
+
+    In fp32 up to the result, which is of `dtype`.
+    """
     min_sizes = settings.min_sizes
     choice = int(torch.randint(len(min_sizes), ())) if training and len(min_sizes) > 1 else -1
     resized = [resized_size(_size(image), min_sizes[choice], settings.max_size) for image in images]
     sizes = [size for size, _ in resized]
     padded = padded_size(sizes, settings.size_divisible, settings.size_buckets)
     shape = len(images), len(mean), *padded
-    batch = torch.empty(shape, device=mean.device, memory_format=torch.channels_last).zero_()
+    batch = torch.empty(shape, dtype=dtype, device=mean.device, memory_format=torch.channels_last).zero_()
     for original in sorted({_size(image) for image in images}):
         members = [i for i, image in enumerate(images) if _size(image) == original]
-        pixels = torch.stack([_unit_range(images[i].to(mean.device, non_blocking=True)) for i in members])
+        pixels = torch.stack([_unit_range(images[i].to(mean.device, non_blocking=True), len(mean)) for i in members])
         pixels = normalize(pixels, settings, mean, std)
         height, width = sizes[members[0]]
         if (height, width) != original:
@@ -136,7 +152,7 @@ def batch_images(images: Sequence[Tensor], settings: Settings, mean: Tensor, std
         for row, i in enumerate(members):
             batch[i, :, :height, :width] = pixels[row]
     scales = [scale for _, scale in resized]
-    return Batch(batch, _host_values_to(sizes, mean.device), _host_values_to(scales, mean.device))
+    return Batch(batch, _host_values_to(sizes, mean.device), _host_values_to(scales, mean.device, torch.float32))
 
 
 def normalize(pixels: Tensor, settings: Settings, mean: Tensor, std: Tensor) -> Tensor:
@@ -146,9 +162,9 @@ def normalize(pixels: Tensor, settings: Settings, mean: Tensor, std: Tensor) -> 
     return (pixels - mean[:, None, None]) / std[:, None, None]
 
 
-def _unit_range(image: Tensor) -> Tensor:
-    """fp32; uint8 is brought from 0..255 to 0..1."""
-    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
+def _unit_range(image: Tensor, channels: int) -> Tensor:
+    """fp32 of `channels`; uint8 is brought from 0..255 to 0..1."""
+    return (image.float() / 255 if image.dtype == torch.uint8 else image.float()).expand(channels, -1, -1)
 
 
 def batch_targets(targets: Sequence[dict[str, Tensor]], original_sizes: Sequence[Size], sizes: Tensor) -> Targets:
@@ -159,7 +175,7 @@ def batch_targets(targets: Sequence[dict[str, Tensor]], original_sizes: Sequence
     """
     most = 1 << (max(1, *(len(target["boxes"]) for target in targets)) - 1).bit_length()
     # On the host even under another default device: pinned memory is.
-    boxes = torch.zeros(len(targets), most, 4, device="cpu")
+    boxes = torch.zeros(len(targets), most, 4, dtype=torch.float32, device="cpu")
     labels = torch.zeros(len(targets), most, dtype=torch.int64, device="cpu")
     ignore = torch.zeros(len(targets), most, dtype=torch.bool, device="cpu")
     for i, target in enumerate(targets):
@@ -194,9 +210,9 @@ def unbatch(
     return [{name: values[i, :count] for name, values in columns.items()} for i, count in enumerate(counts)]
 
 
-def _host_values_to(values: Sequence[Any], device: torch.device) -> Tensor:
+def _host_values_to(values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """Python numbers as a tensor on the device."""
-    return _to(torch.tensor(values, device="cpu"), device)
+    return _to(torch.tensor(values, dtype=dtype, device="cpu"), device)
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ from fastdet import boxes as box_algebra
 from fastdet import ops
 from fastdet.interop.attributes import ROI_HEADS_ATTRIBUTES, RefuseAttributes
 from fastdet.models import losses
-from fastdet.models.layers import MaskedBatchNorm2d, init_normal
+from fastdet.models.layers import Constants, MaskedBatchNorm2d, init_normal
 from fastdet.models.settings import Settings
 from fastdet.structures import Batch, Detections, Proposals, Samples, Targets
 
@@ -74,7 +74,6 @@ class RoIHeads(RefuseAttributes, nn.Module):
     """
 
     refused_attributes = ROI_HEADS_ATTRIBUTES
-    _class_weights: Tensor | None
 
     def __init__(
         self,
@@ -96,7 +95,7 @@ class RoIHeads(RefuseAttributes, nn.Module):
             box_predictor = predictor
         self.box_predictor = box_predictor
         weights = settings.class_weights
-        self.register_buffer("_class_weights", None if weights is None else torch.tensor(weights), persistent=False)
+        self._class_weights = Constants(**{} if weights is None else {"each": torch.tensor(weights, device="cpu")})
 
     @property
     def settings(self) -> Settings:
@@ -137,7 +136,7 @@ class RoIHeads(RefuseAttributes, nn.Module):
             detections = self.postprocess_detections(class_logits, box_deltas, proposals, batch.sizes)
         else:
             box_losses = {
-                "loss_classifier": losses.classifier(class_logits, samples, self._class_weights),
+                "loss_classifier": losses.classifier(class_logits, samples, *self._class_weights.buffers()),
                 "loss_box_reg": losses.box(box_deltas, samples, self.settings.box_smooth_l1_beta),
             }
         return RoIOutput(box_losses, samples, detections, pooled, box_features, class_logits, box_deltas)
@@ -174,13 +173,13 @@ class RoIHeads(RefuseAttributes, nn.Module):
         deltas = torch.where(positive[..., None], matches.deltas.gather(1, rows), 0.0)
         return Samples(boxes, labels, deltas, sampled.weight)
 
-    @torch.no_grad()
     def postprocess_detections(
         self, class_logits: Tensor, box_deltas: Tensor, proposals: Proposals, sizes: Tensor
     ) -> Detections:
         """Refined boxes of every class but the background, suppressed within each image and class.
 
-        `class_logits` [B, P, classes], `box_deltas` [B, P, 4 * classes]; `sizes` int64 [B, 2] clips the boxes.
+        `class_logits` [B, P, classes], `box_deltas` [B, P, 4 * classes], of which boxes and scores carry gradients;
+        `sizes` int64 [B, 2] clips the boxes.
         """
         _, count, classes = class_logits.shape
         cap = self.settings.box_detections_per_img

@@ -18,7 +18,7 @@ from fastdet.interop.attributes import RPN_ATTRIBUTES, RefuseAttributes
 from fastdet.models import anchors as anchor_boxes
 from fastdet.models import losses
 from fastdet.models.anchors import Size
-from fastdet.models.layers import init_normal
+from fastdet.models.layers import Constants, init_normal, narrow
 from fastdet.models.settings import Settings
 from fastdet.structures import AnchorTargets, Batch, Proposals, Targets
 
@@ -98,8 +98,7 @@ class RegionProposalNetwork(RefuseAttributes, nn.Module):
         if head is None:
             head = RPNHead(in_channels, hidden, counts[0], self.logits_per_anchor, settings.rpn_conv_depth)
         self.head = head
-        for level, cell in enumerate(generator.cell_anchors()):
-            self.register_buffer(f"_cell_anchors{level}", cell, persistent=False)
+        self._cell_anchors = Constants(**{str(level): cell for level, cell in enumerate(generator.cell_anchors())})
 
     @property
     def settings(self) -> Settings:
@@ -109,7 +108,7 @@ class RegionProposalNetwork(RefuseAttributes, nn.Module):
     @property
     def cell_anchors(self) -> list[Tensor]:
         """For each level the anchors of its first cell, fp32 [A, 4], on the module's device."""
-        return [getattr(self, f"_cell_anchors{i}") for i in range(len(self.settings.rpn_anchor_generator.sizes))]
+        return list(self._cell_anchors.buffers())
 
     def forward(
         self,
@@ -124,7 +123,7 @@ class RegionProposalNetwork(RefuseAttributes, nn.Module):
         """From features to proposals, and with targets to the losses; the head runs once, also for both.
 
         Args:
-            features: for each level [B, C, H, W], fp32, or fp16 or bf16 under autocast.
+            features: for each level [B, C, H, W], in the dtype of the head, or that of autocast.
             batch: the images that the features are of; their padded size gives the strides.
             targets: ground truth, needed for the losses.
             compute_losses: give losses and the proposals of training; by default if there are targets.
@@ -139,7 +138,7 @@ class RegionProposalNetwork(RefuseAttributes, nn.Module):
         compute_detections = targets is None if compute_detections is None else compute_detections
         if compute_losses:
             losses.require_targets(targets)
-        logit_levels, delta_levels = self.head(features)
+        logit_levels, delta_levels = map(narrow, self.head(features))
         self._check_channels(logit_levels, delta_levels)
         grids = [(level.shape[-2], level.shape[-1]) for level in logit_levels]
         strides = self.settings.rpn_anchor_generator.level_strides(batch.padded_size, grids)

@@ -155,11 +155,13 @@ def from_detectron2(
     *,
     pixel_mean: Sequence[float] = DETECTRON2_PIXEL_MEAN,
     pixel_std: Sequence[float] = DETECTRON2_PIXEL_STD,
+    sizes_per_level: int = 1,
 ) -> dict[str, Tensor]:
     """The weights of detectron2's Faster R-CNN on a ResNet-18 to 152 with FPN, under torchvision's names.
 
     Its class scores have the background last, fastdet's first; it has no deltas for the background, which get zeros.
-    Anchors of one size a level have the same order; deltas and their scales are the same too.
+    Its anchors of a cell are in the order of their sizes, fastdet's in that of their aspect ratios: the rows of the
+    RPN's head are permuted. Deltas and their scales are the same.
 
     Old checkpoints have settings beside the weights, which are checked and left out: the mean and deviation of the
     pixels, and the anchors.
@@ -167,24 +169,38 @@ def from_detectron2(
     Args:
         state: its names and tensors.
         pixel_mean, pixel_std: the `image_mean` and `image_std` of the model that the weights are for.
+        sizes_per_level: how many sizes of anchors a level has. Only old checkpoints tell.
 
     Raises:
         WeightsError: a name is missing or unexpected, or a number of rows is wrong; the weights were made for pixels
-            of another mean or deviation, or for anchors of several sizes a level.
+            of another mean or deviation, or for another number of sizes of anchors.
     """
     settings = {name: value for name, value in state.items() if re.fullmatch(tables.DETECTRON2_SETTINGS, name)}
-    _check_detectron2_settings(settings, pixel_mean, pixel_std)
+    _check_detectron2_settings(settings, pixel_mean, pixel_std, sizes_per_level)
     state = {name: value for name, value in state.items() if name not in settings}
     names = tables.detectron2_names(state, r"backbone\.bottom_up\.res", first=2)
     source, rows = "detectron2's Faster R-CNN with FPN", tables.DETECTRON2_ROWS
-    return _convert(state, names, rows, tables.BACKGROUND_FIRST, source, background_deltas=False)
+    _check_anchors(state, rows[0], sizes_per_level)
+    changes = tables.BACKGROUND_FIRST | tables.transpose_anchors(rows, first=sizes_per_level)
+    return _convert(state, names, rows, changes, source, background_deltas=False)
 
 
-def to_detectron2(state: State) -> dict[str, Tensor]:
+def to_detectron2(state: State, *, sizes_per_level: int = 1) -> dict[str, Tensor]:
     """The inverse of `from_detectron2`, with its errors; the background's deltas, which nothing uses, are left out."""
     theirs_to_ours = tables.detectron2_names(state, r"backbone\.body\.layer", first=1)
-    names = {ours: theirs for theirs, ours in theirs_to_ours.items()}
-    return _convert(state, names, tables.ROWS, tables.BACKGROUND_LAST, "fastdet's Faster R-CNN with FPN")
+    names, rows = {ours: theirs for theirs, ours in theirs_to_ours.items()}, tables.ROWS
+    anchors = _check_anchors(state, rows[0], sizes_per_level)
+    changes = tables.BACKGROUND_LAST | tables.transpose_anchors(rows, first=anchors // sizes_per_level)
+    return _convert(state, names, rows, changes, "fastdet's Faster R-CNN with FPN")
+
+
+def _check_anchors(state: State, objectness: str, sizes_per_level: int) -> int:
+    """The number of anchors of a cell, which is a multiple of that of their sizes; any if the layer is missing."""
+    bias = state.get(f"{objectness}.bias")
+    anchors = sizes_per_level if bias is None else len(bias)
+    if sizes_per_level < 1 or anchors % sizes_per_level:
+        raise WeightsError(f"{anchors} anchors of a cell cannot have sizes_per_level={sizes_per_level} sizes")
+    return anchors
 
 
 def _convert(
@@ -232,7 +248,9 @@ def _find_wrong_rows(state: State, layers: Sequence[str], logits: int, backgroun
     ]
 
 
-def _check_detectron2_settings(settings: State, mean: Sequence[float], std: Sequence[float]) -> None:
+def _check_detectron2_settings(
+    settings: State, mean: Sequence[float], std: Sequence[float], sizes_per_level: int
+) -> None:
     for name, wanted in (("pixel_mean", mean), ("pixel_std", std)):
         found = settings[name].flatten().tolist() if name in settings else list(wanted)
         if len(found) != len(wanted) or any(abs(a - b) > 1e-3 for a, b in zip(found, wanted, strict=True)):
@@ -243,11 +261,12 @@ def _check_detectron2_settings(settings: State, mean: Sequence[float], std: Sequ
             )
     for name, value in settings.items():
         if "cell_anchors" in name:
-            area = (value[:, 2] - value[:, 0]) * (value[:, 3] - value[:, 1])
-            if area.max() > 1.01 * area.min():
+            area = ((value[:, 2] - value[:, 0]) * (value[:, 3] - value[:, 1])).sort().values
+            found_sizes = 1 + int((area[1:] > 1.01 * area[:-1]).sum())
+            if found_sizes != sizes_per_level:
                 raise WeightsError(
-                    "the state dict was made for anchors of several sizes a level, whose order is not fastdet's "
-                    f"({name} has areas from {area.min():.0f} to {area.max():.0f})"
+                    f"the state dict was made for anchors of {found_sizes} sizes a level ({name} has areas from "
+                    f"{area[0]:.0f} to {area[-1]:.0f}), not {sizes_per_level}: give from_detectron2 sizes_per_level"
                 )
 
 

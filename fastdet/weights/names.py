@@ -70,6 +70,15 @@ BACKGROUND_LAST: Changes = {
 }
 
 
+def transpose_anchors(layers: Sequence[str], first: int) -> Changes:
+    """The rows of the RPN's two output layers for anchors whose order is transposed, `first` being outermost before."""
+
+    def transpose(values: int) -> Callable[[Tensor], Tensor]:
+        return lambda rows: rows.unflatten(0, (first, -1, values)).transpose(0, 1).flatten(0, 2)
+
+    return {layers[0]: transpose(1), layers[1]: transpose(4)}
+
+
 def simple_names(dropout: bool) -> dict[str, str]:
     """Their names and ours. Dropout stands between the two linear layers, and so moves the second one's index."""
     moved = {"head.classifier.2": "head.classifier.3"} if dropout else {}

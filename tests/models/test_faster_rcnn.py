@@ -348,8 +348,6 @@ def test_a_step_under_autocast_gives_fp32_losses():
     with torch.autocast("cpu", torch.bfloat16):
         losses = model(*scene)
     assert all(loss.dtype == torch.float32 and torch.isfinite(loss) for loss in losses.values())
-    with pytest.raises(TypeError, match=r"float32, got torch.bfloat16; .*autocast"):
-        model.bfloat16()(*scene)
 
 
 def test_models_are_copied_and_pickled():
@@ -642,15 +640,15 @@ def target(*boxes, labels=None):
     ("images", "targets", "words"),
     [
         ([], [], "images is empty"),
-        (torch.zeros(2, 3, 64, 64), None, "images must be a list"),
-        ([IMAGE, torch.zeros(1, 64, 64)], None, r"image 1 must be .*3 x H x W .*, got .*\[1, 64, 64\]"),
+        (IMAGE, None, r"images must be a list of tensors, or one \[B, C, H, W\], got torch.float32 of \[3, "),
+        ([IMAGE, torch.zeros(2, 64, 64)], None, r"image 1 must be .*3 x H x W .*, got .*\[2, 64, 64\]"),
         ([IMAGE.int()], None, "image 0 .*int32"),
         ([IMAGE, IMAGE], [target([0.0, 0, 9, 9])], "2 images, but 1 targets"),
         ([IMAGE], None, "targets are needed"),
         ([IMAGE], [{"boxes": torch.zeros(1, 4)}], r"target 0 must be a dict with boxes and labels, got \['boxes'\]"),
         ([IMAGE], [{"boxes": torch.zeros(4), "labels": torch.ones(1).long()}], r"target 0: boxes .*\[4\]"),
         ([IMAGE], [{"boxes": torch.zeros(2, 5), "labels": torch.ones(2).long()}], r"target 0: boxes .*\[2, 5\]"),
-        ([IMAGE], [target([0, 0, 9, 9])], "target 0: boxes must be floating point .*int64"),
+        ([IMAGE], [target([0j, 0, 9, 9])], "target 0: boxes must be real numbers .*complex64"),
         ([IMAGE], [target([0.0, 0, 9, 9], labels=[1, 2])], r"target 0: labels must be integers \[1\]"),
         ([IMAGE], [target([0.0, 0, 9, 9], [1.0, 1, 8, 8], labels=[1, 4])], r"target 0: box 1 has a label outside 1..3"),
         ([IMAGE], [target([0.0, 0, 9, 9], labels=[0])], "box 0 has a label outside"),

@@ -1,5 +1,7 @@
 """The detector with torchvision's settings beside torchvision's own: same weights, same images, same outputs."""
 
+import copy
+
 import pytest
 import torch
 from torchvision.models.detection import FasterRCNN as TheirFasterRCNN
@@ -85,3 +87,92 @@ def test_what_is_too_small_is_dropped_where_torchvision_drops_it(images_and_targ
     plain = both()[0].eval()(images)
     assert not torch.equal(plain[0]["boxes"], expected[0]["boxes"]), "the threshold drops nothing"
     assert_same_detections(expected, found)
+
+
+def test_detections_carry_gradients_in_evaluation(images_and_targets):
+    """Of each detection with respect to the images and to the weights, as torchvision's do."""
+    theirs, ours = (model.eval() for model in both())
+    gradients = []
+    for model in (theirs, ours):
+        images = [image.clone().requires_grad_() for image in images_and_targets[0]]
+        found = model(images)
+        loss = sum((each["scores"] ** 2).sum() + (each["boxes"] * each["scores"][:, None]).sum() / 99 for each in found)
+        weights = model.roi_heads.box_predictor.bbox_pred.weight, model.rpn.head.bbox_pred.weight
+        gradients.append(torch.autograd.grad(loss, [*images, *weights], materialize_grads=True))
+    *expected, expected_rpn = gradients[0]
+    *actual, actual_rpn = gradients[1]
+    assert all(gradient.abs().max() > 0 for gradient in actual)
+    assert not expected_rpn.any(), "proposals are constants"
+    assert not actual_rpn.any()
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+def test_what_torchvisions_detector_takes_is_taken(images_and_targets):
+    """A stacked batch, images of one channel, and boxes of whole numbers."""
+    theirs, ours = both()
+    stacked = torch.rand(2, 3, 64, 80)
+    gray = [torch.rand(1, 64, 80), torch.rand(3, 50, 90)]
+    with torch.no_grad():
+        for images in (stacked, gray):
+            assert_same_detections(theirs.eval()(images), ours.eval()(images))
+    images, targets = images_and_targets
+    whole = [{**target, "boxes": target["boxes"].round().long()} for target in targets]
+    expected = theirs.train()(images, [dict(target) for target in whole])
+    assert_same_losses(expected, ours.train()(images, whole))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_models_of_other_dtypes(images_and_targets, dtype):
+    """The layers in that dtype, all between them in fp32."""
+    ours = both()[1].eval()
+    images, targets = images_and_targets
+    other = copy.deepcopy(ours).to(dtype)
+    features = other.inspect(images)
+    assert features["pooled"].dtype == dtype
+    assert features["detections"].boxes.dtype == torch.float32
+    ours.train(), other.train()
+    expected, found = ours(images, targets), other(images, targets)
+    tolerance = {torch.float64: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    for name, loss in found.items():
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, expected[name], rtol=tolerance, atol=tolerance)
+    sum(found.values()).backward()
+    assert all(p.grad is None or (p.grad.dtype == dtype and p.grad.isfinite().all()) for p in other.parameters())
+
+
+def test_float64_by_default(images_and_targets):
+    images, targets = images_and_targets
+    torch.set_default_dtype(torch.float64)
+    try:
+        theirs, ours = both()
+        assert next(ours.parameters()).dtype == torch.float64
+        doubled = [image.double() for image in images]
+        with torch.no_grad():
+            expected, found = theirs.eval()(doubled), ours.eval()(doubled)
+        ours.train()(doubled, targets)["loss_classifier"].backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    narrowed = [
+        {name: value.float() if name != "labels" else value for name, value in each.items()} for each in expected
+    ]
+    assert_same_detections(narrowed, found)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_models_from_the_meta_device(images_and_targets, assign):
+    """Constants too have their values: means and deviations of pixels, anchors, weights of classes."""
+    settings = both()[1].settings.override(class_weights=(1.0, 2.0, 3.0, 4.0, 5.0))
+    ours = fastdet.FasterRCNN(Pyramid(), 5, settings=settings)
+    with torch.device("meta"):
+        made = fastdet.FasterRCNN(Pyramid(), 5, settings=settings)
+    if not assign:
+        made.to_empty(device="cpu")
+        for buffer in made.buffers():
+            assert not buffer.is_meta
+    made.load_state_dict(ours.state_dict(), assign=assign)
+    images = images_and_targets[0]
+    with torch.no_grad():
+        assert_same_detections(ours.eval()(images), made.eval()(images))
+    for mine, theirs in zip(made.buffers(), ours.buffers(), strict=True):
+        assert torch.equal(mine, theirs)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import fastdet
@@ -561,8 +562,43 @@ def test_detectron2_s_settings_are_checked_and_left_out(tmp_path):
     given = {"pixel_mean": (123.675, 116.28, 103.53), "pixel_std": (58.395, 57.12, 57.375)}
     assert_same(weights.from_detectron2({**settings, **state, **rgb}, **given), weights.from_detectron2(state))
     settings["proposal_generator.anchor_generator.cell_anchors.2"][1] *= 2
-    with pytest.raises(WeightsError, match=r"several sizes a level.*cell_anchors\.2"):
+    with pytest.raises(WeightsError, match=r"2 sizes a level .*cell_anchors\.2 .*not 1.*sizes_per_level"):
         weights.from_detectron2({**settings, **state})
+
+
+def test_anchors_of_several_sizes_a_level_keep_their_weights():
+    """detectron2 lists a cell's anchors size by size, fastdet ratio by ratio: each takes its rows along."""
+    sizes, ratios = (32.0, 40.0), (0.5, 1.0, 2.0)
+    theirs = [(size, ratio) for size in sizes for ratio in ratios]
+    generator = fastdet.AnchorGenerator((sizes,), (ratios,))
+    ours = [(float((w * h) ** 0.5), float(h / w)) for w, h in generator.cell_anchors()[0][:, 2:] * 2]
+    order = [min(range(6), key=lambda k: abs(theirs[k][0] - a) + abs(theirs[k][1] - b)) for a, b in ours]
+    assert sorted(order) == list(range(6)) != order
+    state = filled(detectron2_shapes(anchors=6))
+    found = weights.from_detectron2(state, sizes_per_level=2)
+    for kind, theirs_name, ours_name, values in (
+        ("weight", "objectness_logits", "cls_logits", 1),
+        ("bias", "objectness_logits", "cls_logits", 1),
+        ("weight", "anchor_deltas", "bbox_pred", 4),
+        ("bias", "anchor_deltas", "bbox_pred", 4),
+    ):
+        rows = state[f"proposal_generator.rpn_head.{theirs_name}.{kind}"].unflatten(0, (6, values))
+        assert torch.equal(found[f"rpn.head.{ours_name}.{kind}"], rows[order].flatten(0, 1))
+    assert_same(weights.to_detectron2(found, sizes_per_level=2), state)
+    with pytest.raises(WeightsError, match=r"6 anchors of a cell .* sizes_per_level=4"):
+        weights.from_detectron2(state, sizes_per_level=4)
+
+
+def test_the_builder_knows_how_many_sizes_a_level_has(tmp_path):
+    state, settings = filled(detectron2_shapes(anchors=6)), settings_of_old_checkpoints()
+    cells = {name: torch.cat([value, value * 1.25]) for name, value in settings.items() if "cell_anchors" in name}
+    path = tmp_path / "model_final.pkl"
+    path.write_bytes(pickle.dumps({"model": {name: value.numpy() for name, value in {**state, **cells}.items()}}))
+    with pytest.raises(WeightsError, match=r"anchors of 2 sizes a level .*, not 1"):
+        fastdet.fasterrcnn_resnet50_fpn_detectron2(weights=path)
+    anchors = AnchorGenerator(((32, 40), (64, 80), (128, 160), (256, 320), (512, 640)), ((0.5, 1.0, 2.0),) * 5)
+    with pytest.raises(WeightsError, match=r"misshapen \(backbone"):
+        fastdet.fasterrcnn_resnet50_fpn_detectron2(weights=path, rpn_anchor_generator=anchors)
 
 
 def test_a_file_of_detectron2_s_zoo_is_read(tmp_path):
