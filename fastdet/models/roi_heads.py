@@ -15,7 +15,7 @@ from fastdet import boxes as box_algebra
 from fastdet import ops
 from fastdet.interop.attributes import ROI_HEADS_ATTRIBUTES, RefuseAttributes
 from fastdet.models import losses
-from fastdet.models.layers import Constants, MaskedBatchNorm2d, init_normal
+from fastdet.models.layers import Constants, MaskedBatchNorm2d, init_normal, narrow
 from fastdet.models.settings import Settings
 from fastdet.structures import Batch, Detections, Proposals, Samples, Targets
 
@@ -244,13 +244,17 @@ class RoIHeads(RefuseAttributes, nn.Module):
         grids = [(level.shape[-2], level.shape[-1]) for level in features.values()]
         strides = settings.rpn_anchor_generator.level_strides(batch.padded_size, grids)
         scales = {name: _spatial_scale(stride[0]) for name, stride in zip(features, strides, strict=True)}
+        dtype, levels = features[names[0]].dtype, narrow(features[name] for name in names)
         if settings.box_pooling == "align":
-            ratio, aligned = settings.box_sampling_ratio, settings.box_aligned
-            levels = [features[name] for name in names]
-            return ops.batched_roi_align(levels, boxes, size, [scales[name] for name in names], ratio, aligned, valid)
+            ratio, aligned, factors = (
+                settings.box_sampling_ratio,
+                settings.box_aligned,
+                [scales[name] for name in names],
+            )
+            return ops.batched_roi_align(levels, boxes, size, factors, ratio, aligned, valid).to(dtype)
         if len(names) > 1:
             raise ValueError(f"box_pooling 'max' pools from one level, not from {list(names)}: see box_featmap_names")
-        return ops.batched_roi_pool(features[names[0]], boxes, size, scales[names[0]], valid)
+        return ops.batched_roi_pool(levels[0], boxes, size, scales[names[0]], valid).to(dtype)
 
 
 def _spatial_scale(stride: int) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def tensor(name: str, value: object, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -33,9 +34,15 @@ def floats(name: str, value: object, *, double: bool = False) -> Tensor:
     return found.float()
 
 
-def boxes(name: str, value: object, ndim: int | None = 2, *, double: bool = False) -> Tensor:
-    """Boxes [..., 4] in the dtype of `floats`. `ndim` None takes any rank from 2 up."""
-    found = floats(name, value, double=double)
+def reals(name: str, value: object) -> Tensor:
+    """float64 as it is, other floating-point and whole numbers in fp32."""
+    found = tensor(name, value)
+    return found.float() if found.dtype in INTEGERS else floats(name, found, double=True)
+
+
+def boxes(name: str, value: object, ndim: int | None = 2, *, real: bool = False) -> Tensor:
+    """Boxes [..., 4] in the dtype of `floats`, or with `real` of `reals`. `ndim` None takes any rank from 2 up."""
+    found = reals(name, value) if real else floats(name, value)
     if found.ndim < 2 or found.shape[-1] != 4 or (ndim is not None and found.ndim != ndim):
         expected = "[..., N, 4]" if ndim is None else "[" + "N, " * (ndim - 1) + "4]"
         raise ValueError(f"{name} must have the shape {expected}, got {list(found.shape)}")

@@ -53,13 +53,8 @@ def check_output_size(value: object) -> tuple[int, int]:
 
 
 def _check_boxes(name: str, value: object, shape: tuple[str, ...], input: Tensor, input_name: str) -> Tensor:
-    """Boxes in the dtype of the computation, of the rank and the last dimension of `shape`.
-
-    They come in fp32 or in the dtype of `input`: another half precision is a mistake more often than not.
-    """
-    tensor = _checks.tensor(name, value)
-    if tensor.dtype not in (torch.float32, input.dtype):
-        raise TypeError(f"{name} must be float32 or as {input_name}, {input.dtype}, got {tensor.dtype}")
+    """Boxes in the dtype of the computation, of the rank and the last dimension of `shape`."""
+    tensor = _checks.floats(name, value, double=True)
     tensor = tensor.double() if input.dtype == torch.float64 else tensor.float()
     if tensor.ndim != len(shape) or tensor.shape[-1] != int(shape[-1]):
         raise ValueError(f"{name} must have the shape [{', '.join(shape)}], got {list(tensor.shape)}")

@@ -40,10 +40,11 @@ define(
 
 
 def _box_iou(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float = 1e-7) -> Tensor:
-    _checks.same_dtype(boxes1=boxes1, boxes2=boxes2)
-    boxes1 = _checks.boxes("boxes1", boxes1, ndim=None, double=True)
-    boxes2 = _checks.boxes("boxes2", boxes2, ndim=None, double=True)
+    boxes1 = _checks.boxes("boxes1", boxes1, ndim=None, real=True)
+    boxes2 = _checks.boxes("boxes2", boxes2, ndim=None, real=True)
     _checks.same_device(boxes1=boxes1, boxes2=boxes2)
+    dtype = torch.promote_types(boxes1.dtype, boxes2.dtype)
+    boxes1, boxes2 = boxes1.to(dtype), boxes2.to(dtype)
     if boxes1.shape[:-2] != boxes2.shape[:-2]:
         shapes = f"{list(boxes1.shape)} and {list(boxes2.shape)}"
         raise ValueError(f"boxes1 and boxes2 must have the same leading dimensions, got {shapes}")
@@ -72,15 +73,15 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """Intersection over union of every pair. Differentiable.
 
     Args:
-        boxes1: [..., N, 4], x1, y1, x2, y2 in pixels, continuous (no + 1): fp32, fp16, bf16 or float64.
-        boxes2: [..., M, 4], likewise, of the same dtype and leading dimensions.
+        boxes1: [..., N, 4], x1, y1, x2, y2 in pixels, continuous (no + 1): floating point or whole numbers.
+        boxes2: [..., M, 4], likewise, of the same leading dimensions.
 
     Returns:
-        [..., N, M] in [0, 1], float64 for float64 and else fp32, also in computation. 0 for a pair whose ratio is
-        undefined (a degenerate box: 0/0; NaN or infinite corners).
+        [..., N, M] in [0, 1], float64 where one of the two is and else fp32, also in computation. 0 for a pair whose
+        ratio is undefined (a degenerate box: 0/0; NaN or infinite corners).
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, or the two differ in dtype.
+        TypeError: an argument is not a tensor of real numbers.
         ValueError: last dimension not 4, leading dimensions or devices that differ.
     """
     return _box_iou(boxes1, boxes2, "iou")

@@ -105,14 +105,12 @@ def match(
         Matches: index, iou and label [B, K], deltas [B, K, 4].
 
     Raises:
-        TypeError: an argument is not a tensor of the kind above, or the boxes are of two dtypes.
+        TypeError: an argument is not a tensor of the kind above.
         ValueError: shapes or devices that do not fit together; thresholds outside [0, 1] or `low` above `high`.
     """
-    given = {"candidates": candidates, "gt_boxes": gt_boxes}
     gt_boxes = _checks.boxes("gt_boxes", gt_boxes, ndim=3).detach()
     batch, num_gt = gt_boxes.shape[:2]
     candidates = _checks.boxes("candidates", candidates, ndim=None).detach()
-    _checks.same_dtype(**given)
     if candidates.ndim not in (2, 3) or (candidates.ndim == 3 and candidates.shape[0] != batch):
         raise ValueError(f"candidates must have the shape [K, 4] or [{batch}, K, 4], got {list(candidates.shape)}")
     if gt_valid is None:

@@ -161,8 +161,8 @@ def roi_align(
 
     Args:
         input: features [B, C, H, W], fp32, fp16 or bf16; float64 on the CPU. fp16 and bf16 are computed in fp32.
-        boxes: [K, 5], index of the image and x1, y1, x2, y2 in pixels; or one [L, 4] for each image. fp32, or
-            the dtype of `input`.
+        boxes: [K, 5], index of the image and x1, y1, x2, y2 in pixels; or one [L, 4] for each image. Floating
+            point, also of another dtype than `input`.
         output_size: bins along height and width, or one int for both.
         spatial_scale: cells per pixel.
         sampling_ratio: samples of a bin along each axis; 0 or less: as many as it has cells, rounded up.
@@ -175,7 +175,7 @@ def roi_align(
 
     Raises:
         TypeError: an argument is not a floating-point tensor, `sampling_ratio` not an int or `aligned` not a bool;
-            float64 on a GPU, or float64 boxes of another input.
+            float64 on a GPU.
         ValueError: shapes or devices that do not fit, a list not as long as the batch, an output size below 1, a scale
             that is not positive; on the CPU, an image index outside the batch.
     """
@@ -239,7 +239,7 @@ def batched_roi_align(
     Args:
         features, output_size, scales, sampling_ratio, aligned, canonical_scale, canonical_level: as of
             `multiscale_roi_align`.
-        boxes: [B, S, 4], x1, y1, x2, y2 in pixels; fp32, or the dtype of `features`.
+        boxes: [B, S, 4], x1, y1, x2, y2 in pixels; floating point.
         valid: bool [B, S]; a box where it is False is padding, gives zeros and no gradient. None: all are valid.
 
     Raises:

@@ -127,8 +127,8 @@ def roi_pool(
 
     Args:
         input: features [B, C, H, W], fp32, fp16 or bf16; float64 on the CPU.
-        boxes: [K, 5], index of the image and x1, y1, x2, y2 in pixels; or one [L, 4] for each image. fp32, or
-            the dtype of `input`.
+        boxes: [K, 5], index of the image and x1, y1, x2, y2 in pixels; or one [L, 4] for each image. Floating
+            point, also of another dtype than `input`.
         output_size: bins along height and width, or one int for both.
         spatial_scale: cells per pixel.
 
@@ -137,8 +137,7 @@ def roi_pool(
     every run. A box with a NaN corner pools nothing, and so does one on the GPU whose image does not exist.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor; float64 on a GPU, or boxes of a dtype that is neither
-            fp32 nor that of `input`.
+        TypeError: an argument is not a floating-point tensor; float64 on a GPU.
         ValueError: shapes or devices that do not fit, a list not as long as the batch, an output size below 1, a scale
             that is not positive; on the CPU, an image index outside the batch.
     """
@@ -158,7 +157,7 @@ def batched_roi_pool(
 
     Args:
         input, output_size, spatial_scale: as of `roi_pool`.
-        boxes: [B, S, 4], x1, y1, x2, y2 in pixels; fp32, or the dtype of `input`.
+        boxes: [B, S, 4], x1, y1, x2, y2 in pixels; floating point.
         valid: bool [B, S]; a box where it is False is padding, gives zeros and no gradient. None: all are valid.
 
     Raises:
