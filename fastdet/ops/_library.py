@@ -1,12 +1,16 @@
 """Registration of an operation with torch."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils import _pytree as pytree
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def define(
@@ -44,6 +48,22 @@ def call_below_autograd(op: Callable[..., Any], *args: Any) -> Any:
     """`op(*args)` by the implementation of the device, which records no gradient."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def overridable(function: _Function) -> _Function:
+    """A public function that arguments with `__torch_function__` take over, such as the proxies of `torch.fx`."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        relevant = [*args, *kwargs.values()]
+        for value in relevant[:]:
+            if type(value) in (list, tuple):
+                relevant += value
+        if has_torch_function(relevant):
+            return handle_torch_function(call, relevant, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return cast(_Function, call)
 
 
 def needs_derivative(*tensors: torch.Tensor) -> bool:

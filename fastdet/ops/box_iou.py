@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdet.ops import _checks
-from fastdet.ops._library import define, needs_derivative
+from fastdet.ops._library import define, needs_derivative, overridable
 from fastdet.ops.cpu.box_iou import angles, box_iou_cpu, pairwise
 from fastdet.ops.cpu.overlap import TILE
 
@@ -69,6 +69,7 @@ def _use_plain_formula(boxes1: Tensor, boxes2: Tensor) -> bool:
     return small and boxes1.numel() // 4 * boxes2.shape[-2] <= TILE
 
 
+@overridable
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """Intersection over union of every pair. Differentiable.
 
@@ -87,6 +88,7 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     return _box_iou(boxes1, boxes2, "iou")
 
 
+@overridable
 def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """IoU less the share of the common hull that neither box covers; arguments and errors as of `box_iou`.
 
@@ -96,6 +98,7 @@ def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     return _box_iou(boxes1, boxes2, "generalized")
 
 
+@overridable
 def distance_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
     """IoU less the squared distance of the centers over the squared diagonal of the hull; else as `box_iou`.
 
@@ -104,6 +107,7 @@ def distance_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tenso
     return _box_iou(boxes1, boxes2, "distance", eps)
 
 
+@overridable
 def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
     """`distance_box_iou` less a term for the difference of the aspect ratios, whose denominator has `eps` added too."""
     return _box_iou(boxes1, boxes2, "complete", eps)

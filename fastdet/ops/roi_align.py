@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
 from fastdet.ops import _checks, _rois
-from fastdet.ops._library import apply_function, call_below_autograd, define, needs_derivative
+from fastdet.ops._library import apply_function, call_below_autograd, define, needs_derivative, overridable
 from fastdet.ops._pyramid import check_pyramid, level_edges
 from fastdet.ops.cpu.roi_align import level_shapes, roi_align_backward_cpu, roi_align_cpu
 
@@ -149,6 +149,7 @@ define(
 )
 
 
+@overridable
 def roi_align(
     input: Tensor,
     boxes: Tensor | list[Tensor],
@@ -184,6 +185,7 @@ def roi_align(
     return torch.ops.fastdet.roi_align(_rois.check_rois(boxes, features), [features], [scale], *rules)
 
 
+@overridable
 def multiscale_roi_align(
     features: Sequence[Tensor],
     boxes: Tensor | list[Tensor],

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
 from fastdet.ops import _checks, _rois
-from fastdet.ops._library import apply_function, call_below_autograd, define, needs_derivative
+from fastdet.ops._library import apply_function, call_below_autograd, define, needs_derivative, overridable
 from fastdet.ops.cpu.roi_pool import empty_outputs, roi_pool_backward_cpu, roi_pool_cpu
 
 
@@ -117,6 +117,7 @@ define(
 )
 
 
+@overridable
 def roi_pool(
     input: Tensor,
     boxes: Tensor | list[Tensor],
