@@ -5,6 +5,7 @@ import numbers
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -47,6 +48,12 @@ def boxes(name: str, value: object, ndim: int | None = 2, *, real: bool = False)
         expected = "[..., N, 4]" if ndim is None else "[" + "N, " * (ndim - 1) + "4]"
         raise ValueError(f"{name} must have the shape {expected}, got {list(found.shape)}")
     return found
+
+
+def can_read(value: Tensor) -> bool:
+    """Whether its values can be inspected: at no host sync, and without effect on a program that is recorded."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return value.is_cpu and not recorded and not isinstance(value, FakeTensor)
 
 
 def same_device(**tensors: Tensor | None) -> None:

@@ -1,0 +1,266 @@
+"""Every operation with torchvision's name beside torchvision's, in the ways in which both are called."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torchvision import tv_tensors
+
+from fastdet import ops
+
+theirs = torchvision.ops
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+WHOLE = (torch.int64, torch.int32, torch.int16)
+MIXED = list(itertools.permutations(FLOATS, 2))
+# Both compute in fp32, and round half precision once at the end.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def boxes_of(count: int, side: float = 40.0) -> Tensor:
+    corner = torch.rand(count, 2) * side
+    return torch.cat([corner, corner + 1 + torch.rand(count, 2) * side * 0.6], 1)
+
+
+def rois_of(count: int, batch: int = 2, side: float = 40.0) -> Tensor:
+    return torch.cat([torch.randint(batch, (count, 1)).float(), boxes_of(count, side)], 1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """The same values, not contiguous."""
+    return torch.stack([tensor, tensor + 1], dim=-1)[..., 0]
+
+
+POOLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "roi_pool": (ops.roi_pool, theirs.roi_pool),
+    "roi_align": (ops.roi_align, theirs.roi_align),
+    "roi_align aligned": (
+        lambda *a, **k: ops.roi_align(*a, aligned=True, sampling_ratio=2, **k),
+        lambda *a, **k: theirs.roi_align(*a, aligned=True, sampling_ratio=2, **k),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+class TestPooling:
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize("batch", [1, 3])
+    @pytest.mark.parametrize("change", [lambda x: x, strided, lambda x: x.to(memory_format=torch.channels_last)])
+    def test_values_and_gradients(self, name, dtype, batch, change):
+        ours, reference = POOLS[name]
+        features, rois = torch.randn(batch, 4, 10, 12).to(dtype), rois_of(7, batch).to(dtype)
+        inputs = [change(features).detach().requires_grad_() for _ in range(2)]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        found = ours(inputs[0], strided(rois), (3, 2), 0.25)
+        # torchvision computes half precision in half precision, where it takes it on the CPU at all.
+        expected = reference(inputs[1].to(wide), rois.to(wide), (3, 2), 0.25).to(dtype)
+        assert found.dtype == dtype
+        assert torch.equal(found, expected)
+        weight = torch.randn(found.shape).to(dtype)
+        gradients = [torch.autograd.grad(out, x, weight)[0] for out, x in zip((found, expected), inputs, strict=True)]
+        assert torch.equal(*gradients)
+
+    @pytest.mark.parametrize(("first", "second"), MIXED)
+    def test_mixed_dtypes_are_those_of_the_wider(self, name, first, second):
+        features, rois = torch.randn(2, 3, 8, 9).to(first), rois_of(6).to(second)
+        found = POOLS[name][0](features, rois, 3, 0.25)
+        wide = POOLS[name][1](features.double(), rois.double(), 3, 0.25)
+        assert found.dtype == first
+        torch.testing.assert_close(found.double(), wide, rtol=TOLERANCE[first], atol=max(TOLERANCE[first], 1e-5))
+
+    def test_lists_of_boxes_and_nothing(self, name):
+        ours, reference = POOLS[name]
+        features, lists = torch.randn(2, 3, 8, 9), [boxes_of(3), boxes_of(0)]
+        assert torch.equal(ours(features, lists, 2, 0.25), reference(features, lists, 2, 0.25))
+        assert ours(features, torch.zeros(0, 5), (2, 3)).shape == (0, 3, 2, 3)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast(self, name, dtype):
+        features, rois = torch.randn(2, 3, 8, 9), rois_of(5).to(dtype)
+        with torch.autocast("cpu", dtype):
+            found = POOLS[name][0](features, rois, 3, 0.25)
+        assert torch.equal(found, POOLS[name][1](features, rois.float(), 3, 0.25))
+
+    def test_trace_compile_export_and_fx(self, name):
+        function = POOLS[name][0]
+
+        class Pool(nn.Module):
+            def forward(self, features: Tensor, rois: Tensor) -> Tensor:
+                return function(features, rois, (3, 2), 0.25)
+
+        check_in_all_ways(Pool(), *((torch.randn(2, 3, 8, 9), rois_of(count)) for count in (5, 9)))
+
+
+IOUS = {
+    "box_iou": (ops.box_iou, theirs.box_iou),
+    "generalized_box_iou": (ops.generalized_box_iou, theirs.generalized_box_iou),
+    "distance_box_iou": (ops.distance_box_iou, theirs.distance_box_iou),
+    "complete_box_iou": (ops.complete_box_iou, theirs.complete_box_iou),
+}
+
+
+@pytest.mark.parametrize("name", IOUS)
+class TestIoU:
+    @pytest.mark.parametrize(("first", "second"), [*((d, d) for d in FLOATS), *MIXED])
+    @pytest.mark.parametrize("count", [3, 200])
+    def test_dtypes(self, name, first, second, count):
+        ours, reference = IOUS[name]
+        boxes1, boxes2 = strided(boxes_of(count)).to(first), boxes_of(170).to(second)
+        found = ours(boxes1, boxes2)
+        wide = torch.float64 if torch.float64 in (first, second) else torch.float32
+        assert found.dtype == wide
+        torch.testing.assert_close(found, reference(boxes1.to(wide), boxes2.to(wide)), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", WHOLE)
+    def test_whole_numbers(self, name, dtype):
+        ours, reference = IOUS[name]
+        boxes1, boxes2 = boxes_of(6).to(dtype), boxes_of(5).to(dtype)
+        torch.testing.assert_close(ours(boxes1, boxes2), reference(boxes1, boxes2).float(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(boxes1, boxes2.float()), ours(boxes1, boxes2))
+
+    def test_nothing(self, name):
+        assert IOUS[name][0](torch.zeros(0, 4), boxes_of(3)).shape == (0, 3)
+
+    def test_trace_compile_export_and_fx(self, name):
+        function = IOUS[name][0]
+
+        class IoU(nn.Module):
+            def forward(self, boxes1: Tensor, boxes2: Tensor) -> Tensor:
+                return function(boxes1, boxes2)
+
+        check_in_all_ways(IoU(), (boxes_of(5), boxes_of(4)), (boxes_of(300), boxes_of(200)))
+
+
+class TestNMS:
+    @pytest.mark.parametrize("threshold", [-0.5, 0.0, 0.2, 0.5, 1 / 3, 0.9, 1.0, 1.5])
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize("count", [0, 1, 60, 3000])
+    def test_dtypes_and_thresholds(self, dtype, threshold, count):
+        boxes, scores = strided(boxes_of(count)).to(dtype), torch.rand(count).to(dtype)
+        # torchvision's operator takes half precision on a GPU alone.
+        wide = dtype if dtype == torch.float64 else torch.float32
+        expected = theirs.nms(boxes.to(wide), scores.to(wide), threshold)
+        assert torch.equal(ops.nms(boxes, scores, threshold), expected)
+
+    @pytest.mark.parametrize(("first", "second"), MIXED)
+    def test_mixed_dtypes(self, first, second):
+        boxes, scores = boxes_of(80).to(first), torch.rand(80).to(second)
+        wide = torch.float64 if torch.float64 in (first, second) else torch.float32
+        assert torch.equal(ops.nms(boxes, scores, 0.4), theirs.nms(boxes.to(wide), scores.to(wide), 0.4))
+
+    def test_float64_is_decided_in_float64(self):
+        """Pairs so close to the threshold that fp32 decides otherwise."""
+        steps = torch.arange(1, 2000, dtype=torch.float64) * 1e-9
+        second = torch.tensor([0.0, 0.0, 10.0, 10.0], dtype=torch.float64).repeat(len(steps), 1)
+        second[:, 2] = 5 + steps
+        scores = torch.tensor([1.0, 0.5], dtype=torch.float64)
+        differing = 0
+        for box in second[::40]:
+            boxes = torch.stack([torch.tensor([0.0, 0.0, 10.0, 10.0], dtype=torch.float64), box])
+            expected = theirs.nms(boxes, scores, 0.5)
+            assert torch.equal(ops.nms(boxes, scores, 0.5), expected)
+            differing += len(expected) != len(theirs.nms(boxes.float(), scores.float(), 0.5))
+        assert differing > 10
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize("threshold", [-0.5, 0.3, 0.5, 2.0])
+    @pytest.mark.parametrize(
+        "idxs_dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.float64, torch.float16]
+    )
+    @pytest.mark.parametrize("count", [0, 90, 1200])
+    def test_batched_is_nms_in_each_group(self, dtype, threshold, idxs_dtype, count):
+        boxes, scores = boxes_of(count).to(dtype), torch.rand(count).to(dtype)
+        idxs = torch.randint(-3 if idxs_dtype.is_signed else 0, 5, (count,)).to(idxs_dtype)
+        wide = dtype if dtype == torch.float64 else torch.float32
+        keep = torch.zeros(count, dtype=torch.bool)
+        for group in idxs.unique():
+            members = (idxs == group).nonzero()[:, 0]
+            keep[members[theirs.nms(boxes[members].to(wide), scores[members].to(wide), threshold)]] = True
+        order = scores.to(wide).argsort(descending=True, stable=True)
+        expected = order[keep[order]]
+        assert torch.equal(ops.batched_nms(boxes, scores, idxs, threshold), expected)
+        assert torch.equal(ops.batched_nms(boxes, scores, idxs, threshold, 7), expected[:7])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("threshold", [-1.0, 0.5, 3.0])
+    def test_what_is_not_finite_is_never_returned(self, dtype, threshold):
+        boxes, scores = boxes_of(50).to(dtype), torch.rand(50).to(dtype)
+        boxes[::7, 1], boxes[3::11, 2] = torch.nan, torch.inf
+        finite = boxes.isfinite().all(1)
+        rows = finite.nonzero()[:, 0]
+        expected = rows[theirs.nms(boxes[finite], scores[finite], threshold)]
+        assert torch.equal(ops.nms(boxes, scores, threshold), expected)
+        assert torch.equal(ops.batched_nms(boxes, scores, torch.zeros(50), threshold), expected)
+
+    def test_nms_in_all_ways(self):
+        class Suppress(nn.Module):
+            def forward(self, boxes: Tensor, scores: Tensor) -> Tensor:
+                return ops.nms(boxes, scores, 0.5)
+
+        with_nan = boxes_of(40)
+        with_nan[3] = torch.nan
+        check_in_all_ways(
+            Suppress(), *((boxes, torch.rand(len(boxes))) for boxes in (boxes_of(40), boxes_of(90), with_nan))
+        )
+
+    @pytest.mark.parametrize("max_keep", [None, 9])
+    def test_batched_nms_in_all_ways(self, max_keep):
+        class Suppress(nn.Module):
+            def forward(self, boxes: Tensor, scores: Tensor, idxs: Tensor) -> Tensor:
+                return ops.batched_nms(boxes, scores, idxs, 0.5, max_keep)
+
+        check_in_all_ways(
+            Suppress(), *((boxes_of(n), torch.rand(n), torch.randint(groups, (n,))) for n, groups in ((40, 3), (90, 8)))
+        )
+
+    def test_a_result_of_compiled_code_can_be_used_in_it(self):
+        def best(boxes: Tensor, scores: Tensor) -> Tensor:
+            return boxes[ops.nms(boxes, scores, 0.5)].mean(0)
+
+        boxes, scores = boxes_of(30), torch.rand(30)
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            compiled = torch.compile(best, backend="aot_eager", fullgraph=True)
+            torch.testing.assert_close(compiled(boxes, scores), best(boxes, scores))
+            torch.testing.assert_close(compiled(boxes[:20], scores[:20]), best(boxes[:20], scores[:20]))
+
+
+def check_in_all_ways(module: nn.Module, *inputs: tuple[Tensor, ...]) -> None:
+    """`module` traced with the first inputs, compiled, exported and symbolically traced gives what it gives eagerly."""
+    expected = [module(*each) for each in inputs]
+    assert len({len(each) for each in expected}) > 1 or len(expected[0]) == len(inputs[0][0])
+
+    def check(converted: Callable[..., Any]) -> None:
+        for each, wanted in zip(inputs, expected, strict=True):
+            assert_equal(converted(*each), wanted)
+
+    check(torch.jit.trace(module, inputs[0], check_trace=False))
+    check(torch.fx.symbolic_trace(module))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        check(torch.compile(module, backend="aot_eager", fullgraph=True))
+    torch._dynamo.reset()
+    check(torch.compile(module, backend="aot_eager"))
+    varying = tuple({0: torch.export.Dim.AUTO} for _ in inputs[0])
+    check(torch.export.export(module, inputs[-1], dynamic_shapes=varying, strict=False).module())
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        fake = module(*(mode.from_tensor(each) for each in inputs[0]))
+    assert fake.dtype == expected[0].dtype
+    assert fake.shape[1:] == expected[0].shape[1:]
+    wrapped = (
+        tv_tensors.BoundingBoxes(inputs[0][0], format="XYXY", canvas_size=(99, 99)) if fake.ndim < 3 else inputs[0][0]
+    )
+    assert_equal(module(wrapped, *inputs[0][1:]), expected[0])
+
+
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0 if expected.dtype == torch.int64 else 1e-6, atol=0)
