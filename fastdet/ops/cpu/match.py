@@ -64,14 +64,16 @@ def match_cpu(
             continue
         ignored = None if gt_ignore is None else gt_boxes[image][gt_ignore[image]]
         match_image = _match_few if len(chosen) * gt_boxes.shape[1] <= FEW_PAIRS else _match_many
-        matched = match_image(chosen, gt_boxes[image], gt_valid[image], ignored, allow_low_quality)
-        best, overlap, is_best, covered = (None if part is None else part.numpy() for part in matched)
+        best, best_overlap, is_best, covered = match_image(
+            chosen, gt_boxes[image], gt_valid[image], ignored, allow_low_quality
+        )
+        overlap = best_overlap.numpy()
         labels = np.where(overlap >= high, 1, np.where(overlap < low, 0, -1))
         if covered is not None:
-            labels[(labels == 0) & (covered >= ignore_iof)] = -1
+            labels[(labels == 0) & (covered.numpy() >= ignore_iof)] = -1
         if is_best is not None:
-            labels[is_best] = 1
-        index[image, rows], best_iou[image, rows], label[image, rows] = best, overlap, labels
+            labels[is_best.numpy()] = 1
+        index[image, rows], best_iou[image, rows], label[image, rows] = best.numpy(), overlap, labels
         # With a threshold of 0 a positive may overlap nothing.
         positive = np.flatnonzero((label[image] == 1) & (best_iou[image] > 0))
         targets = gt_boxes[image].numpy().take(index[image].take(positive), axis=0)
