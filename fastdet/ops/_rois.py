@@ -106,10 +106,13 @@ def rois_in_cells(rois: Tensor, corners: Tensor, num_images: int, limit: float) 
 
 
 def run_in_slices(count: int, step: int, fill: Callable[[int, int], None]) -> None:
-    """Call `fill(first, last)` over [0, count) in slices of `step`, on as many threads as torch uses."""
-    step = max(1, step)
-    firsts = range(0, count, step)
+    """Call `fill(first, last)` over [0, count) in slices of `step`, on as many threads as torch uses.
+
+    One thread takes all at once: the memory of a slice's result would come from the system anew each time.
+    """
     threads = torch.get_num_threads()
+    step = max(1, step if threads > 1 else count)
+    firsts = range(0, count, step)
     inference = torch.is_inference_mode_enabled()
 
     def run(first: int) -> None:

@@ -9,11 +9,11 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, float32, strided
 
 from fastdet.ops import _checks
 from fastdet.ops._library import define
-from fastdet.ops.cpu.nms import MANY, batched_nms_cpu, nms_cpu, round_threshold_down
+from fastdet.ops.cpu.nms import MANY, batched_nms_cpu, nms_cpu, round_threshold_down, torch_nms
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -139,11 +139,11 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | Non
     if max_keep is not None or not _are_plain(boxes, scores, iou_threshold):
         boxes, scores, limit = _check(boxes, scores, iou_threshold, max_keep)
     if boxes.is_cpu and boxes.shape[0] <= MANY:
-        kept = torch.ops.torchvision.nms.default(boxes, scores, iou_threshold)
+        kept: Tensor = torch_nms(boxes, scores, iou_threshold)
         # It keeps a box that is not finite in any case, and removes none by it.
         if not math.isfinite(boxes.sum()):
             kept = kept[boxes[kept].isfinite().all(1)]
-        return kept if max_keep is None else kept[:limit]
+        return kept if limit is None else kept[:limit]
     index, count = nms_padded(boxes[None], scores[None], iou_threshold, len(boxes) if limit is None else limit)
     return index[0, : int(count[0])]
 
@@ -199,12 +199,11 @@ def batched_nms(
 def _are_plain(boxes: object, scores: object, iou_threshold: object) -> bool:
     """Whether these are as they mostly are: of some hundred boxes the checks would take a tenth of the time."""
     return (
-        type(boxes) is Tensor
-        and type(scores) is Tensor
-        and boxes.dtype is scores.dtype is torch.float32
+        type(boxes) is type(scores) is Tensor
+        and boxes.dtype is scores.dtype is float32
         and boxes.is_cpu
         and scores.is_cpu
-        and boxes.layout is scores.layout is torch.strided
+        and boxes.layout is scores.layout is strided
         and not (boxes.requires_grad or scores.requires_grad)
         and scores.ndim == 1
         and boxes.shape == (scores.numel(), 4)

@@ -1,6 +1,7 @@
 """Each step of the detector against the loops of oracle.py, in float64."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -171,3 +172,29 @@ def test_blocks_of_classes_change_nothing(monkeypatch, cap):
         monkeypatch.setattr(roi_heads, "_MOST_CANDIDATES", most)
         in_blocks = heads.postprocess_detections(logits, deltas, proposals, sizes)
         assert all(map(torch.equal, in_blocks, whole))
+
+
+@pytest.mark.parametrize("cap", [None, 9, 45])
+@pytest.mark.parametrize("spread", [0.0, 2.5, 6.0])
+def test_classes_that_are_found_nowhere_may_be_left_out(monkeypatch, cap, spread):
+    """A graph holds all of them. No class is found, some are, or nearly all."""
+    heads = roi_heads.RoIHeads(4, 60, dataclasses.replace(VGG16, box_detections_per_img=cap)).eval()
+    boxes = torch.rand(2, 20, 4) * 30
+    boxes[..., 2:] += boxes[..., :2]
+    proposals = Proposals(boxes, torch.ones(2, 20), torch.tensor([20, 13]))
+    logits, deltas = torch.randn(2, 20, 60).mul(spread).round(), torch.randn(2, 20, 240)
+    logits[0, 3] = math.nan
+    sizes = torch.tensor([[50, 60], [40, 60]])
+    found = heads.postprocess_detections(logits, deltas, proposals, sizes)
+    assert (found.count > 0).all() == (spread > 0)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert all(map(torch.equal, found, heads.postprocess_detections(logits, deltas, proposals, sizes)))
+
+
+def test_no_proposals_give_no_detections():
+    heads = roi_heads.RoIHeads(4, 5, VGG16).eval()
+    proposals = Proposals(torch.zeros(2, 0, 4), torch.zeros(2, 0), torch.tensor([0, 0]))
+    found = heads.postprocess_detections(
+        torch.zeros(2, 0, 5), torch.zeros(2, 0, 20), proposals, torch.ones(2, 2).long()
+    )
+    assert found.count.tolist() == [0, 0]

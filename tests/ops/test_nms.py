@@ -139,6 +139,29 @@ def test_batched_equals_torchvision_group_by_group(seed):
     assert torch.equal(ops.batched_nms(boxes, scores, groups, 0.5), expected)
 
 
+@pytest.mark.parametrize("count", [1, 2, 33, 65, 160, 161, 400, nms.MANY + 1])
+@pytest.mark.parametrize("ids", [[7], [-3, 2**40], [0, 1, 2], list(range(-9, 9)), list(range(0, 900, 10))])
+def test_batched_on_awkward_boxes_in_few_and_many_groups(count, ids):
+    """Some are inverted, without area or not finite; many scores are equal."""
+    boxes, scores = random_boxes(count, side=60), torch.rand(count).mul(20).round()
+    boxes[::7] = awkward_boxes().repeat(count, 1)[: len(boxes[::7])]
+    groups = torch.tensor(ids)[torch.randint(len(ids), (count,))]
+    kept = reference_batched(boxes, scores, groups, 0.4)
+    expected = kept[boxes[kept].isfinite().all(1)]
+    assert torch.equal(ops.batched_nms(boxes, scores, groups, 0.4), expected)
+    assert torch.equal(ops.batched_nms(boxes, scores, groups, 0.4, 5), expected[:5])
+
+
+@pytest.mark.parametrize("count", [20, 100, 400])
+def test_batched_at_the_threshold_and_with_scores_that_are_not_a_number(count):
+    for threshold in THRESHOLDS:
+        boxes = boxes_at(threshold)[:count]
+        scores, groups = torch.rand(len(boxes)), torch.arange(len(boxes)) // 2 % 3
+        scores[::5] = math.nan
+        expected = reference_batched(boxes, scores, groups, threshold)
+        assert torch.equal(ops.batched_nms(boxes, scores, groups.to(torch.uint8), threshold), expected)
+
+
 @pytest.mark.parametrize("count", [30, 700])
 @pytest.mark.parametrize("max_keep", [0, 1, 7, 10_000])
 def test_max_keep_takes_the_first(count, max_keep):

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdet import boxes as box_algebra
 from fastdet.ops.cpu.overlap import (
     TILE,
+    Array,
     Planes,
     Scratch,
     few_intersections,
@@ -54,31 +54,41 @@ def match_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (gt_boxes.shape[0], candidates.shape[-2])
     # The values of a candidate that is not valid.
-    index, best_iou = candidates.new_zeros(shape, dtype=torch.int64), candidates.new_zeros(shape)
-    label, deltas = torch.full_like(index, -1), candidates.new_zeros(*shape, 4)
-    wx, wy, ww, wh = weights
+    index, best_iou = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+    label, deltas = np.full_like(index, -1), np.zeros((*shape, 4), np.float32)
     for image in range(shape[0]):
         anchors = candidates if candidates.ndim == 2 else candidates[image]
-        rows = slice(None) if valid is None else valid[image].nonzero()[:, 0]
-        chosen = anchors[rows]
+        rows = slice(None) if valid is None else np.flatnonzero(valid[image].numpy())
+        chosen = anchors if valid is None else anchors[rows]
         if not len(chosen):
             continue
         ignored = None if gt_ignore is None else gt_boxes[image][gt_ignore[image]]
         match_image = _match_few if len(chosen) * gt_boxes.shape[1] <= FEW_PAIRS else _match_many
-        index[image, rows], overlap, is_best, covered = match_image(
+        best, best_overlap, is_best, covered = match_image(
             chosen, gt_boxes[image], gt_valid[image], ignored, allow_low_quality
         )
-        labels = torch.where(overlap >= high, 1, torch.where(overlap < low, 0, -1))
+        overlap = best_overlap.numpy()
+        labels = np.where(overlap >= high, 1, np.where(overlap < low, 0, -1))
         if covered is not None:
-            labels.masked_fill_((labels == 0) & (covered >= ignore_iof), -1)
+            labels[(labels == 0) & (covered.numpy() >= ignore_iof)] = -1
         if is_best is not None:
-            labels.masked_fill_(is_best, 1)
-        best_iou[image, rows], label[image, rows] = overlap, labels
+            labels[is_best.numpy()] = 1
+        index[image, rows], best_iou[image, rows], label[image, rows] = best.numpy(), overlap, labels
         # With a threshold of 0 a positive may overlap nothing.
-        positive = ((label[image] == 1) & (best_iou[image] > 0)).nonzero()[:, 0]
-        targets = gt_boxes[image][index[image][positive]]
-        deltas[image].index_copy_(0, positive, box_algebra.encode(anchors[positive], targets, (wx, wy, ww, wh)))
-    return index, best_iou, label, deltas
+        positive = np.flatnonzero((label[image] == 1) & (best_iou[image] > 0))
+        targets = gt_boxes[image].numpy().take(index[image].take(positive), axis=0)
+        deltas[image, positive] = _encode(anchors.numpy().take(positive, axis=0), targets, weights)
+    return torch.from_numpy(index), torch.from_numpy(best_iou), torch.from_numpy(label), torch.from_numpy(deltas)
+
+
+@np.errstate(all="ignore")
+def _encode(reference: Array, boxes: Array, weights: Sequence[float]) -> Array:
+    """`fastdet.boxes.encode` of boxes [N, 4] in NumPy: few, so that thirty calls of torch would take longer."""
+    side, reference_side = boxes[:, 2:] - boxes[:, :2], reference[:, 2:] - reference[:, :2]
+    shift = (boxes[:, :2] + 0.5 * side) - (reference[:, :2] + 0.5 * reference_side)
+    factors = np.array(weights, np.float32)
+    logs = np.log(side / reference_side)
+    return np.concatenate([factors[:2] * shift / reference_side, factors[2:] * logs], axis=1)
 
 
 # The best ground truth of each candidate, its IoU; whether it is the best candidate of some ground truth, None unless

@@ -1,5 +1,7 @@
 """Suppression on the CPU, in one thread; how depends on the number of groups and of boxes in a group."""
 
+import math
+
 import numpy as np
 import torch
 import torchvision.ops  # noqa: F401  (registers the operator that is called)
@@ -7,17 +9,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdet.ops.cpu.nms_tiles import suppress_tiles
-from fastdet.ops.cpu.overlap import TILE, few_ious, iou, reset_invalid, to_planes, valid_planes
+from fastdet.ops.cpu.overlap import TILE, few_ious, few_planes, iou, reset_invalid, to_planes, valid_planes
 from fastdet.ops.cpu.sorting import Index, argsort_descending
 
 # Groups of at most so many boxes are compared pair by pair, all groups at once.
 _FEW = 64
+# So few boxes in all are compared without sorting them by group.
+_FEW_IN_ALL = 160
 # Above so many boxes tiles of near boxes are faster than torchvision's operator.
 MANY = 2500
 # In between: how many groups it takes for suppressing them side by side to beat torchvision's operator on each.
 _MIN_GROUPS = 12
 # Side by side: how many boxes of a group are compared before those removed are dropped for the first time.
 _ROWS = 64
+
+# Looked up once: of some hundred boxes the attributes of `torch.ops` would take a hundredth of the time.
+torch_nms = torch.ops.torchvision.nms.default
 
 Corners = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -29,6 +36,7 @@ def round_threshold_down(threshold: float) -> float:
     return float(nearest if float(nearest) <= threshold else np.nextafter(nearest, np.float32(-np.inf)))
 
 
+@np.errstate(all="ignore")
 def nms_cpu(
     boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int, scores: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -49,26 +57,82 @@ def nms_cpu(
     return index, number
 
 
+@np.errstate(all="ignore")
 def batched_nms_cpu(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, max_keep: int) -> Tensor:
-    order = argsort_descending(scores.numpy())
-    group = idxs.numpy().take(order)
-    by_group = np.argsort(group, kind="stable")
-    corners, by_group = _finite(boxes.numpy().take(order.take(by_group), axis=0), by_group)
-    keep = np.zeros(len(order), np.bool_)
-    keep[by_group.compress(_suppress(corners, group.take(by_group), iou_threshold, max_keep))] = True
+    corners, values, ids = boxes.numpy(), scores.numpy(), idxs.numpy()
+    count = len(ids)
+    groups = set(ids.tolist()) if _FEW // 2 < count <= MANY else set()
+    if len(groups) == 1:
+        return _first_finite(corners, torch_nms(boxes, scores, iou_threshold).numpy(), max_keep)
+    order = argsort_descending(values)
+    if count <= _FEW_IN_ALL:
+        keep = _suppress_all_pairs(corners.take(order, axis=0), ids.take(order), round_threshold_down(iou_threshold))
+        return _first_finite(corners, order.compress(keep), max_keep)
+    keep = np.zeros(count, np.bool_)
+    if groups and count > _FEW * len(groups):
+        for group in groups:
+            rows = np.flatnonzero(ids == group)
+            members = torch.from_numpy(corners.take(rows, axis=0)), torch.from_numpy(values.take(rows))
+            keep[rows.take(torch_nms(*members, iou_threshold).numpy())] = True
+        return _first_finite(corners, order.compress(keep.take(order)), max_keep)
+    ids = ids.take(order)
+    by_group = np.argsort(ids, kind="stable")
+    corners, by_group = _finite(corners.take(order.take(by_group), axis=0), by_group)
+    keep[by_group.compress(_suppress(corners, ids.take(by_group), iou_threshold, max_keep))] = True
     return torch.from_numpy(order.compress(keep)[:max_keep])
 
 
-@np.errstate(all="ignore")
+def _first_finite(corners: Corners, kept: Index, count: int) -> Tensor:
+    """The first `count` of `kept`, indices of boxes [N, 4], less those not finite: they stay, and remove none."""
+    if not math.isfinite(corners.sum()):
+        kept = kept.compress(np.isfinite(corners.take(kept, axis=0)).all(1))
+    return torch.from_numpy(kept[:count])
+
+
+def _suppress_all_pairs(corners: Corners, group: NDArray[np.integer], threshold: float) -> Mask:
+    """Which of few boxes [N, 4], in descending order of priority, are not removed by another of their `group` [N].
+
+    The calls take longer than their work: these are fewer than those that sort the boxes by group.
+    """
+    count = len(group)
+    rank = np.arange(count, dtype=np.int16)
+    comparable = group[:, None] == group
+    comparable &= rank[:, None] < rank
+    pairs = np.flatnonzero(comparable)
+    higher = pairs // count
+    lower = pairs - higher * count
+    overlapping = np.flatnonzero(_overlap(few_planes(corners), higher, lower, threshold))
+    decided = bytearray(b"\1") * count
+    _decide(decided, higher.take(overlapping), lower.take(overlapping))
+    return np.frombuffer(decided, np.bool_)
+
+
+def _overlap(planes: Corners, higher: Index, lower: Index, threshold: float) -> Mask:
+    """Whether two boxes of `planes` [5, N] overlap by more, in each pair; one that is not valid overlaps nothing.
+
+    Of a box without area, inverted or not finite the ratio is 0, negative or NaN: they need not be reset.
+    """
+    return few_ious(planes.take(higher, axis=1), planes.take(lower, axis=1)) > threshold
+
+
+def _decide(decided: bytearray, higher: Index, lower: Index) -> None:
+    """Clear in `decided` the `lower` of each pair whose `higher` is not cleared; pairs stand in ascending order of it.
+
+    In order of priority: a box is decided before it removes another.
+    """
+    for by, removed in zip(higher.tolist(), lower.tolist(), strict=True):
+        if decided[by]:
+            decided[removed] = 0
+
+
 def _finite(corners: Corners, rows: Index) -> tuple[Corners, Index]:
     """Those of the boxes [N, 4], and of the rows that they stand for, that are finite."""
-    if np.isfinite(corners.sum()):
+    if math.isfinite(corners.sum()):
         return corners, rows
     finite = np.isfinite(corners).all(1)
     return corners.compress(finite, axis=0), rows.compress(finite)
 
 
-@np.errstate(all="ignore")
 def _suppress(corners: Corners, group: Index, iou_threshold: float, max_keep: int) -> Mask:
     """Which of the boxes [N, 4], all finite, are kept: at least the first `max_keep` of each group.
 
@@ -76,19 +140,21 @@ def _suppress(corners: Corners, group: Index, iou_threshold: float, max_keep: in
     """
     threshold = round_threshold_down(iou_threshold)
     keep = np.ones(len(corners), np.bool_)
-    ends = np.searchsorted(group, group, side="right")
-    later = ends - np.arange(len(group)) - 1  # boxes after each in its group
-    if not len(later) or later.max() < _FEW:
-        _suppress_pairs(corners, np.flatnonzero(later), later, threshold, keep)
-        return keep
     starts = np.flatnonzero(np.append(True, group[1:] != group[:-1]))
-    ends = ends[starts]
+    ends = np.append(starts[1:], len(group))
     lengths = ends - starts
-    _suppress_pairs(corners, np.flatnonzero((later > 0) & np.repeat(lengths <= _FEW, lengths)), later, threshold, keep)
+    few = lengths <= _FEW
+    if few.any():
+        later = np.repeat(ends, lengths) - np.arange(1, len(group) + 1)  # boxes after each in its group
+        _suppress_pairs(corners, np.flatnonzero(later * np.repeat(few, lengths)), later, threshold, keep)
+        if few.all():
+            return keep
     medium = np.flatnonzero((lengths > _FEW) & (lengths <= MANY))
     if len(medium) < _MIN_GROUPS:
+        boxes = torch.from_numpy(corners)
         for start, end in zip(starts[medium].tolist(), ends[medium].tolist(), strict=True):
-            keep[start:end] = _suppress_by_torchvision(corners[start:end], threshold)
+            keep[start:end] = False
+            keep[start:end][_suppress_by_torchvision(boxes[start:end], threshold)] = True
     else:
         medium = medium[np.argsort(-lengths[medium], kind="stable")]
         while len(medium):
@@ -107,26 +173,21 @@ def _suppress_pairs(corners: Corners, rows: Index, later: Index, threshold: floa
     decided = bytearray(keep.tobytes())
     counts = later.take(rows)
     last = counts.cumsum()
-    planes = valid_planes(corners)
+    planes = few_planes(corners)
     for pairs in range(0, int(last[-1]) if len(last) else 0, TILE):
         chosen = slice(*np.searchsorted(last, (pairs, pairs + TILE), side="right"))
-        higher, count = rows[chosen], counts[chosen]
-        lower = np.arange(count.sum()) + np.repeat(higher + 1 - count.cumsum() + count, count)
+        higher, count, end = rows[chosen], counts[chosen], last[chosen]
+        lower = np.arange(end[0] - count[0], end[-1]) + np.repeat(higher + 1 - end + count, count)
         higher = np.repeat(higher, count)
-        overlapping = np.flatnonzero(few_ious(planes.take(higher, axis=1), planes.take(lower, axis=1)) > threshold)
-        # In order of priority: a box is decided before it removes another.
-        for by, removed in zip(higher.take(overlapping).tolist(), lower.take(overlapping).tolist(), strict=True):
-            if decided[by]:
-                decided[removed] = 0
+        overlapping = np.flatnonzero(_overlap(planes, higher, lower, threshold))
+        _decide(decided, higher.take(overlapping), lower.take(overlapping))
     keep[:] = np.frombuffer(decided, np.bool_)
 
 
-def _suppress_by_torchvision(corners: Corners, threshold: float) -> Mask:
-    """Which boxes [N, 4] of one group are kept, by the fastest operator for hundreds of boxes."""
-    keep = np.zeros(len(corners), np.bool_)
-    priority = torch.arange(len(corners), 0, -1, dtype=torch.float32)
-    keep[torch.ops.torchvision.nms.default(torch.from_numpy(corners), priority, threshold).numpy()] = True
-    return keep
+def _suppress_by_torchvision(boxes: Tensor, threshold: float) -> Index:
+    """Which boxes [N, 4] of one group are kept, by the operator."""
+    priority = torch.arange(len(boxes), 0, -1, dtype=torch.float32)
+    return torch_nms(boxes, priority, threshold).numpy()
 
 
 def _suppress_side_by_side(corners: Corners, starts: Index, lengths: Index, threshold: float, keep: Mask) -> None:
@@ -170,4 +231,5 @@ def _suppress_side_by_side(corners: Corners, starts: Index, lengths: Index, thre
         active, rows = int((lengths > 0).sum()), rows * 2
     for column in np.flatnonzero(left.any(0)).tolist():
         undecided = place[left[:, column], column]
-        keep[undecided] = _suppress_by_torchvision(corners.take(undecided, axis=0), threshold)
+        boxes = torch.from_numpy(corners.take(undecided, axis=0))
+        keep[undecided[_suppress_by_torchvision(boxes, threshold)]] = True

@@ -1,5 +1,7 @@
 """Stable sorts on the CPU by radix, in one thread: NumPy sorts 16-bit keys in linear time, torch compares."""
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,7 +23,7 @@ def argsort_descending(values: NDArray[np.floating]) -> Index:
     if len(values) < _FEW:
         order = np.argsort(-values, kind="stable")
         # NumPy puts NaN last.
-        return np.roll(order, np.isnan(values).sum()) if len(order) and np.isnan(values[order[-1]]) else order
+        return np.roll(order, np.isnan(values).sum()) if len(order) and math.isnan(values[order[-1]]) else order
     bits = (values + np.float32(0.0)).view(np.uint32)
     # A number above another has the larger bits, where positive, and the smaller ones, where negative.
     keys = np.where(bits >> 31, bits, ~bits & 0x7FFFFFFF)
