@@ -50,10 +50,10 @@ def boxes(name: str, value: object, ndim: int | None = 2, *, real: bool = False)
     return found
 
 
-def can_read(value: Tensor) -> bool:
-    """Whether its values can be inspected: at no host sync, and without effect on a program that is recorded."""
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    return value.is_cpu and not recorded and not isinstance(value, FakeTensor)
+def is_recorded(value: Tensor) -> bool:
+    """Whether a program is recorded, or transformed, from what is done with `value`: its values can't decide then."""
+    active = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return active or isinstance(value, FakeTensor)
 
 
 def same_device(**tensors: Tensor | None) -> None:

@@ -35,8 +35,9 @@ def define(
             return cuda(first, *args)
 
     torch.library.define(qualified, f"({signature}", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualified, "CPU")(cpu)
-    torch.library.impl(qualified, "CUDA")(cuda_on_device)
+    # Called between two graphs of torch.compile, the implementations are not compiled too.
+    torch.library.impl(qualified, "CPU")(torch.compiler.disable(cpu))
+    torch.library.impl(qualified, "CUDA")(torch.compiler.disable(cuda_on_device))
     torch.library.register_fake(qualified)(fake)
     op = getattr(torch.ops.fastdet, name).default
     torch.library.register_vmap(qualified, lambda info, in_dims, *args: _call_for_each(op, info, in_dims, args))

@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, float32, strided
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
 from fastdet.ops import _checks
 from fastdet.ops._library import define
 from fastdet.ops.cpu.nms import MANY, batched_nms_cpu, nms_cpu, round_threshold_down, torch_nms
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Kept(NamedTuple):
@@ -117,16 +116,90 @@ def nms_padded(
     return Kept(*torch.ops.fastdet.nms(boxes, valid, iou_threshold, max_keep, sorted_by))
 
 
+def _suppress(boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int | None) -> Tensor:
+    """`nms` of arguments that are checked: boxes and scores of one dtype, fp32 or float64."""
+    if not _is_ours(boxes, iou_threshold):
+        return _suppress_by_torchvision(boxes, scores, iou_threshold)[:limit]
+    if boxes.is_cpu and boxes.shape[0] <= MANY:
+        kept: Tensor = torch_nms(boxes, scores, iou_threshold)
+        # It keeps a box that is not finite in any case, and removes none by it.
+        if not math.isfinite(boxes.sum()):
+            kept = kept[boxes[kept].isfinite().all(1)]
+        return kept if limit is None else kept[:limit]
+    most = len(boxes) if limit is None else min(limit, len(boxes))
+    index, count = nms_padded(boxes[None], scores[None], iou_threshold, most)
+    return index[0, : int(count[0])]
+
+
+def _suppress_groups(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, limit: int | None) -> Tensor:
+    """`batched_nms` of arguments that are checked, and whole numbers `idxs`."""
+    if boxes.shape[0] == 0:
+        return torch.zeros(0, dtype=torch.int64, device=boxes.device)
+    limit = len(boxes) if limit is None else limit
+    if boxes.is_cpu and _is_ours(boxes, iou_threshold):
+        return batched_nms_cpu(boxes, scores, idxs, iou_threshold, limit)
+    order = scores.argsort(descending=True, stable=True)
+    keep = torch.zeros_like(order, dtype=torch.bool)
+    groups, group, sizes = torch.unique(idxs[order], return_inverse=True, return_counts=True)
+    if not _is_ours(boxes, iou_threshold):
+        for rows in (order[group == each] for each in range(len(groups))):
+            keep[rows[_suppress_by_torchvision(boxes[rows], scores[rows], iou_threshold)]] = True
+        return order[keep[order]][:limit]
+    by_group = group.argsort(stable=True)
+    first = sizes.cumsum(0) - sizes
+    padded_sizes = [1 << (size - 1).bit_length() for size in sizes.tolist()]
+    for padded_size in sorted(set(padded_sizes)):
+        members = torch.tensor([i for i, size in enumerate(padded_sizes) if size == padded_size], device=boxes.device)
+        slot = torch.arange(padded_size, device=boxes.device)
+        valid = slot < sizes[members, None]
+        ranks = by_group[torch.where(valid, first[members, None] + slot, 0)]
+        rows = order[ranks]
+        kept = nms_padded(boxes[rows], scores[rows], iou_threshold, min(padded_size, limit), valid, presorted=True)
+        keep[rows.gather(1, kept.index)[kept.valid]] = True
+    return order[keep[order]][:limit]
+
+
+def _is_ours(boxes: Tensor, iou_threshold: float) -> bool:
+    """Whether it is what our implementations are for: the rest is so rare that torchvision's operator serves it."""
+    return boxes.dtype == torch.float32 and 0.0 <= iou_threshold <= 1.0
+
+
+def _suppress_by_torchvision(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Among those finite, as below a threshold of 0 all boxes remove others."""
+    finite = boxes.isfinite().all(1).nonzero()[:, 0]
+    return finite[torch_nms(boxes[finite], scores[finite], iou_threshold)]
+
+
+def _kept_fake(boxes: Tensor, *_: object) -> Tensor:
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+# For programs that are recorded, which can't contain the count.
+define(
+    "nms_indices(Tensor boxes, Tensor scores, float iou_threshold, SymInt? max_keep) -> Tensor",
+    cpu=_suppress,
+    cuda=_suppress,
+    fake=_kept_fake,
+)
+define(
+    "batched_nms_indices(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold, SymInt? max_keep) -> Tensor",
+    cpu=_suppress_groups,
+    cuda=_suppress_groups,
+    fake=_kept_fake,
+)
+
+
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | None = None) -> Tensor:
     """Indices of the boxes that greedy suppression keeps: torchvision's `nms`.
 
     Equal to `torchvision.ops.nms` on the CPU, index for index, ties included, with two exceptions: boxes with NaN or
-    infinite corners are never returned and suppress nothing, and a box without area has IoU 0 with everything.
+    infinite corners are never returned and suppress nothing, and a box without area has IoU 0 with everything (for
+    thresholds in [0, 1]). Traced, compiled and exported code has it as one operation, whose result varies in size.
 
     Args:
-        boxes: [N, 4] x1, y1, x2, y2 in pixels; fp16 and bf16 are widened to fp32.
+        boxes: [N, 4] x1, y1, x2, y2 in pixels, floating point: float64 if it or `scores` is, else in fp32.
         scores: [N] floating point.
-        iou_threshold: in [0, 1].
+        iou_threshold: a number; one below 0 lets every box suppress, from 1 on none does.
         max_keep: indices at most, the highest ranked; None: all. The work stops there.
 
     Returns:
@@ -135,17 +208,13 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | Non
     Raises:
         TypeError, ValueError: an argument of another type, shape, range or device; the message names it.
     """
-    limit: int | None = None
     if max_keep is not None or not _are_plain(boxes, scores, iou_threshold):
-        boxes, scores, limit = _check(boxes, scores, iou_threshold, max_keep)
-    if boxes.is_cpu and boxes.shape[0] <= MANY:
-        kept: Tensor = torch_nms(boxes, scores, iou_threshold)
-        # It keeps a box that is not finite in any case, and removes none by it.
-        if not math.isfinite(boxes.sum()):
-            kept = kept[boxes[kept].isfinite().all(1)]
-        return kept if limit is None else kept[:limit]
-    index, count = nms_padded(boxes[None], scores[None], iou_threshold, len(boxes) if limit is None else limit)
-    return index[0, : int(count[0])]
+        if has_torch_function_variadic(boxes, scores):
+            return handle_torch_function(nms, (boxes, scores), boxes, scores, iou_threshold, max_keep)
+        boxes, scores, iou_threshold, max_keep = _check(boxes, scores, iou_threshold, max_keep)
+        if _checks.is_recorded(boxes):
+            return torch.ops.fastdet.nms_indices(boxes, scores, iou_threshold, max_keep)
+    return _suppress(boxes, scores, iou_threshold, max_keep)
 
 
 def batched_nms(
@@ -154,12 +223,12 @@ def batched_nms(
     """`nms` within each group of `idxs`, as torchvision's `batched_nms`.
 
     Groups are kept apart by their ids, not by shifted coordinates (as in torchvision), so that decisions close to the
-    threshold are those of `nms` on each group alone. Groups are padded to the power of two above their size and those
-    of one padded size go through one call, so that padding at most doubles the memory of the boxes.
+    threshold are those of `nms` on each group alone. On a GPU groups are padded to the power of two above their size
+    and those of one padded size go through one call, so that padding at most doubles the memory of the boxes.
 
     Args:
         boxes, scores, iou_threshold: as of `nms`.
-        idxs: [N], integers: the group of each box, on the device of `boxes`.
+        idxs: [N], real numbers or bool: the group of each box, on the device of `boxes`. Each NaN is a group.
         max_keep: indices at most, of all groups together; None: all.
 
     Returns:
@@ -168,38 +237,30 @@ def batched_nms(
     Raises:
         TypeError, ValueError: an argument of another type, shape, range or device; the message names it.
     """
-    limit = len(boxes) if type(boxes) is Tensor and boxes.ndim else 0
-    if max_keep is not None or not _are_plain(boxes, scores, iou_threshold):
-        boxes, scores, limit = _check(boxes, scores, iou_threshold, max_keep)
+    if max_keep is not None or not _are_plain(boxes, scores, iou_threshold) or type(idxs) is not Tensor:
+        given = boxes, scores, idxs
+        if has_torch_function(given):
+            return handle_torch_function(batched_nms, given, *given, iou_threshold, max_keep)
+        boxes, scores, iou_threshold, max_keep = _check(boxes, scores, iou_threshold, max_keep)
     idxs = _checks.tensor("idxs", idxs, (boxes.shape[0],))
-    if idxs.dtype not in _INTEGERS:
-        raise TypeError(f"idxs must hold integers, got {idxs.dtype}")
     _checks.same_device(boxes=boxes, idxs=idxs)
-    if boxes.shape[0] == 0:
-        return torch.zeros(0, dtype=torch.int64, device=boxes.device)
-    if boxes.is_cpu:
-        return batched_nms_cpu(boxes, scores, idxs, iou_threshold, limit)
-    order = scores.argsort(descending=True, stable=True)
-    _, group, sizes = torch.unique(idxs[order], return_inverse=True, return_counts=True)
-    by_group = group.argsort(stable=True)
-    first = sizes.cumsum(0) - sizes
-    padded_sizes = [1 << (size - 1).bit_length() for size in sizes.tolist()]
-    keep = torch.zeros_like(group, dtype=torch.bool)
-    for padded_size in sorted(set(padded_sizes)):
-        members = torch.tensor([i for i, size in enumerate(padded_sizes) if size == padded_size], device=boxes.device)
-        slot = torch.arange(padded_size, device=boxes.device)
-        valid = slot < sizes[members, None]
-        ranks = by_group[torch.where(valid, first[members, None] + slot, 0)]
-        rows = order[ranks]
-        kept = nms_padded(boxes[rows], scores[rows], iou_threshold, min(padded_size, limit), valid, presorted=True)
-        keep[ranks.gather(1, kept.index)[kept.valid]] = True
-    return order[keep][:limit]
+    if idxs.dtype not in _checks.INTEGERS:
+        idxs = idxs.byte() if idxs.dtype == torch.bool else _number_values(_checks.floats("idxs", idxs, double=True))
+    if _checks.is_recorded(boxes):
+        return torch.ops.fastdet.batched_nms_indices(boxes, scores, idxs, iou_threshold, max_keep)
+    return _suppress_groups(boxes, scores, idxs, iou_threshold, max_keep)
+
+
+def _number_values(values: Tensor) -> Tensor:
+    """int64: which of the different values each is."""
+    return torch.unique(values, return_inverse=True)[1]
 
 
 def _are_plain(boxes: object, scores: object, iou_threshold: object) -> bool:
     """Whether these are as they mostly are: of some hundred boxes the checks would take a tenth of the time."""
     return (
-        type(boxes) is type(scores) is Tensor
+        type(boxes) is Tensor
+        and type(scores) is Tensor
         and boxes.dtype is scores.dtype is float32
         and boxes.is_cpu
         and scores.is_cpu
@@ -209,16 +270,20 @@ def _are_plain(boxes: object, scores: object, iou_threshold: object) -> bool:
         and boxes.shape == (scores.numel(), 4)
         and type(iou_threshold) is float
         and 0.0 <= iou_threshold <= 1.0
+        and not _checks.is_recorded(boxes)
     )
 
 
-def _check(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | None) -> tuple[Tensor, Tensor, int]:
-    """Boxes [N, 4], scores [N], and how many of them may be kept."""
-    given = {"boxes": boxes, "scores": scores}
-    boxes = _checks.boxes("boxes", boxes)
-    scores = _checks.tensor("scores", _checks.floats("scores", scores), (boxes.shape[0],))
+def _check(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | None
+) -> tuple[Tensor, Tensor, float, int | None]:
+    """The arguments of `nms`, boxes and scores in the wider of their dtypes, fp32 or float64."""
+    boxes = _checks.tensor("boxes", _checks.floats("boxes", boxes, double=True))
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes must have the shape [N, 4], got {list(boxes.shape)}")
+    scores = _checks.tensor("scores", _checks.floats("scores", scores, double=True), (boxes.shape[0],))
     _checks.same_device(boxes=boxes, scores=scores)
-    _checks.same_dtype(**given)
-    _checks.threshold("iou_threshold", iou_threshold)
-    limit = len(boxes) if max_keep is None else min(_checks.integer("max_keep", max_keep, least=0), len(boxes))
-    return boxes.detach(), scores.detach(), limit
+    dtype = torch.promote_types(boxes.dtype, scores.dtype)
+    threshold = float(_checks.number("iou_threshold", iou_threshold))
+    limit = None if max_keep is None else _checks.integer("max_keep", max_keep, least=0)
+    return boxes.detach().to(dtype), scores.detach().to(dtype), threshold, limit

@@ -160,7 +160,7 @@ class TestNMS:
 
     def test_float64_is_decided_in_float64(self):
         """Pairs so close to the threshold that fp32 decides otherwise."""
-        steps = torch.arange(1, 2000, dtype=torch.float64) * 1e-9
+        steps = torch.arange(-1000, 1000, dtype=torch.float64) * 1e-10
         second = torch.tensor([0.0, 0.0, 10.0, 10.0], dtype=torch.float64).repeat(len(steps), 1)
         second[:, 2] = 5 + steps
         scores = torch.tensor([1.0, 0.5], dtype=torch.float64)
@@ -237,7 +237,6 @@ class TestNMS:
 def check_in_all_ways(module: nn.Module, *inputs: tuple[Tensor, ...]) -> None:
     """`module` traced with the first inputs, compiled, exported and symbolically traced gives what it gives eagerly."""
     expected = [module(*each) for each in inputs]
-    assert len({len(each) for each in expected}) > 1 or len(expected[0]) == len(inputs[0][0])
 
     def check(converted: Callable[..., Any]) -> None:
         for each, wanted in zip(inputs, expected, strict=True):

@@ -285,20 +285,16 @@ def test_operator_contract():
     [
         ({"boxes": torch.zeros(3, 5)}, ValueError, r"boxes .*\[3, 5\]"),
         ({"boxes": torch.zeros(3, 4).long()}, TypeError, "boxes .*int64"),
-        ({"boxes": torch.zeros(3, 4).double()}, TypeError, "boxes .*float64"),
         ({"scores": torch.zeros(2)}, ValueError, r"scores .*\[2\]"),
         ({"scores": torch.zeros(3, device="meta")}, ValueError, "scores is on meta"),
-        ({"scores": torch.zeros(3).half()}, TypeError, "scores is torch.float16, but boxes is torch.float32"),
         ({"max_keep": -1}, ValueError, "max_keep .*-1"),
-        ({"iou_threshold": 1.5}, ValueError, "iou_threshold .*1.5"),
-        ({"iou_threshold": math.nan}, ValueError, "iou_threshold .*nan"),
+        ({"iou_threshold": math.nan}, ValueError, "iou_threshold must not be NaN"),
         ({"iou_threshold": None}, TypeError, "iou_threshold .*None"),
         ({"iou_threshold": True}, TypeError, "iou_threshold .*True"),
         ({"max_keep": 1.5}, TypeError, "max_keep .*1.5"),
         ({"boxes": torch.zeros(3, 4).to_sparse()}, TypeError, "boxes .*sparse"),
         ({"idxs": torch.zeros(2).long()}, ValueError, r"idxs .*\[2\]"),
-        ({"idxs": torch.zeros(3)}, TypeError, "idxs .*float32"),
-        ({"idxs": torch.zeros(3, dtype=torch.bool)}, TypeError, "idxs .*bool"),
+        ({"idxs": torch.zeros(3) * 1j}, TypeError, "idxs .*complex64"),
     ],
 )
 def test_bad_input_names_the_argument(change, error, words):
