@@ -64,7 +64,8 @@ def overridable(function: _Function) -> _Function:
             return handle_torch_function(call, relevant, *args, **kwargs)
         return function(*args, **kwargs)
 
-    return cast(_Function, call)
+    # TorchScript calls it in Python, as it can't compile it.
+    return cast(_Function, torch.jit.ignore(call))
 
 
 def needs_derivative(*tensors: torch.Tensor) -> bool:

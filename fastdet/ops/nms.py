@@ -251,6 +251,11 @@ def batched_nms(
     return _suppress_groups(boxes, scores, idxs, iou_threshold, max_keep)
 
 
+# TorchScript calls these in Python, as it can't compile them.
+for _function in (nms, batched_nms):
+    torch.jit.ignore(_function)
+
+
 def _number_values(values: Tensor) -> Tensor:
     """int64: which of the different values each is."""
     return torch.unique(values, return_inverse=True)[1]

@@ -263,3 +263,23 @@ def check_in_all_ways(module: nn.Module, *inputs: tuple[Tensor, ...]) -> None:
 
 def assert_equal(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0 if expected.dtype == torch.int64 else 1e-6, atol=0)
+
+
+def scripted(boxes: Tensor, scores: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    idxs = scores > 0.5
+    return (
+        ops.nms(boxes, scores, 0.5, None),
+        ops.batched_nms(boxes, scores, idxs, 0.5, None),
+        ops.box_iou(boxes, boxes),
+        ops.roi_align(features, [boxes], (2, 2), 0.25, 2, True),
+        ops.roi_pool(features, [boxes], 3, 0.25),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:")
+def test_torchscript_calls_the_operations_in_python():
+    function = torch.jit.script(scripted)
+    for count in (5, 40):
+        inputs = boxes_of(count), torch.rand(count), torch.randn(1, 2, 8, 9)
+        for found, expected in zip(function(*inputs), scripted(*inputs), strict=True):
+            assert_equal(found, expected)
