@@ -147,7 +147,8 @@ def _suppress_kernel(
             barrier_ptr, needed_ptr, kept_ptr, index_ptr, count_ptr, groups, num_boxes, max_keep, iou_threshold,
             half_ulp, step, CHUNK, STEP, OVERLAP_ROWS, False, FUSED,
         )  # fmt: skip
-    # A program that still compares with it stops at 0 too.
+    # All threads of this program have compared it with `step`; those of a slower one stop at 0 too.
+    tl.debug_barrier()
     if tl.program_id(0) == 0:
         tl.store(needed_ptr, 0)
 
@@ -159,13 +160,11 @@ def config(num_boxes: int, max_keep: int) -> nms.Config:
 
 
 def num_programs(groups: int, config: nms.Config, multiprocessors: int) -> int:
-    """How many programs to launch: no more than all fit at the same time, nor than the longest phase has blocks.
+    """How many programs to launch: no more than all fit at the same time, nor than the first phase has blocks.
 
-    One is sure to fit a multiprocessor; 16 warps that take 128 registers a thread fill it.
+    One always fits a multiprocessor; 16 warps that take 128 registers a thread fill it.
     """
-    settle = config.chunk // config.overlap_rows * (config.chunk // 32)
-    filter_ = config.step // config.filter_rows * triton.cdiv(config.chunk, config.filter_span)
-    return min(multiprocessors, groups * max(settle, filter_))
+    return min(multiprocessors, groups * (config.chunk // config.overlap_rows) * (config.chunk // 32))
 
 
 def launch(

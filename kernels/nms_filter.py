@@ -37,7 +37,7 @@ def filter_block(
     SPAN: tl.constexpr,
     FUSED: tl.constexpr,
 ):
-    """Marks the rows of a block that overlap a box of a span; with the last of a group, lists its rows that survive.
+    """Marks the rows of a block that overlap a box of a span; the last of a group lists its rows that survive.
 
                       SPAN of the kept boxes
                   BLOCK_KEPT  BLOCK_KEPT  ...

@@ -116,7 +116,7 @@ def settle_block(
     FIRST: tl.constexpr,
     FUSED: tl.constexpr,
 ):
-    """Compare the rows of a block with 32 boxes of the chunk; with the last of a group, decide it and append what is kept.
+    """Compare the rows of a block with 32 boxes of the chunk; the last of a group decides it and appends what is kept.
 
                         BLOCK_ROWS rows
                  +-------------------------+
@@ -124,7 +124,7 @@ def settle_block(
     one word     | bit of column 1   ...   |     if box 32 w + c has a higher priority than the row's and overlaps it
                  +-------------------------+     by more than the threshold
 
-    The last one of a group then holds the whole matrix in registers, one row a box. Words above the diagonal, and of
+    The last one then holds the whole matrix in registers, one row a box. Words above the diagonal, and of
     tiles without an eligible row, are left unwritten: they are never read.
 
     Whether the chunk of the group is decided: by this one, or because no box is in it.

@@ -320,7 +320,7 @@ def test_kernel_equals_cpu(kernel_device, monkeypatch, seed, cooperative):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("steps", [0, 1, 2, 3, "as many as needed"])
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, "cooperative"])
 @pytest.mark.parametrize("shift", [0.2, 0.6, 2.0])
 @pytest.mark.parametrize("count", [63, 64, 65, 97])
 def test_kernel_on_rows_of_boxes(kernel_device, monkeypatch, steps, shift, count):
@@ -328,7 +328,7 @@ def test_kernel_on_rows_of_boxes(kernel_device, monkeypatch, steps, shift, count
     ends early, one has no valid box at first, and one none at all."""
     from fastdet.kernels import nms as kernel
 
-    cooperative = steps == "as many as needed"
+    cooperative = steps == "cooperative"
     monkeypatch.setattr(kernel, "config", lambda *sizes: small_config(step=64, steps=0 if cooperative else steps))
     corner = torch.arange(count)[:, None] * torch.tensor([shift, 0.0])
     boxes = torch.cat([corner, corner + 1], 1).expand(4, -1, -1)
