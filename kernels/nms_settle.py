@@ -124,10 +124,10 @@ def settle_block(
     one word     | bit of column 1   ...   |     if box 32 w + c has a higher priority than the row's and overlaps it
                  +-------------------------+     by more than the threshold
 
-    The last one then holds the whole matrix in registers, one row a box. Words above the diagonal, and of
-    tiles without an eligible row, are left unwritten: they are never read.
+    The last one then holds the whole matrix in registers, one row a box. Words above the diagonal, and of tiles without
+    an eligible row, are left unwritten: they are never read.
 
-    Whether the chunk of the group is decided: by this one, or because no box is in it.
+    Returns whether the chunk of the group is decided: by this one, or because no box is in it.
     """
     WORDS: tl.constexpr = CHUNK // 32
     row_blocks: tl.constexpr = CHUNK // BLOCK_ROWS
