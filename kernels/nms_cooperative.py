@@ -3,7 +3,7 @@
 The same blocks do the same work in the same phases. A grid barrier between two phases stands for the end of a launch,
 so the programs know what is left after each step and go on until nothing is: no step is launched in vain.
 
-    first chunk | filter | settle | filter | settle | ...    programs go through the blocks of a phase side by side,
+    first chunk | filter | settle | filter | settle | ...    programs go through their blocks of a phase side by side,
                 B        B        B        B        B        and wait for each other at each B
 
 Programs that wait for each other have to run at the same time, so there are no more of them than the GPU holds.
@@ -39,6 +39,14 @@ def _grid_barrier(
 
 
 @triton.jit
+def _share(blocks):
+    """Begin and end of this program's part of a phase: neighbors, so that who decides one group delays few others."""
+    size = tl.cdiv(blocks, tl.num_programs(0))
+    begin = tl.program_id(0) * size
+    return begin, tl.minimum(begin + size, blocks)
+
+
+@triton.jit
 def _settle_all(
     boxes_ptr,  # all as in the kernel
     valid_ptr,
@@ -68,8 +76,9 @@ def _settle_all(
     """Settle a chunk of every group. `needed` is above `step` from then on if any group has something left."""
     words: tl.constexpr = CHUNK // 32
     items: tl.constexpr = CHUNK // BLOCK_ROWS * words
+    begin, end = _share(groups * items)
     # What depends on the thread alone would else take registers in all phases.
-    for item in tl.range(tl.program_id(0), groups * items, tl.num_programs(0), disable_licm=True):
+    for item in tl.range(begin, end, disable_licm=True):
         decided = settle_block(
             boxes_ptr, valid_ptr, survivors_ptr, number_ptr, overlap_ptr, removed_ptr, cursor_ptr, kept_ptr, index_ptr,
             count_ptr, arrivals_ptr, num_boxes, max_keep, iou_threshold, half_ulp, item // words, item % words,
@@ -117,12 +126,12 @@ def _suppress_kernel(
     SPAN: tl.constexpr,
     FUSED: tl.constexpr,
 ):
-    """Suppress in all groups; n programs take the blocks of a phase in turn.
+    """Suppress in all groups; the programs share the blocks of a phase.
 
-              block 0     1    ..   n - 1     n    ..
-              +-------+-------+----+-------+-------+----
-    program   |   0   |   1   |    | n - 1 |   0   |  ..    (group, rows, columns) of `settle_block` or `filter_block`
-              +-------+-------+----+-------+-------+----
+    block 0    ..    k - 1    k     ..   2 k - 1
+    +-------+------+-------+-------+----+-------+----
+    |       program 0      |      program 1     | ..    (group, rows, columns) of one block of
+    +-------+------+-------+-------+----+-------+----   `settle_block` or `filter_block`
     """
     _settle_all(
         boxes_ptr, valid_ptr, survivors_ptr, overlap_ptr, removed_ptr, arrivals_ptr, cursor_ptr, number_ptr,
@@ -134,8 +143,8 @@ def _suppress_kernel(
         step += 1
         # No group keeps more than a chunk a step.
         spans = tl.cdiv(tl.minimum(max_keep, step * CHUNK), SPAN)
-        items = groups * (STEP // FILTER_ROWS) * spans
-        for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
+        begin, end = _share(groups * (STEP // FILTER_ROWS) * spans)
+        for item in tl.range(begin, end, disable_licm=True):
             filter_block(
                 boxes_ptr, valid_ptr, kept_ptr, count_ptr, removed_ptr, cursor_ptr, survivors_ptr, number_ptr,
                 arrivals_ptr, num_boxes, max_keep, iou_threshold, half_ulp, item // spans, item % spans, spans,
@@ -182,6 +191,11 @@ def launch(
     config: nms.Config,
 ) -> None:
     """As `fastdet.kernels.nms.launch`, but that `state` is [5, groups], of which rows 0, 3 and 4 are 0."""
+    if boxes.shape[1] <= config.chunk:
+        # That is one launch as well, and its programs need not wait.
+        scratch = survivors, overlap, removed, state[:3], kept
+        nms.launch(boxes, valid, *scratch, index, count, iou_threshold=iou_threshold, config=config)
+        return
     arrivals, cursor, number, barrier, needed = state.unbind()
     # Interpreted, programs run one after another.
     multiprocessors = torch.cuda.get_device_properties(boxes.device).multi_processor_count if boxes.is_cuda else 1

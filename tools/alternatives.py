@@ -42,8 +42,8 @@ class Row(NamedTuple):
 # Images, candidates of each, and how many are wanted: VGG16 in training and evaluation, a level of a pyramid.
 TOP_N = ((1, 18648, 12000), (1, 18648, 6000), (16, 18648, 6000), (1, 182400, 2000), (8, 45600, 1000))
 
-# Groups, boxes of each, and how many are kept at most: training, one image and a batch of them, classes.
-SUPPRESSED = ((1, 12000, 2000), (1, 6000, 300), (16, 6000, 300), (1440, 300, 300))
+# Groups, boxes of each, and how many are kept at most: VGG16 in training and evaluation, five levels of 8 images.
+SUPPRESSED = ((1, 12000, 2000), (1, 6000, 300), (16, 6000, 300), (40, 2000, 1000))
 
 
 def first_of_many(device: torch.device, images: int, count: int, wanted: int) -> Choice:

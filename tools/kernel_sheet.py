@@ -114,7 +114,6 @@ CALLS: dict[str, Callable[[], object]] = {
     "nms of classes": lambda: _nms(16 * 90, 300, 300),
     "nms of few": lambda: _nms(3, 20, 20),
     "nms, cooperative": lambda: _nms(1, 12000, 2000, cooperative=True),
-    "nms of few, cooperative": lambda: _nms(3, 20, 20, cooperative=True),
     "match of anchors": lambda: _match(1, 18648, 50, True, True),
     "match of proposals": lambda: _match(2, 2008, 5, False, False),
     "decode": lambda: _decode(1, 2, torch.float32, torch.contiguous_format),
