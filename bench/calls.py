@@ -37,16 +37,21 @@ def nms_classes(device: torch.device, small: bool) -> OpCall:
 
 
 def _nms(device: torch.device, groups: int, count: int, max_keep: int, *, threshold: float) -> OpCall:
+    inputs = sorted_boxes(device, groups, count)
+    return OpCall(
+        f"{groups} x {count} to {max_keep}", lambda: nms_padded(*inputs, threshold, max_keep=max_keep, presorted=True)
+    )
+
+
+def sorted_boxes(device: torch.device, groups: int, count: int) -> tuple[Tensor, Tensor]:
+    """Boxes to suppress, [groups, count, 4], and their scores, in descending order of these."""
     if groups == 1:
         boxes, scores = (part[None] for part in scenes.jittered_anchors(count))
     else:
         boxes, scores = (part.unflatten(0, (groups, count)) for part in scenes.clustered(groups * count))
     scores, order = scores.sort(dim=1, descending=True)
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
-    inputs = boxes.to(device), scores.to(device)
-    return OpCall(
-        f"{groups} x {count} to {max_keep}", lambda: nms_padded(*inputs, threshold, max_keep=max_keep, presorted=True)
-    )
+    return boxes.to(device), scores.to(device)
 
 
 def match(device: torch.device, small: bool) -> OpCall:

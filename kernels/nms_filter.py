@@ -8,8 +8,8 @@ from fastdet.kernels.common.boxes import load_boxes
 from fastdet.kernels.common.nms_overlap import are_finite, arrive_last, half_ulp, is_compiled, pairwise_exceeds
 
 
-@triton.jit(do_not_specialize=["num_boxes", "max_keep"])
-def _filter_kernel(
+@triton.jit
+def filter_block(
     # Tensors, all contiguous
     boxes_ptr,  # [groups, N, 4] fp32, pixels
     valid_ptr,  # [groups, N] bool
@@ -26,6 +26,9 @@ def _filter_kernel(
     # Scalars
     iou_threshold,
     half_ulp,
+    block,  # of rows, of all groups
+    span,  # of kept boxes
+    spans,  # how many there are
     # Constexprs
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
@@ -34,21 +37,21 @@ def _filter_kernel(
     SPAN: tl.constexpr,
     FUSED: tl.constexpr,
 ):
-    """Marks the rows of a step that overlap a kept box, then lists those that survive.
+    """Marks the rows of a block that overlap a box of a span; the last of a group lists its rows that survive.
 
                       SPAN of the kept boxes
                   BLOCK_KEPT  BLOCK_KEPT  ...
                 +------------+------------+
-    BLOCK_ROWS  |  ->   any overlap   ->  |    program (group and row block; span)
+    BLOCK_ROWS  |  ->   any overlap   ->  |    block and span
                 +------------+------------+
 
-    The last program of a group lists the first CHUNK survivors of the step; where there are more, the next step begins
-    with the first that is left over.
+    Listed are the first CHUNK survivors of the step; where there are more, the next step begins with the first that is
+    left over.
     """
-    # The program's group, rows [BLOCK_ROWS] and kept boxes [begin, end).
+    # The block's group and rows [BLOCK_ROWS].
     row_blocks: tl.constexpr = STEP // BLOCK_ROWS
-    group = (tl.program_id(0) // row_blocks).to(tl.int64)
-    place = tl.program_id(0) % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    group = tl.cast(block // row_blocks, tl.int64)
+    place = block % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     count = tl.load(count_ptr + group)
     cursor = tl.load(cursor_ptr + group)
     if (count < max_keep) & (cursor < num_boxes):
@@ -58,7 +61,7 @@ def _filter_kernel(
         x1, y1, x2, y2 = load_boxes(boxes_ptr, source, inside)
         # The maximum over the kept boxes is listed once, after the loop.
         overlaps = tl.zeros([BLOCK_ROWS, BLOCK_KEPT], dtype=tl.int32)
-        begin = tl.program_id(1) * SPAN
+        begin = span * SPAN
         end = tl.minimum(count, begin + SPAN)
         for first in range(begin, end, BLOCK_KEPT):
             kept = first + tl.arange(0, BLOCK_KEPT)
@@ -71,19 +74,52 @@ def _filter_kernel(
         removed = (tl.max(overlaps, axis=1) != 0) | ~(inside & are_finite(x1, y1, x2, y2))
         tl.store(removed_ptr + group * STEP + place, tl.full([BLOCK_ROWS], 1, dtype=tl.int8), mask=removed)
 
-        if arrive_last(arrivals_ptr + group, row_blocks * tl.num_programs(1)):
+        if arrive_last(arrivals_ptr + group, row_blocks * spans):
             # List the survivors, of [STEP] rows, in order of priority.
             lane = tl.arange(0, STEP)
             survives = (tl.load(removed_ptr + group * STEP + lane) == 0).to(tl.int32)
             rank = tl.cumsum(survives, axis=0) - 1
             listed = (survives != 0) & (rank < CHUNK)
             tl.store(survivors_ptr + group * CHUNK + rank, cursor + lane, mask=listed)
-            tl.store(number_ptr + group, tl.minimum(tl.sum(survives, axis=0), CHUNK))
-            left_over = tl.where((survives != 0) & (rank >= CHUNK), lane, STEP)
-            tl.store(cursor_ptr + group, cursor + tl.min(left_over, axis=0))
+            surviving = tl.sum(survives, axis=0)
+            tl.store(number_ptr + group, tl.minimum(surviving, CHUNK))
+            # The first that is left over moves the cursor to itself.
+            tl.store(cursor_ptr + group + 0 * lane, cursor + lane, mask=(survives != 0) & (rank == CHUNK))
+            if surviving <= CHUNK:
+                tl.store(cursor_ptr + group, cursor + STEP)
             # Every thread has read its marks before another resets them.
             tl.debug_barrier()
             tl.store(removed_ptr + group * STEP + lane, tl.zeros([STEP], dtype=tl.int8))
+
+
+@triton.jit(do_not_specialize=["num_boxes", "max_keep"])
+def _filter_kernel(
+    boxes_ptr,  # all as in `filter_block`
+    valid_ptr,
+    kept_ptr,
+    count_ptr,
+    removed_ptr,
+    cursor_ptr,
+    survivors_ptr,
+    number_ptr,
+    arrivals_ptr,
+    num_boxes,
+    max_keep,
+    iou_threshold,
+    half_ulp,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEPT: tl.constexpr,
+    SPAN: tl.constexpr,
+    FUSED: tl.constexpr,
+):
+    """A step of every group: program (block, span)."""
+    filter_block(
+        boxes_ptr, valid_ptr, kept_ptr, count_ptr, removed_ptr, cursor_ptr, survivors_ptr, number_ptr, arrivals_ptr,
+        num_boxes, max_keep, iou_threshold, half_ulp, tl.program_id(0), tl.program_id(1), tl.num_programs(1),
+        CHUNK, STEP, BLOCK_ROWS, BLOCK_KEPT, SPAN, FUSED,
+    )  # fmt: skip
 
 
 def launch_filter(

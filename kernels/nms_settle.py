@@ -87,8 +87,8 @@ def _load_candidates(
     return row, eligible & are_finite(x1, y1, x2, y2), x1, y1, x2, y2
 
 
-@triton.jit(do_not_specialize=["num_boxes", "max_keep"])
-def _settle_kernel(
+@triton.jit
+def settle_block(
     # Tensors, all contiguous
     boxes_ptr,  # [groups, N, 4] fp32, pixels
     valid_ptr,  # [groups, N] bool
@@ -107,6 +107,8 @@ def _settle_kernel(
     # Scalars
     iou_threshold,
     half_ulp,
+    block,  # of rows, of all groups
+    word,  # of 32 columns
     # Constexprs
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
@@ -114,33 +116,39 @@ def _settle_kernel(
     FIRST: tl.constexpr,
     FUSED: tl.constexpr,
 ):
-    """Compare the boxes of a chunk with one another, then decide them and append what is kept.
+    """Compare the rows of a block with 32 boxes of the chunk; the last of a group decides it and appends what is kept.
 
                         BLOCK_ROWS rows
                  +-------------------------+
-    32 columns,  | bit of column 0         |     program (group and row block; word), summed down to one word
-    one word     | bit of column 1   ...   |     a row: bit c of word w is set if box 32 w + c has a higher
-                 +-------------------------+     priority than the row's and overlaps it by more than the threshold
+    32 columns,  | bit of column 0         |     block and word, summed down to one word a row: bit c of word w is set
+    one word     | bit of column 1   ...   |     if box 32 w + c has a higher priority than the row's and overlaps it
+                 +-------------------------+     by more than the threshold
 
-    The last program of a group then holds the whole matrix in registers, one row a box. Words above the diagonal, and
-    of tiles without an eligible row, are left unwritten: they are never read.
+    The last one then holds the whole matrix in registers, one row a box. Words above the diagonal, and of tiles without
+    an eligible row, are left unwritten: they are never read.
+
+    Returns whether the chunk of the group is decided: by this one, or because no box is in it.
     """
     WORDS: tl.constexpr = CHUNK // 32
     row_blocks: tl.constexpr = CHUNK // BLOCK_ROWS
-    group = (tl.program_id(0) // row_blocks).to(tl.int64)
-    block = tl.program_id(0) % row_blocks
+    group = tl.cast(block // row_blocks, tl.int64)
+    block %= row_blocks
     if FIRST:
         number = tl.minimum(num_boxes, CHUNK)
     else:
         number = tl.load(number_ptr + group)
+    decided = number == 0
     if number > 0:
         lane = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         _row, eligible, x1, y1, x2, y2 = _load_candidates(
             boxes_ptr, valid_ptr, survivors_ptr, group, lane, num_boxes, number, CHUNK, FIRST
         )
-        word = tl.program_id(1)
         on_or_below_diagonal = word * 32 < (block + 1) * BLOCK_ROWS
-        if on_or_below_diagonal & (tl.max(eligible.to(tl.int32), axis=0) > 0):
+        if FIRST:
+            any_eligible = tl.max(eligible.to(tl.int32), axis=0) > 0
+        else:
+            any_eligible = block * BLOCK_ROWS < number
+        if on_or_below_diagonal & any_eligible:
             bit = tl.arange(0, 32)
             column = word * 32 + bit
             _column_row, _column_eligible, cx1, cy1, cx2, cy2 = _load_candidates(
@@ -152,7 +160,8 @@ def _settle_kernel(
             packed = tl.sum(overlaps.to(tl.int32) << bit[:, None], axis=0)
             tl.store(overlap_ptr + (group * WORDS + word) * CHUNK + lane, packed)
 
-        if arrive_last(arrivals_ptr + group, row_blocks * tl.num_programs(1)):
+        decided = arrive_last(arrivals_ptr + group, row_blocks * WORDS)
+        if decided:
             _settle(
                 boxes_ptr, valid_ptr, survivors_ptr, overlap_ptr, kept_ptr, index_ptr, count_ptr,
                 group, num_boxes, number, max_keep, CHUNK, FIRST,
@@ -161,6 +170,7 @@ def _settle_kernel(
             if FIRST:
                 tl.store(cursor_ptr + group, CHUNK)
                 tl.store(removed_ptr + group * STEP + tl.arange(0, STEP), tl.zeros([STEP], dtype=tl.int8))
+    return decided
 
 
 @triton.jit
@@ -203,6 +213,37 @@ def _settle(
             slot = start + lane
             zeros = tl.zeros([CHUNK], dtype=tl.int64)
             tl.store(index_ptr + group * max_keep + slot, zeros, mask=(slot >= count) & (slot < max_keep))
+
+
+@triton.jit(do_not_specialize=["num_boxes", "max_keep"])
+def _settle_kernel(
+    boxes_ptr,  # all as in `settle_block`
+    valid_ptr,
+    survivors_ptr,
+    number_ptr,
+    overlap_ptr,
+    removed_ptr,
+    cursor_ptr,
+    kept_ptr,
+    index_ptr,
+    count_ptr,
+    arrivals_ptr,
+    num_boxes,
+    max_keep,
+    iou_threshold,
+    half_ulp,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    FUSED: tl.constexpr,
+):
+    """A chunk of every group: program (block, word)."""
+    settle_block(
+        boxes_ptr, valid_ptr, survivors_ptr, number_ptr, overlap_ptr, removed_ptr, cursor_ptr, kept_ptr, index_ptr,
+        count_ptr, arrivals_ptr, num_boxes, max_keep, iou_threshold, half_ulp, tl.program_id(0), tl.program_id(1),
+        CHUNK, STEP, BLOCK_ROWS, FIRST, FUSED,
+    )  # fmt: skip
 
 
 def launch_settle(

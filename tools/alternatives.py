@@ -1,21 +1,24 @@
 """Two ways to compute the same on this GPU, timed beside each other: which of them is to be the default.
 
-    python -m tools.alternatives --csv FILE
+    python -m tools.alternatives --csv FILE [--cooperative]
 
-The first n of many scores: `topk`, or a sort and a slice. Each is timed inside a CUDA graph.
+The first n of many scores: `topk`, or a sort and a slice. With --cooperative, suppression: launch by launch, or in one
+cooperative launch, whose programs may wait for each other without end. Each is timed inside a CUDA graph.
 """
 
 import argparse
 import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bench.calls import sorted_boxes
 from bench.costs import Call
+from fastdet.ops.nms import nms_cuda
 from tools.tune_blocks import microseconds
 
 
@@ -39,6 +42,9 @@ class Row(NamedTuple):
 # Images, candidates of each, and how many are wanted: VGG16 in training and evaluation, a level of a pyramid.
 TOP_N = ((1, 18648, 12000), (1, 18648, 6000), (16, 18648, 6000), (1, 182400, 2000), (8, 45600, 1000))
 
+# Groups, boxes of each, and how many are kept at most: VGG16 in training and evaluation, five levels of 8 images.
+SUPPRESSED = ((1, 12000, 2000), (1, 6000, 300), (16, 6000, 300), (40, 2000, 1000))
+
 
 def first_of_many(device: torch.device, images: int, count: int, wanted: int) -> Choice:
     """The `wanted` highest scores of each image and where they are, in descending order."""
@@ -57,8 +63,21 @@ def first_of_many(device: torch.device, images: int, count: int, wanted: int) ->
     return Choice("first of many", f"{images} x {count} to {wanted}", {"topk": by_topk, "sort": by_sort})
 
 
-def choices(device: torch.device) -> list[Choice]:
-    return [first_of_many(device, *size) for size in TOP_N]
+def suppression(device: torch.device, groups: int, count: int, max_keep: int) -> Choice:
+    boxes, _ = sorted_boxes(device, groups, count)
+    arguments = boxes, torch.ones(groups, count, dtype=torch.bool, device=device), 0.7, max_keep
+    return Choice(
+        "suppression",
+        f"{groups} x {count} to {max_keep}",
+        {"launches": lambda: nms_cuda(*arguments), "one": lambda: nms_cuda(*arguments, cooperative=True)},
+    )
+
+
+def choices(device: torch.device, cooperative: bool) -> Iterator[Choice]:
+    if cooperative:
+        yield from (suppression(device, *size) for size in SUPPRESSED)
+    else:
+        yield from (first_of_many(device, *size) for size in TOP_N)
 
 
 def measure(choice: Choice, clock: Callable[[Call], float]) -> list[Row]:
@@ -75,14 +94,15 @@ def measure(choice: Choice, clock: Callable[[Call], float]) -> list[Row]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Time alternatives beside each other on the GPU.")
     parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--cooperative", action="store_true", help="suppression in one launch beside several")
     options = parser.parse_args(arguments)
     with options.csv.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(Row._fields)
-        for choice in choices(torch.device("cuda")):
+        for choice in choices(torch.device("cuda"), options.cooperative):
             for row in measure(choice, microseconds):
                 writer.writerow(row)
-                print(f"{row.us:>9} us  {row.way:<5} {row.what}, {row.size}", flush=True)
+                print(f"{row.us:>9} us  {row.way:<8} {row.what}, {row.size}", flush=True)
             file.flush()
     return 0
 

@@ -30,20 +30,32 @@ class Kept(NamedTuple):
 
 
 def nms_cuda(
-    boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int, scores: Tensor | None = None
+    boxes: Tensor,
+    valid: Tensor,
+    iou_threshold: float,
+    max_keep: int,
+    scores: Tensor | None = None,
+    *,
+    cooperative: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """`cooperative`: in one launch whose programs wait for each other, which was never run on a GPU yet."""
     if scores is None or not boxes.numel():
-        return _suppress_sorted(boxes, valid, iou_threshold, max_keep)
+        return _suppress_sorted(boxes, valid, iou_threshold, max_keep, cooperative)
     # Rows that are not valid go last, so that the work ends with those that are.
     order = torch.where(valid, scores, -math.inf).argsort(dim=1, descending=True, stable=True)
     rows = order[..., None].expand(-1, -1, 4)
-    kept = Kept(*_suppress_sorted(boxes.gather(1, rows), valid.gather(1, order), iou_threshold, max_keep))
+    sorted_boxes, sorted_valid = boxes.gather(1, rows), valid.gather(1, order)
+    kept = Kept(*_suppress_sorted(sorted_boxes, sorted_valid, iou_threshold, max_keep, cooperative))
     return torch.where(kept.valid, order.gather(1, kept.index), 0), kept.count
 
 
-def _suppress_sorted(boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int) -> tuple[Tensor, Tensor]:
-    from fastdet.kernels import nms as kernel
+def _suppress_sorted(
+    boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int, cooperative: bool
+) -> tuple[Tensor, Tensor]:
+    from fastdet.kernels import nms as launches
+    from fastdet.kernels import nms_cooperative as one_launch
 
+    kernel = one_launch if cooperative else launches
     groups, num_boxes, _ = boxes.shape
     if not groups or not num_boxes or not max_keep:
         return boxes.new_zeros(groups, max_keep, dtype=torch.int64), boxes.new_zeros(groups, dtype=torch.int64)
@@ -56,7 +68,7 @@ def _suppress_sorted(boxes: Tensor, valid: Tensor, iou_threshold: float, max_kee
         survivors=boxes.new_empty(groups, config.chunk, dtype=torch.int32),
         overlap=boxes.new_empty(groups, config.chunk // 32, config.chunk, dtype=torch.int32),
         removed=boxes.new_empty(groups, config.step, dtype=torch.int8),
-        state=boxes.new_zeros(3, groups, dtype=torch.int32),
+        state=boxes.new_zeros(5 if cooperative else 3, groups, dtype=torch.int32),
         kept=boxes.new_empty(groups, max_keep, 4),
         index=index,
         count=count,

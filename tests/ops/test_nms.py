@@ -314,16 +314,20 @@ def small_config(**changes):
     return config._replace(**changes)
 
 
-def assert_kernel_equals_cpu(device, boxes, valid, threshold, max_keep):
+def assert_kernel_equals_cpu(device, boxes, valid, threshold, max_keep, cooperative=False):
     expected = nms_cpu(boxes, valid, threshold, max_keep)
-    actual = nms_cuda(boxes.to(device), valid.to(device), threshold, max_keep)
+    actual = nms_cuda(boxes.to(device), valid.to(device), threshold, max_keep, cooperative=cooperative)
     assert torch.equal(actual[0].cpu(), expected[0])
     assert torch.equal(actual[1].cpu(), expected[1])
 
 
+both_forms = pytest.mark.parametrize("cooperative", [False, True], ids=["launches", "cooperative"])
+
+
 @pytest.mark.kernel
+@both_forms
 @pytest.mark.parametrize("seed", range(12))
-def test_kernel_equals_cpu(kernel_device, monkeypatch, seed):
+def test_kernel_equals_cpu(kernel_device, monkeypatch, seed, cooperative):
     from fastdet.kernels import nms as kernel
 
     small = small_config(step=(32, 64)[seed % 2], steps=seed % 4)
@@ -331,11 +335,12 @@ def test_kernel_equals_cpu(kernel_device, monkeypatch, seed):
     groups, count, side = 2, (1, 33, 64, 100)[seed % 4], (20.0, 60.0, 200.0)[seed % 3]
     boxes, valid = random_boxes(groups, count, side=side), torch.rand(groups, count) < 0.9
     for max_keep in (5, count):
-        assert_kernel_equals_cpu(kernel_device, boxes, valid, THRESHOLDS[seed % len(THRESHOLDS)], max_keep)
+        threshold = THRESHOLDS[seed % len(THRESHOLDS)]
+        assert_kernel_equals_cpu(kernel_device, boxes, valid, threshold, max_keep, cooperative)
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, "cooperative"])
 @pytest.mark.parametrize("shift", [0.2, 0.6, 2.0])
 @pytest.mark.parametrize("count", [63, 64, 65, 97])
 def test_kernel_on_rows_of_boxes(kernel_device, monkeypatch, steps, shift, count):
@@ -343,20 +348,23 @@ def test_kernel_on_rows_of_boxes(kernel_device, monkeypatch, steps, shift, count
     ends early, one has no valid box at first, and one none at all."""
     from fastdet.kernels import nms as kernel
 
-    monkeypatch.setattr(kernel, "config", lambda *sizes: small_config(step=64, steps=steps))
+    cooperative = steps == "cooperative"
+    monkeypatch.setattr(kernel, "config", lambda *sizes: small_config(step=64, steps=0 if cooperative else steps))
     corner = torch.arange(count)[:, None] * torch.tensor([shift, 0.0])
     boxes = torch.cat([corner, corner + 1], 1).expand(4, -1, -1)
     place = torch.arange(count)
     valid = torch.stack([place >= 0, place < 40, place > 34, place < 0])
     for max_keep in (count, 33):
-        assert_kernel_equals_cpu(kernel_device, boxes, valid, 0.5, max_keep)
+        assert_kernel_equals_cpu(kernel_device, boxes, valid, 0.5, max_keep, cooperative)
 
 
 @pytest.mark.kernel
-def test_kernel_leaves_its_counters_ready_for_a_replay(kernel_device, monkeypatch):
-    from fastdet.kernels import nms as kernel
+@both_forms
+def test_kernel_leaves_its_counters_ready_for_a_replay(kernel_device, monkeypatch, cooperative):
+    from fastdet.kernels import nms, nms_cooperative
 
-    monkeypatch.setattr(kernel, "config", lambda *sizes: small_config())
+    kernel = nms_cooperative if cooperative else nms
+    monkeypatch.setattr(nms, "config", lambda *sizes: small_config())
     found, launch = [], kernel.launch
 
     def twice(*args, **kwargs):
@@ -366,7 +374,7 @@ def test_kernel_leaves_its_counters_ready_for_a_replay(kernel_device, monkeypatc
 
     monkeypatch.setattr(kernel, "launch", twice)
     boxes, valid = random_boxes(2, 90, side=60), torch.ones(2, 90, dtype=torch.bool)
-    index, count = nms_cuda(boxes.to(kernel_device), valid.to(kernel_device), 0.5, 90)
+    index, count = nms_cuda(boxes.to(kernel_device), valid.to(kernel_device), 0.5, 90, cooperative=cooperative)
     assert torch.equal(index, found[0][0])
     assert torch.equal(count, found[0][1])
 
@@ -384,19 +392,23 @@ def test_suppression_takes_few_launches(groups, count, max_keep, most):
 
 
 @pytest.mark.kernel
+@both_forms
 @pytest.mark.parametrize("threshold", THRESHOLDS)
-def test_kernel_decides_as_torchvision_at_the_threshold(kernel_device, threshold):
+def test_kernel_decides_as_torchvision_at_the_threshold(kernel_device, threshold, cooperative):
     boxes = boxes_at(threshold)[:200]
     expected = reference(boxes, torch.linspace(1, 0, len(boxes)), threshold)
     valid = torch.ones(1, len(boxes), dtype=torch.bool, device=kernel_device)
-    index, count = nms_cuda(boxes[None].to(kernel_device), valid, threshold, len(boxes))
+    arguments = boxes[None].to(kernel_device), valid, threshold, len(boxes)
+    index, count = nms_cuda(*arguments, cooperative=cooperative)
     assert torch.equal(index[0, : int(count[0])].cpu(), expected)
 
 
 @pytest.mark.kernel
-def test_kernel_on_awkward_boxes(kernel_device):
+@both_forms
+def test_kernel_on_awkward_boxes(kernel_device, cooperative):
     boxes = awkward_boxes()[None]
-    assert_kernel_equals_cpu(kernel_device, boxes, torch.ones(1, boxes.shape[1], dtype=torch.bool), 0.3, 11)
+    valid = torch.ones(1, boxes.shape[1], dtype=torch.bool)
+    assert_kernel_equals_cpu(kernel_device, boxes, valid, 0.3, 11, cooperative)
 
 
 @pytest.mark.kernel

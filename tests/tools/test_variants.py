@@ -28,9 +28,14 @@ def _boxes(*shape: int) -> torch.Tensor:
     return torch.zeros(*shape, 4)
 
 
-def _nms(batch: int, height: int, width: int) -> None:
-    count = 9 * height * width
-    nms_cuda(_boxes(batch, min(count, 6000)), torch.ones(batch, min(count, 6000), dtype=torch.bool), 0.7, 300)
+def _nms(batch: int, height: int, width: int, cooperative: bool = False) -> None:
+    count = min(9 * height * width, 6000)
+    valid = torch.ones(batch, count, dtype=torch.bool)
+    nms_cuda(_boxes(batch, count), valid, 0.7, 300, cooperative=cooperative)
+
+
+def _nms_cooperative(batch: int, height: int, width: int) -> None:
+    _nms(batch, height, width, cooperative=True)
 
 
 def _match(batch: int, height: int, width: int) -> None:
@@ -87,13 +92,16 @@ def test_all_image_sizes_share_a_kernel(call):
     assert set(found.values()) == {1}
 
 
-@pytest.mark.parametrize(("call", "most"), [(_decode, 2), (_match, 2), (_box_iou, 2), (_sample, 4), (_nms, 6)])
+@pytest.mark.parametrize(
+    ("call", "most"),
+    [(_decode, 2), (_match, 2), (_box_iou, 2), (_sample, 4), (_nms, 6), (_nms_cooperative, 4)],
+)
 def test_few_block_sizes_serve_all_image_sizes(call, most):
     """These choose their blocks by the number of boxes, in few steps."""
     assert max(variants(call).values()) <= most
 
 
-@pytest.mark.parametrize("call", [_nms, _match, _decode, _sample, _box_iou, _roi_pool, _roi_align])
+@pytest.mark.parametrize("call", [_nms, _nms_cooperative, _match, _decode, _sample, _box_iou, _roi_pool, _roi_align])
 def test_only_the_first_axis_of_a_grid_grows_with_the_batch(call):
     """The others end at 65535."""
     few, many = (launches_of(lambda: call(batch, 4, 6)) for batch in (2, 64))  # noqa: B023
