@@ -162,9 +162,9 @@ def _suppress_kernel(
         tl.store(needed_ptr, 0)
 
 
-def config(num_boxes: int, max_keep: int) -> nms.Config:
+def config(groups: int, num_boxes: int, max_keep: int) -> nms.Config:
     """As of the other form, but that the filter has the warps that settle, and as many registers a thread."""
-    sizes = nms.config(num_boxes, max_keep)
+    sizes = nms.config(groups, num_boxes, max_keep)
     return sizes._replace(filter_rows=min(8 * sizes.warps, sizes.step), filter_kept=sizes.filter_kept // 2)
 
 

@@ -35,15 +35,10 @@ def floats(name: str, value: object, *, double: bool = False) -> Tensor:
     return found.float()
 
 
-def reals(name: str, value: object) -> Tensor:
-    """float64 as it is, other floating-point and whole numbers in fp32."""
-    found = tensor(name, value)
-    return found.float() if found.dtype in INTEGERS else floats(name, found, double=True)
-
-
-def boxes(name: str, value: object, ndim: int | None = 2, *, real: bool = False) -> Tensor:
-    """Boxes [..., 4] in the dtype of `floats`, or with `real` of `reals`. `ndim` None takes any rank from 2 up."""
-    found = reals(name, value) if real else floats(name, value)
+def boxes(name: str, value: object, ndim: int | None = 2, *, double: bool = False, whole: bool = False) -> Tensor:
+    """Boxes [..., 4] in the dtype of `floats`; with `whole` whole numbers too. `ndim` None takes any rank from 2 up."""
+    given = tensor(name, value)
+    found = given.float() if whole and given.dtype in INTEGERS else floats(name, given, double=double)
     if found.ndim < 2 or found.shape[-1] != 4 or (ndim is not None and found.ndim != ndim):
         expected = "[..., N, 4]" if ndim is None else "[" + "N, " * (ndim - 1) + "4]"
         raise ValueError(f"{name} must have the shape {expected}, got {list(found.shape)}")

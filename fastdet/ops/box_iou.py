@@ -40,8 +40,8 @@ define(
 
 
 def _box_iou(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float = 1e-7) -> Tensor:
-    boxes1 = _checks.boxes("boxes1", boxes1, ndim=None, real=True)
-    boxes2 = _checks.boxes("boxes2", boxes2, ndim=None, real=True)
+    boxes1 = _checks.boxes("boxes1", boxes1, ndim=None, double=True, whole=True)
+    boxes2 = _checks.boxes("boxes2", boxes2, ndim=None, double=True, whole=True)
     _checks.same_device(boxes1=boxes1, boxes2=boxes2)
     dtype = torch.promote_types(boxes1.dtype, boxes2.dtype)
     boxes1, boxes2 = boxes1.to(dtype), boxes2.to(dtype)

@@ -257,7 +257,8 @@ def batched_nms(
     idxs = _checks.tensor("idxs", idxs, (boxes.shape[0],))
     _checks.same_device(boxes=boxes, idxs=idxs)
     if idxs.dtype not in _checks.INTEGERS:
-        idxs = idxs.byte() if idxs.dtype == torch.bool else _number_values(_checks.floats("idxs", idxs, double=True))
+        values = idxs.byte() if idxs.dtype == torch.bool else _checks.floats("idxs", idxs, double=True)
+        idxs = torch.unique(values, return_inverse=True)[1]
     if _checks.is_recorded(boxes):
         return torch.ops.fastdet.batched_nms_indices(boxes, scores, idxs, iou_threshold, max_keep)
     return _suppress_groups(boxes, scores, idxs, iou_threshold, max_keep)
@@ -266,11 +267,6 @@ def batched_nms(
 # TorchScript calls these in Python, as it can't compile them.
 for _function in (nms, batched_nms):
     torch.jit.ignore(_function)
-
-
-def _number_values(values: Tensor) -> Tensor:
-    """int64: which of the different values each is."""
-    return torch.unique(values, return_inverse=True)[1]
 
 
 def _are_plain(boxes: object, scores: object, iou_threshold: object) -> bool:
@@ -295,9 +291,7 @@ def _check(
     boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | None
 ) -> tuple[Tensor, Tensor, float, int | None]:
     """The arguments of `nms`, boxes and scores in the wider of their dtypes, fp32 or float64."""
-    boxes = _checks.tensor("boxes", _checks.floats("boxes", boxes, double=True))
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes must have the shape [N, 4], got {list(boxes.shape)}")
+    boxes = _checks.boxes("boxes", boxes, double=True)
     scores = _checks.tensor("scores", _checks.floats("scores", scores, double=True), (boxes.shape[0],))
     _checks.same_device(boxes=boxes, scores=scores)
     dtype = torch.promote_types(boxes.dtype, scores.dtype)

@@ -123,5 +123,5 @@ def test_programs_fit_the_device() -> None:
         (5, 20, 20, 5),
         (3, 300, 9, 132),
     ):
-        config = nms_cooperative.config(num_boxes, max_keep)
+        config = nms_cooperative.config(groups, num_boxes, max_keep)
         assert nms_cooperative.num_programs(groups, config, 132) == expected
