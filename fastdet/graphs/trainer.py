@@ -110,6 +110,8 @@ class GraphedTrainer(GraphedModel):
         # Tensors of inference mode could not be changed outside it.
         with torch.inference_mode(False):
             self.loss_scale = LossScale.initial(amp, self.device)
+        # As a GPU's matrix units take weights; a state dict does not show it.
+        model.to(memory_format=torch.channels_last)
         self._prepare_optimizer()
 
     def step(

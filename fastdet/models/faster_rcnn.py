@@ -86,10 +86,6 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         self.backbone = backbone
         self.rpn = RegionProposalNetwork(out_channels, settings, rpn_head)
         self.roi_heads = RoIHeads(out_channels, num_classes, settings, box_head, box_predictor)
-        # Convolutions are fastest so, on a GPU's matrix units and on a CPU; a state dict does not show it.
-        for parameter in self.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         mean, std = (torch.tensor(values, device="cpu") for values in (settings.image_mean, settings.image_std))
         self._pixel_statistics = Constants(mean=mean, std=std)
         self.register_load_state_dict_post_hook(place_constants)

@@ -32,7 +32,8 @@ def fuse(model: FasterRCNN) -> FasterRCNN:
     no effect. It cannot be trained: no parameter takes a gradient, and to call it in training mode is a RuntimeError.
     Its state dict has no entries of what was folded.
     """
-    fused = copy.deepcopy(model).eval().requires_grad_(False)
+    # Channels-last, as a GPU's matrix units take weights.
+    fused = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     fused.backbone = _fuse_part(fused.backbone)
     if type(fused.rpn.head) is RPNHead:
         # Its forward takes a list, and calls only this.

@@ -35,14 +35,23 @@ def define(
             return cuda(first, *args)
 
     torch.library.define(qualified, f"({signature}", tags=(torch.Tag.pt2_compliant_tag,))
-    # Called between two graphs of torch.compile, the implementations are not compiled too.
-    torch.library.impl(qualified, "CPU")(torch.compiler.disable(cpu))
-    torch.library.impl(qualified, "CUDA")(torch.compiler.disable(cuda_on_device))
+    torch.library.impl(qualified, "CPU")(_as_implementation(cpu))
+    torch.library.impl(qualified, "CUDA")(_as_implementation(cuda_on_device))
     torch.library.register_fake(qualified)(fake)
     op = getattr(torch.ops.fastdet, name).default
     torch.library.register_vmap(qualified, lambda info, in_dims, *args: _call_for_each(op, info, in_dims, args))
     if autograd is not None:
         torch.library.impl(qualified, "Autograd")(autograd)
+
+
+def _as_implementation(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` without gradients, which torch leaves on where none are registered; called between two graphs of
+    torch.compile, it is not compiled too."""
+
+    def call(*args: Any) -> Any:
+        return function(*[arg.detach() if isinstance(arg, torch.Tensor) and arg.requires_grad else arg for arg in args])
+
+    return torch.compiler.disable(call)
 
 
 def call_below_autograd(op: Callable[..., Any], *args: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdet.ops import _checks
-from fastdet.ops._library import define, needs_derivative, overridable
+from fastdet.ops._library import call_below_autograd, define, needs_derivative, overridable
 from fastdet.ops.cpu.box_iou import angles, box_iou_cpu, pairwise
 from fastdet.ops.cpu.overlap import TILE
 
@@ -31,11 +31,18 @@ def box_iou_fake(boxes1: Tensor, boxes2: Tensor, *_: object) -> Tensor:
     return boxes1.new_empty(boxes1.shape[0], boxes1.shape[1], boxes2.shape[1])
 
 
+def box_iou_autograd(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float) -> Tensor:
+    if needs_derivative(boxes1, boxes2):
+        return pairwise(boxes1, boxes2, kind, eps)
+    return call_below_autograd(torch.ops.fastdet.box_iou, boxes1, boxes2, kind, eps)
+
+
 define(
     "box_iou(Tensor boxes1, Tensor boxes2, str kind, float eps) -> Tensor",
     cpu=box_iou_cpu,
     cuda=box_iou_cuda,
     fake=box_iou_fake,
+    autograd=box_iou_autograd,
 )
 
 
@@ -60,9 +67,9 @@ def _box_iou(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float = 1e-7) -> Te
 
 
 def _use_plain_formula(boxes1: Tensor, boxes2: Tensor) -> bool:
-    """For float64 and derivatives, which checks and losses need, not large matrices; and for one tile on the CPU, which
-    takes less time than the call of an operator."""
-    if boxes1.dtype == torch.float64 or needs_derivative(boxes1, boxes2):
+    """For float64, which checks need, not large matrices; and for one tile on the CPU, which takes less time than the
+    call of an operator."""
+    if boxes1.dtype == torch.float64:
         return True
     # In a compiled graph a comparison would specialize a symbolic size.
     small = boxes1.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -48,9 +48,20 @@ def awkward_boxes() -> Tensor:
     )
 
 
+def check_registration(op: Any, *args: Any) -> None:
+    """torch's own checks of schema, fake and dispatch, with inputs as they are and with such that require gradients."""
+    torch.library.opcheck(op.default, args)
+    leaves = [
+        arg.detach().requires_grad_() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args
+    ]
+    # The last one adds up all results, and fails where a whole number comes before a fraction.
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(op.default, tuple(leaves), test_utils=utilities)
+
+
 def check_operator(op: Any, *args: Any) -> None:
     """torch's own checks of schema, fake and dispatch, and one graph with dynamic shapes."""
-    torch.library.opcheck(op.default, args)
+    check_registration(op, *args)
     torch._dynamo.reset()
 
     def call(*tensors: Any) -> Any:

@@ -174,5 +174,5 @@ def test_models_from_the_meta_device(images_and_targets, assign):
     images = images_and_targets[0]
     with torch.no_grad():
         assert_same_detections(ours.eval()(images), made.eval()(images))
-    for mine, theirs in zip(made.buffers(), ours.buffers(), strict=True):
-        assert torch.equal(mine, theirs)
+    for found, expected in zip(made.buffers(), ours.buffers(), strict=True):
+        assert torch.equal(found, expected)

@@ -11,7 +11,7 @@ from fastdet import ops
 from fastdet.ops.cpu import nms, nms_tiles
 from fastdet.ops.cpu.sorting import argsort_descending, radix_argsort
 from fastdet.ops.nms import nms_cpu, nms_cuda, nms_padded, round_threshold_down
-from tests.helpers.checks import awkward_boxes, check_operator, random_boxes
+from tests.helpers.checks import awkward_boxes, check_operator, check_registration, random_boxes
 
 # Hidden in its package by the function of the same name.
 ops_nms = importlib.import_module("fastdet.ops.nms")
@@ -277,7 +277,10 @@ def test_padded_form_checks_its_arguments_and_widens():
 
 
 def test_operator_contract():
-    check_operator(torch.ops.fastdet.nms, random_boxes(3, 20), torch.rand(3, 20) < 0.8, 0.5, 9)
+    check_operator(torch.ops.fastdet.nms, random_boxes(3, 20), torch.rand(3, 20) < 0.8, 0.5, 9, torch.rand(3, 20))
+    boxes, scores = random_boxes(20), torch.rand(20)
+    check_registration(torch.ops.fastdet.nms_indices, boxes, scores, 0.5, None)
+    check_registration(torch.ops.fastdet.batched_nms_indices, boxes, scores, torch.arange(20) % 3, 0.5, 9)
 
 
 @pytest.mark.parametrize(

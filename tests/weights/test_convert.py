@@ -589,7 +589,7 @@ def test_anchors_of_several_sizes_a_level_keep_their_weights():
         weights.from_detectron2(state, sizes_per_level=4)
 
 
-def test_the_builder_knows_how_many_sizes_a_level_has(tmp_path):
+def test_the_builder_passes_on_how_many_sizes_a_level_has(tmp_path):
     state, settings = filled(detectron2_shapes(anchors=6)), settings_of_old_checkpoints()
     cells = {name: torch.cat([value, value * 1.25]) for name, value in settings.items() if "cell_anchors" in name}
     path = tmp_path / "model_final.pkl"
