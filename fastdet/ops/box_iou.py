@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdet.ops import _checks
 from fastdet.ops._library import call_below_autograd, define, needs_derivative, overridable
-from fastdet.ops.cpu.box_iou import angles, box_iou_cpu, pairwise
+from fastdet.ops.cpu.box_iou import angles, box_iou_cpu, few_pairs, pairwise
 from fastdet.ops.cpu.overlap import TILE
 
 
@@ -59,6 +59,9 @@ def _box_iou(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float = 1e-7) -> Te
         raise ValueError(f"eps must be finite and not negative, got {eps}")
     eps = float(eps)
     if _use_plain_formula(boxes1, boxes2):
+        plain = boxes1.ndim == 2 and kind == "iou" and dtype == torch.float32 and not _checks.is_recorded(boxes1)
+        if plain and boxes1.is_cpu and not needs_derivative(boxes1, boxes2):
+            return few_pairs(boxes1, boxes2)
         return pairwise(boxes1, boxes2, kind, eps)
     batch, num_boxes1, num_boxes2 = boxes1.shape[:-2], boxes1.shape[-2], boxes2.shape[-2]
     size = math.prod(batch)

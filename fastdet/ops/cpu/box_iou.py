@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdet.ops.cpu.overlap import TILE, iou, reset_invalid, to_planes
+from fastdet.ops.cpu.overlap import TILE, few_ious, iou, reset_invalid, to_planes, valid_planes
 
 
 def pairwise(boxes1: Tensor, boxes2: Tensor, kind: str = "iou", eps: float = 1e-7) -> Tensor:
@@ -16,6 +16,12 @@ def pairwise(boxes1: Tensor, boxes2: Tensor, kind: str = "iou", eps: float = 1e-
         # What is not finite overlaps nothing, and has no part in the gradient either.
         boxes1, boxes2 = (torch.where(boxes.isfinite().all(-1, keepdim=True), boxes, 0.0) for boxes in (boxes1, boxes2))
     return _similarity(_planes(boxes1[..., :, None, :], kind), _planes(boxes2[..., None, :, :], kind), kind, eps)
+
+
+def few_pairs(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """IoU of few fp32 boxes [N, 4] and [M, 4], without derivatives."""
+    planes1, planes2 = valid_planes(boxes1.detach().numpy()), valid_planes(boxes2.detach().numpy())
+    return torch.from_numpy(few_ious(planes1[:, :, None], planes2[:, None]))
 
 
 def angles(boxes: Tensor) -> Tensor:
