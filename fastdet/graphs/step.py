@@ -220,7 +220,7 @@ def prepare_optimizer(optimizer: Optimizer, model: nn.Module, rates: Sequence[Te
                 if optimizer.state[parameter].get(name) is None:
                     zeros = torch.zeros((), device=device) if name == "step" else torch.zeros_like(parameter)
                     optimizer.state[parameter][name] = zeros
-            for name, value in optimizer.state[parameter].items():
+            for name, value in optimizer.state.get(parameter, {}).items():
                 # Fused steps go through memory, so state lies as its parameter.
                 if value is not None and value.shape == parameter.shape and value.stride() != parameter.stride():
                     optimizer.state[parameter][name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

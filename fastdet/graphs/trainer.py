@@ -60,7 +60,8 @@ class GraphedTrainer(GraphedModel):
     - never: a plain attribute of a layer, such as a dropout's p.
 
     Args:
-        model: in training mode, on the device where it is to train; compiled or not, as of `GraphedDetector`.
+        model: in training mode, on the device where it is to train; compiled or not, as of `GraphedDetector`. The
+            weights of its convolutions become channels-last.
         optimizer: torch.optim.SGD(..., fused=True) without dampening, or AdamW(..., fused=True, capturable=True), with
             `lr=torch.tensor(...)`. It gets its state at once, and for each group a learning rate on the device, to be
             changed by `set_lr` or in place; torch's schedulers do so, those that change the momentum too are refused.

@@ -270,6 +270,9 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         return_class_scores: bool = False,
     ) -> Step:
         """Losses and detections, None for what is not computed, and what `unbatch` gathers by proposal."""
+        if torch.jit.is_tracing():
+            words = "the sizes and counts of this batch as constants: use fastdet.export.export_pt2 or export_onnx"
+            raise RuntimeError(f"torch.jit.trace would keep {words}")
         features = self.extract_features(batch.images)
         outputs = {"compute_losses": compute_losses, "compute_detections": compute_detections}
         rpn = self.rpn(list(features.values()), batch, targets, **outputs)

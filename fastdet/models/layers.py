@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 
 
 class Constants(nn.Module):
@@ -135,6 +135,27 @@ def with_relu(convolution: nn.Conv2d) -> ConvReLU2d:
     joined: Any = copy.copy(convolution)
     joined.__class__ = ConvReLU2d
     return joined
+
+
+class ConvFCHead(FastRCNNConvFCHead):
+    """torchvision's head of convolutions, whose BatchNorm leaves padding out of its statistics.
+
+    `RoIHeads` calls a head that has `takes_valid` with which rows are not padding.
+    """
+
+    takes_valid = True
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """`x` [N, C, h, w] to [N, D]; rows that are not `valid` (bool [N]) are padding.
+
+        Raises ValueError without `valid` in training, where statistics over padding would be wrong unseen.
+        """
+        if self.training and valid is None:
+            raise ValueError("in training the box head needs `valid`: a module around it must have `takes_valid` too")
+        for block in self.children():
+            for layer in block.children() if isinstance(block, nn.Sequential) else (block,):
+                x = layer(x, valid) if isinstance(layer, MaskedBatchNorm2d) else layer(x)
+        return x
 
 
 class ChannelsLastMLPHead(TwoMLPHead):

@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torch._subclasses.fake_tensor import FakeTensor
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
 from fastdet import boxes as box_algebra
 from fastdet import ops
 from fastdet.interop.attributes import ROI_HEADS_ATTRIBUTES, RefuseAttributes
 from fastdet.models import losses
-from fastdet.models.layers import Constants, MaskedBatchNorm2d, init_normal, narrow
+from fastdet.models.layers import Constants, ConvFCHead, MaskedBatchNorm2d, init_normal, narrow
 from fastdet.models.settings import Settings
 from fastdet.structures import Batch, Detections, Proposals, Samples, Targets
 
@@ -40,27 +41,6 @@ class RoIOutput(NamedTuple):
     box_features: Tensor
     class_logits: Tensor
     box_deltas: Tensor
-
-
-class ConvFCHead(FastRCNNConvFCHead):
-    """torchvision's head of convolutions, whose BatchNorm leaves padding out of its statistics.
-
-    `RoIHeads` calls a head that has `takes_valid` with which rows are not padding.
-    """
-
-    takes_valid = True
-
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """`x` [N, C, h, w] to [N, D]; rows that are not `valid` (bool [N]) are padding.
-
-        Raises ValueError without `valid` in training, where statistics over padding would be wrong unseen.
-        """
-        if self.training and valid is None:
-            raise ValueError("in training the box head needs `valid`: a module around it must have `takes_valid` too")
-        for block in self.children():
-            for layer in block.children() if isinstance(block, nn.Sequential) else (block,):
-                x = layer(x, valid) if isinstance(layer, MaskedBatchNorm2d) else layer(x)
-        return x
 
 
 class RoIHeads(RefuseAttributes, nn.Module):
@@ -188,7 +168,7 @@ class RoIHeads(RefuseAttributes, nn.Module):
         scores = class_logits.float().softmax(-1)[..., 1:].transpose(1, 2)
         deltas = box_deltas.unflatten(-1, (classes, 4))[:, :, 1:].transpose(1, 2)
         chosen = None
-        if scores.device.type == "cpu" and not torch.compiler.is_compiling():
+        if scores.is_cpu and not (torch.compiler.is_compiling() or isinstance(scores, FakeTensor)):
             # No host sync: leave out classes that are found nowhere, but for those that fill up the result.
             likely = (scores > self.settings.box_score_thresh).any(2).any(0)
             least = max(int(likely.sum()), -(-total // max(per_class, 1)), 1)

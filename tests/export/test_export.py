@@ -76,7 +76,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def make_detector(backbone: Any, changes: dict[str, Any]) -> fastdet.FasterRCNN:
-    torch.manual_seed(2)
+    torch.manual_seed(1)
     common = {
         "min_size": 64,
         "max_size": 96,

@@ -176,3 +176,10 @@ def test_models_from_the_meta_device(images_and_targets, assign):
         assert_same_detections(ours.eval()(images), made.eval()(images))
     for found, expected in zip(made.buffers(), ours.buffers(), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:FutureWarning")
+def test_a_trace_is_refused_with_the_way_out(images_and_targets):
+    ours = both()[1].eval()
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace would keep .* use fastdet\.export\.export_pt2"):
+        torch.jit.trace(ours, (images_and_targets[0],), strict=False)
