@@ -14,8 +14,8 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pairs(compare, device, kind):
-    count = 12000 if torch.cuda.is_available() else 2000
+@pytest.mark.parametrize("count", [12000] if torch.cuda.is_available() else [10, 100, 2000])
+def test_pairs(compare, device, kind, count):
     first, second = (scenes.uniform(count, seed)[0].to(device) for seed in (0, 1))
     ours, theirs = KINDS[kind]
     torch.testing.assert_close(ours(first, second), theirs(first, second), rtol=1e-4, atol=1e-5)

@@ -70,6 +70,12 @@ def sides(boxes: Tensor) -> tuple[Tensor, Tensor]:
     return x2 - x1, y2 - y1
 
 
+def are_as_large(boxes: Tensor, least: float) -> Tensor:
+    """bool [...]: which of `boxes` [..., 4] are at least `least` pixels wide and high."""
+    width, height = sides(boxes)
+    return (width >= least) & (height >= least)
+
+
 def _widen(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 

@@ -120,3 +120,8 @@ def inside(anchors: Tensor, sizes: Tensor) -> Tensor:
     height, width = sizes[:, 0, None], sizes[:, 1, None]
     x1, y1, x2, y2 = anchors.unbind(-1)
     return (x1 >= 0) & (y1 >= 0) & (x2 <= width) & (y2 <= height)
+
+
+def spatial_scale(stride: int) -> float:
+    """Cells a pixel: of the power of two that is nearest to the stride, which rounding may have moved."""
+    return 1 / (1 << max(round(math.log2(stride)), 0))

@@ -4,7 +4,7 @@ Girshick 2015 (arXiv:1504.08083), section 2. Every step works on the whole batch
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from fastdet import boxes as box_algebra
 from fastdet import ops
 from fastdet.interop.attributes import ROI_HEADS_ATTRIBUTES, RefuseAttributes
 from fastdet.models import losses
+from fastdet.models.anchors import spatial_scale
 from fastdet.models.layers import Constants, ConvFCHead, MaskedBatchNorm2d, init_normal, narrow
 from fastdet.models.settings import Settings
 from fastdet.structures import Batch, Detections, Proposals, Samples, Targets
@@ -167,14 +168,11 @@ class RoIHeads(RefuseAttributes, nn.Module):
         total = (classes - 1) * per_class if cap is None else min(cap, (classes - 1) * per_class)
         scores = class_logits.float().softmax(-1)[..., 1:].transpose(1, 2)
         deltas = box_deltas.unflatten(-1, (classes, 4))[:, :, 1:].transpose(1, 2)
-        chosen = None
         if scores.is_cpu and not (torch.compiler.is_compiling() or isinstance(scores, FakeTensor)):
-            # No host sync: leave out classes that are found nowhere, but for those that fill up the result.
-            likely = (scores > self.settings.box_score_thresh).any(2).any(0)
-            least = max(int(likely.sum()), -(-total // max(per_class, 1)), 1)
-            chosen = likely.byte().argsort(descending=True, stable=True)[:least].sort()[0]
-            if least < classes - 1:
-                scores, deltas = scores[:, chosen], deltas[:, chosen]
+            # A look at values is no host sync here.
+            candidate = (scores > self.settings.box_score_thresh) & proposals.valid[:, None]
+            if 4 * int(candidate.sum()) <= candidate.numel():
+                return self._suppress_candidates(candidate.nonzero().unbind(1), scores, deltas, proposals, sizes, total)
         # Blocks of classes bound the memory where there are many; mostly there is one block.
         size = max(_MOST_CANDIDATES // max(count, 1), 1)
         blocks = zip(scores.split(size, dim=1), deltas.split(size, dim=1), strict=True)
@@ -186,14 +184,46 @@ class RoIHeads(RefuseAttributes, nn.Module):
         scores, order = scores[:, :total], order[:, :total]
         found = scores > -math.inf
         boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
-        label = order // max(per_class, 1)
         return Detections(
             torch.where(found[..., None], boxes, 0.0),
             torch.where(found, scores, 0.0),
-            torch.where(found, (label if chosen is None else chosen[label]) + 1, 0),
+            torch.where(found, order // max(per_class, 1) + 1, 0),
             found.sum(1),
             torch.where(found, index.gather(1, order), 0),
         )
+
+    def _suppress_candidates(
+        self,
+        candidates: Sequence[Tensor],
+        scores: Tensor,
+        deltas: Tensor,
+        proposals: Proposals,
+        sizes: Tensor,
+        total: int,
+    ) -> Detections:
+        """As `postprocess_detections`, with work for the candidates alone: image, class and proposal [N] each."""
+        image, label, row = candidates
+        boxes, settings = self._decode(deltas[candidates], proposals.boxes[image, row], sizes[image]), self.settings
+        large = box_algebra.are_as_large(boxes, settings.box_min_size).nonzero()[:, 0]
+        group = image * scores.shape[1] + label
+        kept = large[ops.batched_nms(boxes[large], scores[candidates][large], group[large], settings.box_nms_thresh)]
+        # By image, and in descending order of score: so many of each as there is room for.
+        kept = kept[image[kept].argsort(stable=True)]
+        count = image[kept].bincount(minlength=len(sizes))
+        place = torch.arange(len(kept)) - (count.cumsum(0) - count)[image[kept]]
+        kept, place = kept[place < total], place[place < total]
+
+        def laid_out(values: Tensor) -> Tensor:
+            empty = values.new_zeros(len(sizes), total, *values.shape[1:])
+            return empty.index_put((image[kept], place), values[kept])
+
+        found = laid_out(boxes), laid_out(scores[candidates]), laid_out(label + 1)
+        return Detections(*found, count.clamp(max=total), laid_out(row))
+
+    def _decode(self, deltas: Tensor, reference: Tensor, sizes: Tensor) -> Tensor:
+        """Boxes [B, ..., 4] at `deltas`, clipped to `sizes` [B, 2]."""
+        weights, clamp = self.settings.bbox_reg_weights, self.settings.bbox_xform_clip
+        return box_algebra.clip(box_algebra.decode(deltas.float(), reference, weights, clamp=clamp), sizes)
 
     def _suppress_classes(
         self, scores: Tensor, deltas: Tensor, proposals: Proposals, sizes: Tensor, max_keep: int
@@ -205,13 +235,9 @@ class RoIHeads(RefuseAttributes, nn.Module):
         """
         settings = self.settings
         batch = scores.shape[0]
-        boxes = box_algebra.decode(
-            deltas.float(), proposals.boxes[:, None], settings.bbox_reg_weights, clamp=settings.bbox_xform_clip
-        )
-        boxes = box_algebra.clip(boxes, sizes)
-        width, height = box_algebra.sides(boxes)
+        boxes = self._decode(deltas, proposals.boxes[:, None], sizes)
         valid = (scores > settings.box_score_thresh) & proposals.valid[:, None]
-        valid &= (width >= settings.box_min_size) & (height >= settings.box_min_size)
+        valid &= box_algebra.are_as_large(boxes, settings.box_min_size)
         boxes, scores = boxes.flatten(0, 1), scores.flatten(0, 1)
         kept = ops.nms_padded(boxes, scores, settings.box_nms_thresh, max_keep, valid.flatten(0, 1))
         scores = torch.where(kept.valid, scores.gather(1, kept.index), -math.inf)
@@ -230,23 +256,14 @@ class RoIHeads(RefuseAttributes, nn.Module):
             )
         grids = [(level.shape[-2], level.shape[-1]) for level in features.values()]
         strides = settings.rpn_anchor_generator.level_strides(batch.padded_size, grids)
-        scales = {name: _spatial_scale(stride[0]) for name, stride in zip(features, strides, strict=True)}
+        scales = {name: spatial_scale(stride[0]) for name, stride in zip(features, strides, strict=True)}
         dtype, levels = features[names[0]].dtype, narrow(features[name] for name in names)
         if settings.box_pooling == "align":
-            ratio, aligned, factors = (
-                settings.box_sampling_ratio,
-                settings.box_aligned,
-                [scales[name] for name in names],
-            )
+            ratio, aligned, factors = settings.box_sampling_ratio, settings.box_aligned, [scales[k] for k in names]
             return ops.batched_roi_align(levels, boxes, size, factors, ratio, aligned, valid).to(dtype)
         if len(names) > 1:
             raise ValueError(f"box_pooling 'max' pools from one level, not from {list(names)}: see box_featmap_names")
         return ops.batched_roi_pool(levels[0], boxes, size, scales[names[0]], valid).to(dtype)
-
-
-def _spatial_scale(stride: int) -> float:
-    """Cells a pixel: of the power of two that is nearest to the stride, which rounding may have moved."""
-    return 1 / (1 << max(round(math.log2(stride)), 0))
 
 
 def _build_box_head(in_channels: int, settings: Settings) -> nn.Module:

@@ -170,25 +170,35 @@ def test_blocks_of_classes_change_nothing(monkeypatch, cap):
     assert (whole.count > 5).all()
     for most in (1, 40, 60):
         monkeypatch.setattr(roi_heads, "_MOST_CANDIDATES", most)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         in_blocks = heads.postprocess_detections(logits, deltas, proposals, sizes)
         assert all(map(torch.equal, in_blocks, whole))
 
 
 @pytest.mark.parametrize("cap", [None, 9, 45])
 @pytest.mark.parametrize("spread", [0.0, 2.5, 6.0])
-def test_classes_that_are_found_nowhere_may_be_left_out(monkeypatch, cap, spread):
-    """A graph holds all of them. No class is found, some are, or nearly all."""
-    heads = roi_heads.RoIHeads(4, 60, dataclasses.replace(VGG16, box_detections_per_img=cap)).eval()
+@pytest.mark.parametrize("least_side", [0.0, 15.0])
+def test_work_for_candidates_alone_gives_the_same(monkeypatch, cap, spread, least_side):
+    """A graph decodes all classes of all proposals. Nothing is above the threshold, something is, or much."""
+    changes = {"box_detections_per_img": cap, "box_min_size": least_side}
+    heads = roi_heads.RoIHeads(4, 60, dataclasses.replace(VGG16, **changes)).eval()
     boxes = torch.rand(2, 20, 4) * 30
     boxes[..., 2:] += boxes[..., :2]
     proposals = Proposals(boxes, torch.ones(2, 20), torch.tensor([20, 13]))
     logits, deltas = torch.randn(2, 20, 60).mul(spread).round(), torch.randn(2, 20, 240)
     logits[0, 3] = math.nan
-    sizes = torch.tensor([[50, 60], [40, 60]])
-    found = heads.postprocess_detections(logits, deltas, proposals, sizes)
+    sizes, leaves = torch.tensor([[50, 60], [40, 60]]), (logits.requires_grad_(), deltas.requires_grad_())
+
+    def detect():
+        found = heads.postprocess_detections(logits, deltas, proposals, sizes)
+        return found, torch.autograd.grad((found.boxes + found.scores[..., None] ** 2).sum(), leaves)
+
+    found, gradients = detect()
     assert (found.count > 0).all() == (spread > 0)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert all(map(torch.equal, found, heads.postprocess_detections(logits, deltas, proposals, sizes)))
+    in_a_graph, expected = detect()
+    assert all(map(torch.equal, found, in_a_graph))
+    torch.testing.assert_close(gradients, expected, equal_nan=True)
 
 
 def test_no_proposals_give_no_detections():
