@@ -207,7 +207,7 @@ class RoIHeads(RefuseAttributes, nn.Module):
         large = box_algebra.are_as_large(boxes, settings.box_min_size).nonzero()[:, 0]
         group = image * scores.shape[1] + label
         kept = large[ops.batched_nms(boxes[large], scores[candidates][large], group[large], settings.box_nms_thresh)]
-        # By image, and in descending order of score: so many of each as there is room for.
+        # By image, and in descending order of score: so many of each as the result holds.
         kept = kept[image[kept].argsort(stable=True)]
         count = image[kept].bincount(minlength=len(sizes))
         place = torch.arange(len(kept)) - (count.cumsum(0) - count)[image[kept]]

@@ -60,6 +60,13 @@ def call_below_autograd(op: Callable[..., Any], *args: Any) -> Any:
         return op(*args)
 
 
+def call_in_forward(op: Callable[..., Any], *args: Any) -> Any:
+    """`call_below_autograd` for the forward of a function, which has switched derivatives off: on again,
+    for the levels of `torch.func`'s transforms that are still to come."""
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return call_below_autograd(op, *args)
+
+
 def overridable(function: _Function) -> _Function:
     """A public function that arguments with `__torch_function__` take over, such as the proxies of `torch.fx`."""
 

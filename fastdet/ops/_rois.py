@@ -1,17 +1,18 @@
-"""What the operations on regions of interest share: argument checks, rows of boxes, outputs and threads."""
+"""What the operations on regions of interest share: argument checks, rows of boxes, outputs and derivatives.
 
-import functools
+The derivatives are of both modes and any order: where the operations are smooth, they are linear in the features.
+"""
+
 import numbers
-import os
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction
 
 from fastdet.ops import _checks
-from fastdet.ops._library import call_below_autograd
+from fastdet.ops._library import apply_function, call_below_autograd, call_in_forward, needs_derivative
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -106,52 +107,144 @@ def rois_in_cells(rois: Tensor, corners: Tensor, num_images: int, limit: float) 
     return torch.cat([images.where(valid, 0.0), corners.where(valid, -limit)], dim=1)
 
 
-def run_in_slices(count: int, step: int, fill: Callable[[int, int], None]) -> None:
-    """Call `fill(first, last)` over [0, count) in slices of `step`, on as many threads as torch uses.
-
-    One thread takes all at once: the memory of a slice's result would come from the system anew each time.
-    """
-    threads = torch.get_num_threads()
-    step = max(1, step if threads > 1 else count)
-    firsts = range(0, count, step)
-    inference = torch.is_inference_mode_enabled()
-
-    def run(first: int) -> None:
-        # These states belong to a thread: without them a worker would record a second gradient, or be refused the
-        # inference tensors that it fills.
-        with torch.inference_mode(inference):
-            call_below_autograd(fill, first, min(first + step, count))
-
-    if min(threads, len(firsts)) < 2:
-        for first in firsts:
-            run(first)
-    else:
-        list(_thread_pool(os.getpid(), threads).map(run, firsts))
+def level_shapes(sizes: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """The shape of each level, from `sizes`: batch, channels, then height and width of one level after another."""
+    batch, channels, *sides = sizes
+    return [(batch, channels, *side) for side in zip(sides[::2], sides[1::2], strict=True)]
 
 
-@functools.cache
-def _thread_pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """One for each process: the threads of a pool do not survive the fork of a data loader's worker.
+class _RoiAlign(_SingleLevelFunction):
+    @staticmethod
+    def forward(rois: Tensor, scales: list[float], rules: tuple[Any, ...], *features: Tensor) -> Tensor:
+        return call_in_forward(torch.ops.fastdet.roi_align, rois, list(features), scales, *rules)
 
-    Each worker uses one OpenMP thread: with a team for each there would be more threads than cores, and OpenMP then
-    puts all of them to sleep after each operator, those of the caller's operators too.
-    """
-    pool = ThreadPoolExecutor(threads, initializer=_use_one_thread)
-    started = threading.Barrier(threads + 1)
-    try:
-        for _ in range(threads):
-            pool.submit(started.wait)
-        started.wait()
-    except BaseException:
-        # Such as an interruption: release the workers that stand at the barrier.
-        started.abort()
-        raise
-    # The workers set the process-wide default; this sets it back, for this thread and those to come.
-    torch.set_num_threads(threads)
-    return pool
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        rois, scales, rules, *features = inputs
+        ctx.save_for_backward(rois)
+        ctx.save_for_forward(rois)
+        sides = [side for level in features for side in level.shape[2:]]
+        ctx.arguments = ([*features[0].shape[:2], *sides], scales, *rules[2:])
+        ctx.rules = rules
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        """Linear in the features."""
+        sizes, scales, *_ = ctx.arguments
+        return torch.ops.fastdet.roi_align(*ctx.saved_tensors, _fill(tangents[3:], sizes), scales, *ctx.rules)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads = torch.ops.fastdet.roi_align_backward(grad, *ctx.saved_tensors, *ctx.arguments)
+        return None, None, None, *grads
 
 
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)
-    # A thread reads the setting at its first query, and then keeps it.
-    torch.get_num_threads()
+class _RoiAlignBackward(_SingleLevelFunction):
+    """Linear in the gradient, and so its derivatives are the two operations."""
+
+    @staticmethod
+    def forward(grad: Tensor, rois: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(call_in_forward(torch.ops.fastdet.roi_align_backward, grad, rois, *arguments))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        grad, rois, *ctx.arguments = inputs
+        ctx.save_for_backward(rois)
+        ctx.save_for_forward(rois)
+        ctx.bins = grad.shape[2:]
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.ops.fastdet.roi_align_backward(tangent, *ctx.saved_tensors, *ctx.arguments))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        sizes, scales, *rules = ctx.arguments
+        levels = _fill(grads, sizes)
+        grad = torch.ops.fastdet.roi_align(*ctx.saved_tensors, levels, scales, *ctx.bins, *rules)
+        return grad, *[None] * (1 + len(ctx.arguments))
+
+
+def _fill(levels: Sequence[Tensor | None], sizes: list[int]) -> list[Tensor]:
+    """The levels of an image [B, C, H_l, W_l], zeros where there is none; at least one is there."""
+    given = next(level for level in levels if level is not None)
+    shapes = level_shapes(sizes)
+    return [given.new_zeros(shape) if level is None else level for level, shape in zip(levels, shapes, strict=True)]
+
+
+def roi_align_autograd(rois: Tensor, features: list[Tensor], scales: list[float], *rules: Any) -> Tensor:
+    """`rules` from the number of bins on."""
+    if needs_derivative(*features):
+        return apply_function(_RoiAlign, rois, scales, rules, *features)
+    return call_below_autograd(torch.ops.fastdet.roi_align, rois, features, scales, *rules)
+
+
+def roi_align_backward_autograd(grad: Tensor, rois: Tensor, *arguments: Any) -> list[Tensor]:
+    if needs_derivative(grad):
+        return list(apply_function(_RoiAlignBackward, grad, rois, *arguments))
+    return call_below_autograd(torch.ops.fastdet.roi_align_backward, grad, rois, *arguments)
+
+
+class _RoiPool(_SingleLevelFunction):
+    @staticmethod
+    def forward(input: Tensor, rois: Tensor, *scale_and_bins: float) -> tuple[Tensor, Tensor]:
+        return call_in_forward(torch.ops.fastdet.roi_pool, input, rois, *scale_and_bins)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        (input, rois, *scale_and_bins), (_, argmax) = inputs, output
+        ctx.save_for_backward(rois, argmax)
+        ctx.scalars = (*scale_and_bins, *input.shape)
+        ctx.save_for_forward(rois, argmax)
+        ctx.mark_non_differentiable(argmax)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
+        return _at_maxima(tangent, *ctx.saved_tensors), None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_input = torch.ops.fastdet.roi_pool_backward(grad, *ctx.saved_tensors, *ctx.scalars)
+        return grad_input, None, None, None, None
+
+
+class _RoiPoolBackward(_SingleLevelFunction):
+    """Linear in the gradient: its transpose reads where the maxima lie."""
+
+    @staticmethod
+    def forward(grad: Tensor, *arguments: Any) -> Tensor:
+        return call_in_forward(torch.ops.fastdet.roi_pool_backward, grad, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, rois, argmax, *ctx.scalars = inputs
+        ctx.save_for_backward(rois, argmax)
+        ctx.save_for_forward(rois, argmax)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return torch.ops.fastdet.roi_pool_backward(tangent, *ctx.saved_tensors, *ctx.scalars)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _at_maxima(grad, *ctx.saved_tensors), *[None] * (2 + len(ctx.scalars))
+
+
+def _at_maxima(features: Tensor, rois: Tensor, argmax: Tensor) -> Tensor:
+    """Of `features` [B, C, H, W] what lies where each bin has its maximum, [R, C, PH, PW]; 0 if it pooled nothing."""
+    image = rois[:, 0].nan_to_num().long().clamp(0, max(len(features) - 1, 0))
+    channel = torch.arange(features.shape[1], device=features.device)
+    found = features.flatten(2)[image[:, None, None, None], channel[:, None, None], argmax.long().clamp(min=0)]
+    return torch.where(argmax < 0, 0.0, found)
+
+
+def roi_pool_autograd(input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    if needs_derivative(input):
+        return apply_function(_RoiPool, input, *args)
+    return call_below_autograd(torch.ops.fastdet.roi_pool, input, *args)
+
+
+def roi_pool_backward_autograd(grad: Tensor, *arguments: Any) -> Tensor:
+    if needs_derivative(grad):
+        return apply_function(_RoiPoolBackward, grad, *arguments)
+    return call_below_autograd(torch.ops.fastdet.roi_pool_backward, grad, *arguments)

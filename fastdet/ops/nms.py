@@ -257,8 +257,8 @@ def batched_nms(
     idxs = _checks.tensor("idxs", idxs, (boxes.shape[0],))
     _checks.same_device(boxes=boxes, idxs=idxs)
     if idxs.dtype not in _checks.INTEGERS:
-        values = idxs.byte() if idxs.dtype == torch.bool else _checks.floats("idxs", idxs, double=True)
-        idxs = torch.unique(values, return_inverse=True)[1]
+        whole = not (idxs.is_floating_point() or idxs.is_complex())
+        idxs = idxs.long() if whole else _checks.floats("idxs", idxs, double=True).unique(return_inverse=True)[1]
     if _checks.is_recorded(boxes):
         return torch.ops.fastdet.batched_nms_indices(boxes, scores, idxs, iou_threshold, max_keep)
     return _suppress_groups(boxes, scores, idxs, iou_threshold, max_keep)
@@ -295,6 +295,6 @@ def _check(
     scores = _checks.tensor("scores", _checks.floats("scores", scores, double=True), (boxes.shape[0],))
     _checks.same_device(boxes=boxes, scores=scores)
     dtype = torch.promote_types(boxes.dtype, scores.dtype)
-    threshold = float(_checks.number("iou_threshold", iou_threshold))
+    iou_threshold = float(_checks.number("iou_threshold", iou_threshold))
     limit = None if max_keep is None else _checks.integer("max_keep", max_keep, least=0)
-    return boxes.detach().to(dtype), scores.detach().to(dtype), threshold, limit
+    return boxes.detach().to(dtype), scores.detach().to(dtype), iou_threshold, limit

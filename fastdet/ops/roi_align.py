@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import _SingleLevelFunction
 
 from fastdet.ops import _checks, _rois
-from fastdet.ops._library import apply_function, call_below_autograd, define, needs_derivative, overridable
+from fastdet.ops._library import define, overridable
 from fastdet.ops._pyramid import check_pyramid, level_edges
-from fastdet.ops.cpu.roi_align import level_shapes, roi_align_backward_cpu, roi_align_cpu
+from fastdet.ops.cpu.roi_align import roi_align_backward_cpu, roi_align_cpu
 
 
 def roi_align_cuda(
@@ -55,7 +54,7 @@ def roi_align_backward_cuda(
 ) -> list[Tensor]:
     from fastdet.kernels import roi_align_backward as kernel
 
-    grads = [_rois.empty(grad, shape, torch.channels_last) for shape in level_shapes(sizes)]
+    grads = [_rois.empty(grad, shape, torch.channels_last) for shape in _rois.level_shapes(sizes)]
     if not grad.numel() or not any(level.numel() for level in grads):
         return [level.zero_() for level in grads]
     num_rois, _, *pooled = grad.shape
@@ -90,46 +89,7 @@ def roi_align_fake(rois: Tensor, features: list[Tensor], scales: list[float], *r
 
 
 def roi_align_backward_fake(grad: Tensor, rois: Tensor, sizes: list[int], *_: Any) -> list[Tensor]:
-    return [_rois.empty(grad, shape) for shape in level_shapes(sizes)]
-
-
-class _RoiAlign(_SingleLevelFunction):
-    @staticmethod
-    def forward(rois: Tensor, scales: list[float], rules: tuple[Any, ...], *features: Tensor) -> Tensor:
-        return call_below_autograd(torch.ops.fastdet.roi_align, rois, list(features), scales, *rules)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        rois, scales, rules, *features = inputs
-        ctx.save_for_backward(rois)
-        ctx.save_for_forward(rois)
-        sides = [side for level in features for side in level.shape[2:]]
-        ctx.arguments = ([*features[0].shape[:2], *sides], scales, *rules[2:])
-        ctx.rules = rules
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        """Linear in the features."""
-        (rois,), (sizes, scales, *_), levels = ctx.saved_tensors, ctx.arguments, tangents[3:]
-        given = next(level for level in levels if level is not None)
-        shapes = level_shapes(sizes)
-        filled = [
-            given.new_zeros(shape) if level is None else level for level, shape in zip(levels, shapes, strict=True)
-        ]
-        return torch.ops.fastdet.roi_align(rois, filled, scales, *ctx.rules)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = torch.ops.fastdet.roi_align_backward(grad, *ctx.saved_tensors, *ctx.arguments)
-        return None, None, None, *grads
-
-
-def roi_align_autograd(rois: Tensor, features: list[Tensor], scales: list[float], *rules: Any) -> Tensor:
-    """`rules` from the number of bins on."""
-    if needs_derivative(*features):
-        return apply_function(_RoiAlign, rois, scales, rules, *features)
-    return call_below_autograd(torch.ops.fastdet.roi_align, rois, features, scales, *rules)
+    return [_rois.empty(grad, shape) for shape in _rois.level_shapes(sizes)]
 
 
 define(
@@ -138,14 +98,17 @@ define(
     cpu=roi_align_cpu,
     cuda=roi_align_cuda,
     fake=roi_align_fake,
-    autograd=roi_align_autograd,
+    autograd=_rois.roi_align_autograd,
 )
+
+
 define(
     "roi_align_backward(Tensor grad, Tensor rois, SymInt[] sizes, float[] scales, int sampling_ratio, bool aligned,"
     " float canonical_scale, int canonical_level) -> Tensor[]",
     cpu=roi_align_backward_cpu,
     cuda=roi_align_backward_cuda,
     fake=roi_align_backward_fake,
+    autograd=_rois.roi_align_backward_autograd,
 )
 
 
@@ -171,8 +134,8 @@ def roi_align(
             a cell wide and high.
 
     A sample more than a cell outside the features is 0. Corners are clamped to 2**20 cells. A box with a NaN corner
-    pools zeros, and so does one on the GPU whose image does not exist. Differentiable once, in `input`; the gradient
-    has the same bits on every run.
+    pools zeros, and so does one on the GPU whose image does not exist. Differentiable in `input`; the gradient has the
+    same bits on every run.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, `sampling_ratio` not an int or `aligned` not a bool;

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import _SingleLevelFunction
 
 from fastdet.ops import _checks, _rois
-from fastdet.ops._library import apply_function, call_below_autograd, define, needs_derivative, overridable
+from fastdet.ops._library import define, overridable
 from fastdet.ops.cpu.roi_pool import empty_outputs, roi_pool_backward_cpu, roi_pool_cpu
 
 
@@ -65,55 +64,23 @@ def roi_pool_backward_fake(grad: Tensor, *args: Any) -> Tensor:
     return _rois.empty(grad, args[-4:])
 
 
-class _RoiPool(_SingleLevelFunction):
-    @staticmethod
-    def forward(input: Tensor, rois: Tensor, *scale_and_bins: float) -> tuple[Tensor, Tensor]:
-        return call_below_autograd(torch.ops.fastdet.roi_pool, input, rois, *scale_and_bins)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        (input, rois, *scale_and_bins), (_, argmax) = inputs, output
-        ctx.save_for_backward(rois, argmax)
-        ctx.scalars = (*scale_and_bins, *input.shape)
-        ctx.save_for_forward(rois, argmax)
-        ctx.mark_non_differentiable(argmax)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
-        """The tangents [B, C, H, W] of the maxima."""
-        rois, argmax = ctx.saved_tensors
-        image = rois[:, 0].nan_to_num().long().clamp(0, max(len(tangent) - 1, 0))
-        channel = torch.arange(tangent.shape[1], device=tangent.device)
-        found = tangent.flatten(2)[image[:, None, None, None], channel[:, None, None], argmax.long().clamp(min=0)]
-        return torch.where(argmax < 0, 0.0, found), None
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_input = torch.ops.fastdet.roi_pool_backward(grad, *ctx.saved_tensors, *ctx.scalars)
-        return grad_input, None, None, None, None
-
-
-def roi_pool_autograd(input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    if needs_derivative(input):
-        return apply_function(_RoiPool, input, *args)
-    return call_below_autograd(torch.ops.fastdet.roi_pool, input, *args)
-
-
 define(
     "roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width)"
     " -> (Tensor, Tensor)",
     cpu=roi_pool_cpu,
     cuda=roi_pool_cuda,
     fake=roi_pool_fake,
-    autograd=roi_pool_autograd,
+    autograd=_rois.roi_pool_autograd,
 )
+
+
 define(
     "roi_pool_backward(Tensor grad, Tensor rois, Tensor argmax, float spatial_scale, SymInt pooled_height,"
     " SymInt pooled_width, SymInt batch, SymInt channels, SymInt height, SymInt width) -> Tensor",
     cpu=roi_pool_backward_cpu,
     cuda=roi_pool_backward_cuda,
     fake=roi_pool_backward_fake,
+    autograd=_rois.roi_pool_backward_autograd,
 )
 
 
@@ -134,8 +101,8 @@ def roi_pool(
         spatial_scale: cells per pixel.
 
     A corner rounds half away from zero to a cell, and the cells of both corners belong to the box. A bin outside the
-    features is 0; NaN features are ignored. Differentiable once, in `input`; the gradient has the same bits on
-    every run. A box with a NaN corner pools nothing, and so does one on the GPU whose image does not exist.
+    features is 0; NaN features are ignored. Differentiable in `input`; the gradient has the same bits on every
+    run. A box with a NaN corner pools nothing, and so does one on the GPU whose image does not exist.
 
     Raises:
         TypeError: an argument is not a floating-point tensor; float64 on a GPU.

@@ -9,6 +9,7 @@ import torchvision.ops  # noqa: F401  (registers the operators that are called)
 from torch import Tensor
 
 from fastdet.ops import _pyramid, _rois
+from fastdet.ops.cpu.threads import run_in_slices
 
 # Corners are clamped to this many cells: up to there neighboring fp32 numbers are at most an eighth of a cell apart.
 CELL_LIMIT = float(1 << 20)
@@ -110,7 +111,7 @@ def roi_align_cpu(
                 map, cells[first:last], 1.0, *bins, sampling_ratio, aligned
             ).to(pooled.dtype)
 
-        _rois.run_in_slices(len(rows), step, fill)
+        run_in_slices(len(rows), step, fill)
     return pooled
 
 
@@ -123,7 +124,7 @@ def roi_align_backward_cpu(
     aligned: bool,
     *canonical: Any,
 ) -> list[Tensor]:
-    shapes = level_shapes(sizes)
+    shapes = _rois.level_shapes(sizes)
     grads = [grad.new_zeros(shape) for shape in shapes]
     wide, bins = _rois.widen(grad), (grad.shape[2], grad.shape[3])
     for level, rows, cells in _rows_by_level(rois.to(wide.dtype), shapes, scales, canonical):
@@ -144,15 +145,9 @@ def roi_align_backward_cpu(
             )
 
         products = int(regular.sum()) * math.prod(bins) * max(sampling_ratio, 1) ** 2
-        _rois.run_in_slices(total.shape[1], SLICE // max(products, 1), fill)
+        run_in_slices(total.shape[1], SLICE // max(products, 1), fill)
         for row, cell in zip(rows[large], cells[large], strict=True):
             down, across = _box_weights(cell, bins, total.shape, aligned)
             total[int(cell[0])] += _product(down.t(), wide[row], across)
         grads[level].copy_(total)
     return grads
-
-
-def level_shapes(sizes: Sequence[int]) -> list[tuple[int, int, int, int]]:
-    """The shape of each level, from `sizes`: batch, channels, then height and width of one level after another."""
-    batch, channels, *sides = sizes
-    return [(batch, channels, *side) for side in zip(sides[::2], sides[1::2], strict=True)]

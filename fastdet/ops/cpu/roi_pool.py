@@ -5,6 +5,7 @@ import torchvision.ops  # noqa: F401  (registers the operators that are called)
 from torch import Tensor
 
 from fastdet.ops import _rois
+from fastdet.ops.cpu.threads import run_in_slices
 
 # Corners are clamped to this many cells, so that no sum of int32 cells wraps around.
 CELL_LIMIT = 1e9
@@ -43,7 +44,7 @@ def roi_pool_cpu(
                 features, cells[first:last], 1.0, pooled_height, pooled_width
             )
 
-        _rois.run_in_slices(len(rois), SLICE // pooled[0].numel(), fill)
+        run_in_slices(len(rois), SLICE // pooled[0].numel(), fill)
     return pooled, argmax
 
 
@@ -66,5 +67,5 @@ def roi_pool_backward_cpu(
             wide[:, first:last], cells, places, 1.0, *bins, *shape
         )
 
-    _rois.run_in_slices(channels, SLICE // (grad.numel() // channels), fill)
+    run_in_slices(channels, SLICE // (grad.numel() // channels), fill)
     return grad_input
