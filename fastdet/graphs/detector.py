@@ -94,7 +94,7 @@ class GraphedDetector(GraphedModel):
         if self._copy is None:
             self._copy, self._sources = self._make_copy(), _tensors(self.model)
             self._versions = _versions(self._sources)
-        return StaticStep(self._detect, static_inputs.allocate_batch(bucket, self.device), ())
+        return StaticStep(self._detect, static_inputs.allocate_batch(bucket, next(self.model.parameters())), ())
 
     @torch.no_grad()
     def _detect(self, images: Tensor, sizes: Tensor, scales: Tensor) -> Detections:

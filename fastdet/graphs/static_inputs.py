@@ -80,16 +80,18 @@ def choose_bucket(buckets: Sequence[Shape], images: Tensor, exact: bool) -> Shap
     return min(fitting, key=math.prod)
 
 
-def allocate_batch(bucket: Shape, device: torch.device) -> Batch:
-    """The static batch of a bucket: black images of its whole size."""
-    sizes = torch.tensor(bucket[2:], device=device).repeat(bucket[0], 1)
-    return Batch(torch.zeros(bucket, device=device), sizes, torch.ones(bucket[0], device=device))
+def allocate_batch(bucket: Shape, like: Tensor) -> Batch:
+    """The static batch of a bucket: black images of its whole size, on the device and of the dtype of a parameter."""
+    sizes = torch.tensor(bucket[2:], device=like.device).repeat(bucket[0], 1)
+    scales = torch.ones(bucket[0], dtype=torch.float32, device=like.device)
+    return Batch(torch.zeros(bucket, dtype=like.dtype, device=like.device), sizes, scales)
 
 
 def allocate_targets(batch: int, rows: int, device: torch.device) -> Targets:
     """The static targets of so many images: `rows` rows of padding each."""
     labels = torch.zeros(batch, rows, dtype=torch.int64, device=device)
-    return Targets(torch.zeros(batch, rows, 4, device=device), labels, torch.zeros_like(labels, dtype=torch.bool))
+    boxes = torch.zeros(batch, rows, 4, dtype=torch.float32, device=device)
+    return Targets(boxes, labels, torch.zeros_like(labels, dtype=torch.bool))
 
 
 def check_padded_shapes(images: Tensor, sizes: Tensor, scales: Tensor | None, targets: Targets | None = None) -> None:

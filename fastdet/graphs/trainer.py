@@ -270,7 +270,7 @@ class GraphedTrainer(GraphedModel):
                 check_gradients=self.check_gradients,
             )
 
-        batch = static_inputs.allocate_batch(bucket, self.device)
+        batch = static_inputs.allocate_batch(bucket, next(self.model.parameters()))
         targets = static_inputs.allocate_targets(bucket[0], self.max_boxes, self.device)
         state = [value for each in self.optimizer.state.values() for value in each.values() if torch.is_tensor(value)]
         changed = [*self.model.parameters(), *self.model.buffers(), *state, *self.loss_scale]

@@ -61,6 +61,13 @@ def test_bf16_detections_are_those_under_autocast(evaluated):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_detector_in_float64_is_captured_so(evaluated):
+    images, _ = small_scene()
+    doubled = copy.deepcopy(evaluated).double()
+    found, expected = GraphedDetector(doubled, SHAPE)(images), evaluated(images)
+    assert_same_detections(expected, found, at_least=4)
+
+
 def test_inference_mode_leaves_nothing_behind():
     images, targets = small_scene()
     model = detector().eval()
