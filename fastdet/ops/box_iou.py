@@ -7,6 +7,7 @@ Sources: generalized, Rezatofighi et al. 2019 (arXiv:1902.09630), section 3; dis
 import math
 
 import torch
+import torchvision.ops
 from torch import Tensor
 
 from fastdet.ops import _checks
@@ -53,8 +54,7 @@ def _box_iou(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float = 1e-7) -> Te
     dtype = torch.promote_types(boxes1.dtype, boxes2.dtype)
     boxes1, boxes2 = boxes1.to(dtype), boxes2.to(dtype)
     if boxes1.shape[:-2] != boxes2.shape[:-2]:
-        shapes = f"{list(boxes1.shape)} and {list(boxes2.shape)}"
-        raise ValueError(f"boxes1 and boxes2 must have the same leading dimensions, got {shapes}")
+        boxes1, boxes2 = _broadcast(boxes1, boxes2)
     if not 0 <= _checks.number("eps", eps) < math.inf:
         raise ValueError(f"eps must be finite and not negative, got {eps}")
     eps = float(eps)
@@ -69,6 +69,22 @@ def _box_iou(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float = 1e-7) -> Te
     return out.reshape(*batch, num_boxes1, num_boxes2)
 
 
+def _broadcast(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    """The two with the same leading dimensions."""
+    try:
+        leading = torch.broadcast_shapes(boxes1.shape[:-2], boxes2.shape[:-2])
+    except RuntimeError:
+        shapes = f"{list(boxes1.shape)} and {list(boxes2.shape)}"
+        raise ValueError(f"the leading dimensions of boxes1 and boxes2 must broadcast, got {shapes}") from None
+    return boxes1.expand(*leading, -1, -1), boxes2.expand(*leading, -1, -1)
+
+
+def _to_corners(name: str, boxes: Tensor, fmt: str) -> Tensor:
+    if fmt not in ("xywh", "cxcywh"):
+        raise ValueError(f"fmt must be xyxy, xywh or cxcywh, got {fmt!r}; torchvision.ops.box_iou takes rotated boxes")
+    return torchvision.ops.box_convert(_checks.boxes(name, boxes, None, double=True, whole=True), fmt, "xyxy")
+
+
 def _use_plain_formula(boxes1: Tensor, boxes2: Tensor) -> bool:
     """For float64, which checks need, not large matrices; and for one tile on the CPU, which takes less time than the
     call of an operator."""
@@ -80,12 +96,13 @@ def _use_plain_formula(boxes1: Tensor, boxes2: Tensor) -> bool:
 
 
 @overridable
-def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy") -> Tensor:
     """Intersection over union of every pair. Differentiable.
 
     Args:
         boxes1: [..., N, 4], x1, y1, x2, y2 in pixels, continuous (no + 1): floating point or whole numbers.
-        boxes2: [..., M, 4], likewise, of the same leading dimensions.
+        boxes2: [..., M, 4], likewise; the leading dimensions of the two broadcast.
+        fmt: "xyxy", or "xywh" or "cxcywh" for boxes of the upper left corner, or the center, and the sides.
 
     Returns:
         [..., N, M] in [0, 1], float64 where one of the two is and else fp32, also in computation. 0 for a pair whose
@@ -93,8 +110,10 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
     Raises:
         TypeError: an argument is not a tensor of real numbers.
-        ValueError: last dimension not 4, leading dimensions or devices that differ.
+        ValueError: last dimension not 4, leading dimensions that do not broadcast, devices that differ, another `fmt`.
     """
+    if fmt != "xyxy":
+        boxes1, boxes2 = _to_corners("boxes1", boxes1, fmt), _to_corners("boxes2", boxes2, fmt)
     return _box_iou(boxes1, boxes2, "iou")
 
 

@@ -183,3 +183,15 @@ def test_a_trace_is_refused_with_the_way_out(images_and_targets):
     ours = both()[1].eval()
     with pytest.raises(RuntimeError, match=r"torch\.jit\.trace would keep .* use fastdet\.export\.export_pt2"):
         torch.jit.trace(ours, (images_and_targets[0],), strict=False)
+
+
+def test_arguments_after_the_classes_are_keywords():
+    with pytest.raises(TypeError, match="positional"):
+        fastdet.FasterRCNN(Pyramid(), 5, 64)
+
+
+def test_a_level_that_the_backbone_does_not_give_is_an_error(images_and_targets):
+    ours = both()[1].eval()
+    ours.settings = ours.settings.override(box_featmap_names=("0", "7"))
+    with pytest.raises(ValueError, match=r"\['7'\] are not among the backbone's levels"):
+        ours(images_and_targets[0])

@@ -128,6 +128,14 @@ class TestIoU:
         torch.testing.assert_close(ours(boxes1, boxes2), reference(boxes1, boxes2).float(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(ours(boxes1, boxes2.float()), ours(boxes1, boxes2))
 
+    def test_leading_dimensions_broadcast(self, name):
+        ours, reference = IOUS[name]
+        boxes1, boxes2 = boxes_of(12).reshape(2, 1, 6, 4), boxes_of(15).reshape(3, 5, 4)
+        found = ours(boxes1, boxes2)
+        assert found.shape == (2, 3, 6, 5)
+        for i, j in itertools.product(range(2), range(3)):
+            torch.testing.assert_close(found[i, j], reference(boxes1[i, 0], boxes2[j]), rtol=1e-4, atol=1e-5)
+
     def test_nothing(self, name):
         assert IOUS[name][0](torch.zeros(0, 4), boxes_of(3)).shape == (0, 3)
 
@@ -139,6 +147,17 @@ class TestIoU:
                 return function(boxes1, boxes2)
 
         check_in_all_ways(IoU(), (boxes_of(5), boxes_of(4)), (boxes_of(300), boxes_of(200)))
+
+
+@pytest.mark.parametrize("fmt", ["xyxy", "xywh", "cxcywh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.int64])
+def test_formats_of_boxes(fmt, dtype):
+    boxes1, boxes2 = (theirs.box_convert(boxes_of(n).round(), "xyxy", fmt).to(dtype) for n in (9, 7))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = theirs.box_iou(boxes1.to(wide), boxes2.to(wide), fmt)
+    torch.testing.assert_close(ops.box_iou(boxes1, boxes2, fmt), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"fmt must be .* got 'cxcywhr'; torchvision"):
+        ops.box_iou(boxes1, boxes2, fmt="cxcywhr")
 
 
 class TestNMS:
