@@ -1,6 +1,7 @@
 """The detector with torchvision's settings beside torchvision's own: same weights, same images, same outputs."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -195,3 +196,23 @@ def test_a_level_that_the_backbone_does_not_give_is_an_error(images_and_targets)
     ours.settings = ours.settings.override(box_featmap_names=("0", "7"))
     with pytest.raises(ValueError, match=r"\['7'\] are not among the backbone's levels"):
         ours(images_and_targets[0])
+
+
+def test_a_step_under_autocast_is_torchvisions(images_and_targets):
+    """bf16 layers round to 3 digits, so that single proposals differ; the losses are means over all."""
+    theirs, ours = both()
+    images, targets = images_and_targets
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = theirs.train()(images, [dict(target) for target in targets]), ours.train()(images, targets)
+    assert_same_losses({name: loss.float() for name, loss in expected.items()}, found, relative=0.03)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        detected = ours.eval()(images)
+    assert all(each["boxes"].dtype == each["scores"].dtype == torch.float32 for each in detected)
+
+
+def test_copies_and_pickles_detect_the_same(images_and_targets):
+    ours, images = both()[1].eval(), images_and_targets[0]
+    with torch.no_grad():
+        expected = ours(images)
+        for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours).double().float()):
+            torch.testing.assert_close(copied(images), expected, rtol=0, atol=0)
