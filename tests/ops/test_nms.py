@@ -344,8 +344,7 @@ def test_kernel_equals_cpu(kernel_device, monkeypatch, seed, cooperative):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, "cooperative"])
-@pytest.mark.parametrize("shift", [0.2, 0.6, 2.0])
-@pytest.mark.parametrize("count", [63, 64, 65, 97])
+@pytest.mark.parametrize(("count", "shift"), [*itertools.product((63, 64, 65), (0.2, 0.6, 2.0)), (97, 0.6)])
 def test_kernel_on_rows_of_boxes(kernel_device, monkeypatch, steps, shift, count):
     """Each box overlaps the next, or a few, or none: as many survive as a chunk holds, one more or one fewer; one group
     ends early, one has no valid box at first, and one none at all."""
