@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
 from fastdet import boxes as box_algebra
@@ -168,7 +167,7 @@ class RoIHeads(RefuseAttributes, nn.Module):
         total = (classes - 1) * per_class if cap is None else min(cap, (classes - 1) * per_class)
         scores = class_logits.float().softmax(-1)[..., 1:].transpose(1, 2)
         deltas = box_deltas.unflatten(-1, (classes, 4))[:, :, 1:].transpose(1, 2)
-        if scores.is_cpu and not (torch.compiler.is_compiling() or isinstance(scores, FakeTensor)):
+        if scores.is_cpu and not ops.is_recorded(scores):
             # A look at values is no host sync here.
             candidate = (scores > self.settings.box_score_thresh) & proposals.valid[:, None]
             if 4 * int(candidate.sum()) <= candidate.numel():
@@ -210,7 +209,7 @@ class RoIHeads(RefuseAttributes, nn.Module):
         # By image, and in descending order of score: so many of each as the result holds.
         kept = kept[image[kept].argsort(stable=True)]
         count = image[kept].bincount(minlength=len(sizes))
-        place = torch.arange(len(kept)) - (count.cumsum(0) - count)[image[kept]]
+        place = torch.arange(len(kept), device=kept.device) - (count.cumsum(0) - count)[image[kept]]
         kept, place = kept[place < total], place[place < total]
 
         def laid_out(values: Tensor) -> Tensor:

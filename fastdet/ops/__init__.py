@@ -1,5 +1,6 @@
 """The operations, with torchvision's names and signatures. Importing this registers them as `torch.ops.fastdet.*`."""
 
+from fastdet.ops._checks import is_recorded
 from fastdet.ops.box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
 from fastdet.ops.decode import Decoded, decode
 from fastdet.ops.match import Matches, match
@@ -21,6 +22,7 @@ __all__ = [
     "decode",
     "distance_box_iou",
     "generalized_box_iou",
+    "is_recorded",
     "match",
     "multiscale_roi_align",
     "nms",

@@ -48,7 +48,7 @@ def boxes(name: str, value: object, ndim: int | None = 2, *, double: bool = Fals
 def is_recorded(value: Tensor) -> bool:
     """Whether a program is recorded, or transformed, from what is done with `value`: its values can't decide then."""
     active = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    return active or isinstance(value, FakeTensor)
+    return active or torch._C._len_torch_dispatch_stack() > 0 or isinstance(value, FakeTensor)
 
 
 def same_device(**tensors: Tensor | None) -> None:

@@ -9,12 +9,14 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torchvision import tv_tensors
 
 from fastdet import ops
 
 theirs = torchvision.ops
+FEATURES = torch.rand(1, 2, 9, 8, generator=torch.Generator().manual_seed(0))
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 WHOLE = (torch.int64, torch.int32, torch.int16)
 MIXED = list(itertools.permutations(FLOATS, 2))
@@ -284,12 +286,48 @@ def assert_equal(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0 if expected.dtype == torch.int64 else 1e-6, atol=0)
 
 
+def test_a_trace_of_operators_holds_no_values():
+    """As of torch.func.linearize and functorch's compilers, which torch.compiler.is_compiling() does not tell."""
+    for function in (
+        lambda boxes: ops.box_iou(boxes, boxes),
+        lambda boxes: ops.roi_align(FEATURES, torch.nn.functional.pad(boxes, (1, 0)), 2),
+        lambda boxes: ops.roi_pool(FEATURES, torch.nn.functional.pad(boxes, (1, 0)), 2),
+    ):
+        traced = make_fx(function)(boxes_of(9, 8.0))
+        other = boxes_of(9, 8.0)
+        torch.testing.assert_close(traced(other), function(other))
+    rois = rois_of(5, 1, 8.0)
+    value, jvp = torch.func.linearize(lambda x: ops.roi_align(x, rois, 2), FEATURES)
+    torch.testing.assert_close(jvp(FEATURES), value)
+
+
+def test_gradients_of_touching_boxes_are_torchvisions():
+    pairs = [([0.0, 0, 10, 10], [10.0, 0, 20, 10]), ([0.0, 0, 5, 5], [0.0, 0, 9, 9]), ([2.0, 2, 4, 4], [2.0, 0, 4, 9])]
+    for (ours, reference), pair in itertools.product(IOUS.values(), pairs):
+        gradients = []
+        for function in (ours, reference):
+            boxes1, boxes2 = (torch.tensor([box], requires_grad=True) for box in pair)
+            gradients.append(torch.autograd.grad(function(boxes1, boxes2).sum(), (boxes1, boxes2)))
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_a_default_device_is_not_that_of_the_results():
+    boxes, scores, ids = boxes_of(3000), torch.rand(3000), torch.arange(3000)
+    calls = [
+        lambda: ops.nms(boxes, scores, 0.5),
+        *(lambda n=n: ops.batched_nms(boxes, scores, ids % n, 0.5) for n in (1, 3, 20)),
+    ]
+    expected = [call() for call in calls]
+    with torch.device("meta"):
+        assert all(map(torch.equal, [call() for call in calls], expected))
+
+
 def scripted(boxes: Tensor, scores: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     idxs = scores > 0.5
     return (
         ops.nms(boxes, scores, 0.5, None),
         ops.batched_nms(boxes, scores, idxs, 0.5, None),
-        ops.box_iou(boxes, boxes),
+        ops.box_iou(boxes, boxes, "xyxy"),
         ops.roi_align(features, [boxes], (2, 2), 0.25, 2, True),
         ops.roi_pool(features, [boxes], 3, 0.25),
     )

@@ -67,7 +67,8 @@ def _similarity(first: Sequence[Tensor], second: Sequence[Tensor], kind: str, ep
 def _ratio_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:
     # Never by 0: a gradient would be NaN even where the ratio is not used.
     ratio = numerator / denominator.clamp(min=torch.finfo(denominator.dtype).tiny)
-    return torch.where(ratio > 0, ratio, 0.0)
+    # A ratio of 0 has a gradient: a hull that equals the union may grow.
+    return torch.where((ratio >= 0) & (denominator > 0), ratio, 0.0)
 
 
 def box_iou_cpu(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float) -> Tensor:

@@ -12,8 +12,8 @@ def decode_cpu(
     batch, _, height, width = deltas.shape
     grid = (batch, height, width, len(cell_anchors))
     count = height * width * len(cell_anchors)
-    boxes = torch.empty(batch, count, 4, dtype=torch.float32)
-    scores = torch.empty(batch, count, dtype=torch.float32)
+    boxes = deltas.new_empty(batch, count, 4, dtype=torch.float32)
+    scores = deltas.new_empty(batch, count, dtype=torch.float32)
     if scores.numel():
         corners, score = decode_planes(deltas, logits, cell_anchors, sizes, min_side, *stride_and_clamp)
         for corner, column in zip(corners, boxes.view(*grid, 4).unbind(-1), strict=True):

@@ -146,7 +146,7 @@ def find_best_gt(spans: Spans, gt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ground truth within each span, [spans, G]."""
     num_gt = gt.shape[1]
     # Ranked from the last, so that the first of several equal ones ranks highest: exact below 2^24.
-    rank = torch.arange(num_gt, 0, -1, dtype=gt.dtype)[:, None]
+    rank = torch.arange(num_gt, 0, -1, dtype=gt.dtype, device="cpu")[:, None]
     best_iou = torch.zeros_like(spans.planes[0])
     best_rank = torch.full_like(best_iou, num_gt)
     span_best = gt.new_zeros(len(best_iou), num_gt)

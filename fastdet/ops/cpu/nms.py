@@ -186,7 +186,7 @@ def _suppress_pairs(corners: Corners, rows: Index, later: Index, threshold: floa
 
 def _suppress_by_torchvision(boxes: Tensor, threshold: float) -> Index:
     """Which boxes [N, 4] of one group are kept, by the operator."""
-    priority = torch.arange(len(boxes), 0, -1, dtype=torch.float32)
+    priority = torch.arange(len(boxes), 0, -1, dtype=torch.float32, device="cpu")
     return torch_nms(boxes, priority, threshold).numpy()
 
 
@@ -202,7 +202,7 @@ def _suppress_side_by_side(corners: Corners, starts: Index, lengths: Index, thre
     place = np.where(left, starts + row, starts)
     keep[place[left]] = False
     active, rows = len(lengths), _ROWS
-    scratch = torch.empty(3, max(TILE, place.size))
+    scratch = torch.empty(3, max(TILE, place.size), device="cpu")
     while active >= _MIN_GROUPS:
         place, left = place[:, :active], np.ascontiguousarray(left[:, :active])
         boxes = reset_invalid(to_planes(torch.from_numpy(corners.take(place, axis=0))))

@@ -23,7 +23,7 @@ def suppress_tiles(planes: NDArray[np.float32], threshold: float, max_keep: int)
     torchvision's operator, then what they keep removes what it overlaps of all boxes after them.
     """
     order = radix_argsort(_z_order(planes[:4]))
-    priority = torch.arange(_BLOCK, 0, -1, dtype=torch.float32)
+    priority = torch.arange(_BLOCK, 0, -1, dtype=torch.float32, device="cpu")
     undecided = np.ones(planes.shape[1], np.bool_)
     found: list[Index] = []
     start, num_kept = 0, 0
@@ -61,7 +61,8 @@ def _removed(planes: NDArray[np.float32], order: Index, kept: Index, threshold: 
     removed = np.zeros((boxes.shape[1], _LANES), np.bool_)
     # Allocated once: memory of this size comes from the system anew each time.
     size = TILE // _LANES
-    tile_boxes, scratch = np.empty(5 * min(size, len(tile)) * _LANES, np.float32), torch.empty(3, size, _LANES)
+    tile_boxes = np.empty(5 * min(size, len(tile)) * _LANES, np.float32)
+    scratch = torch.empty(3, size, _LANES, device="cpu")
     for start in range(0, len(tile), size):
         tiles, partners = tile[start : start + size], partner[start : start + size]
         first = torch.from_numpy(kept_boxes.take(partners, axis=1)[..., None])

@@ -45,8 +45,8 @@ def _axis_weights(low: Tensor, high: Tensor, num_bins: int, limit: int, aligned:
     """The weights of the cells along one axis in the bins of one box, [num_bins, limit]; a sample a cell or more."""
     start, size = _split_axis(low, high, num_bins, aligned)
     count = max(int(size.ceil()), 1)
-    index = torch.arange(num_bins, dtype=low.dtype)[:, None]
-    place = start + index * size + (torch.arange(count, dtype=low.dtype) + 0.5) * size / count
+    index = torch.arange(num_bins, dtype=low.dtype, device="cpu")[:, None]
+    place = start + index * size + (torch.arange(count, dtype=low.dtype, device="cpu") + 0.5) * size / count
     on_map = (place >= -1) & (place <= limit)
     place = place.clamp(0, limit - 1)
     cell = place.long()
