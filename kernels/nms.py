@@ -47,6 +47,8 @@ class Config(NamedTuple):
     finish_rows: int
 
 
+# int32 words a group in `state` of `launch`.
+STATE_ROWS = 3
 # Bytes of the bit matrices of all groups, beyond which chunks become smaller.
 MOST_OVERLAP = 64 << 20
 
@@ -159,7 +161,7 @@ def launch(
 
     `boxes` [groups, N, 4] and `valid` [groups, N] are in descending priority, `iou_threshold` an fp32 number. Scratch:
     `survivors` [groups, chunk] int32, `overlap` [groups, chunk / 32, chunk] int32, `removed` [groups, step] int8,
-    `state` [3, groups] int32 of which the first row is 0, `kept` [groups, max_keep, 4] fp32.
+    `state` [STATE_ROWS, groups] int32 of which the first row is 0, `kept` [groups, max_keep, 4] fp32.
     """
     groups, num_boxes, _ = boxes.shape
     max_keep = index.shape[1]

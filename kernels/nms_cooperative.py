@@ -18,6 +18,9 @@ from fastdet.kernels.common.nms_overlap import half_ulp, is_compiled
 from fastdet.kernels.nms_filter import filter_block
 from fastdet.kernels.nms_settle import settle_block
 
+# As of `fastdet.kernels.nms`, and two of the barrier.
+STATE_ROWS = nms.STATE_ROWS + 2
+
 
 @triton.jit
 def _grid_barrier(
@@ -190,7 +193,7 @@ def launch(
     iou_threshold: float,
     config: nms.Config,
 ) -> None:
-    """As `fastdet.kernels.nms.launch`, but that `state` is [5, groups], of which rows 0, 3 and 4 are 0."""
+    """As `fastdet.kernels.nms.launch`, but that `state` is [STATE_ROWS, groups], of which rows 0, 3 and 4 are 0."""
     if boxes.shape[1] <= config.chunk:
         # That is one launch as well, and its programs need not wait.
         scratch = survivors, overlap, removed, state[:3], kept

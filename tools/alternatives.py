@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.calls import sorted_boxes
 from bench.costs import Call
-from fastdet.ops.nms import nms_cuda
+from fastdet.ops.nms import nms_cuda, nms_cuda_cooperative
 from tools.tune_blocks import microseconds
 
 
@@ -69,7 +69,7 @@ def suppression(device: torch.device, groups: int, count: int, max_keep: int) ->
     return Choice(
         "suppression",
         f"{groups} x {count} to {max_keep}",
-        {"launches": lambda: nms_cuda(*arguments), "one": lambda: nms_cuda(*arguments, cooperative=True)},
+        {"launches": lambda: nms_cuda(*arguments), "one": lambda: nms_cuda_cooperative(*arguments)},
     )
 
 

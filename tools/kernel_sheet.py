@@ -24,7 +24,7 @@ from torch import Tensor
 from fastdet.ops.box_iou import box_iou_cuda
 from fastdet.ops.decode import decode_cuda
 from fastdet.ops.match import match_cuda
-from fastdet.ops.nms import nms_cuda
+from fastdet.ops.nms import nms_cuda, nms_cuda_cooperative
 from fastdet.ops.roi_align import roi_align_backward_cuda, roi_align_cuda
 from fastdet.ops.roi_pool import roi_pool_backward_cuda, roi_pool_cuda
 from fastdet.ops.sample import sample_cuda
@@ -60,9 +60,9 @@ def _boxes(*shape: int) -> Tensor:
     return torch.zeros(*shape, 4)
 
 
-def _nms(groups: int, count: int, max_keep: int, cooperative: bool = False) -> None:
+def _nms(groups: int, count: int, max_keep: int, suppress: Callable[..., object] = nms_cuda) -> None:
     valid = torch.ones(groups, count, dtype=torch.bool)
-    nms_cuda(_boxes(groups, count), valid, 0.7, max_keep, cooperative=cooperative)
+    suppress(_boxes(groups, count), valid, 0.7, max_keep)
 
 
 def _match(batch: int, num_candidates: int, num_gt: int, masked: bool, allow_low_quality: bool) -> None:
@@ -113,7 +113,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "nms 6000 to 300": lambda: _nms(16, 6000, 300),
     "nms of classes": lambda: _nms(16 * 90, 300, 300),
     "nms of few": lambda: _nms(3, 20, 20),
-    "nms, cooperative": lambda: _nms(1, 12000, 2000, cooperative=True),
+    "nms, cooperative": lambda: _nms(1, 12000, 2000, nms_cuda_cooperative),
     "match of anchors": lambda: _match(1, 18648, 50, True, True),
     "match of proposals": lambda: _match(2, 2008, 5, False, False),
     "decode": lambda: _decode(1, 2, torch.float32, torch.contiguous_format),

@@ -6,6 +6,7 @@ the host makes every fp32 comparison decide alike.
 """
 
 import math
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 
 from fastdet.ops import _checks
 from fastdet.ops._library import define
-from fastdet.ops.cpu.nms import MANY, batched_nms_cpu, nms_cpu, round_threshold_down, torch_nms
+from fastdet.ops.cpu.nms import batched_nms_cpu, nms_cpu, plain_nms_cpu, round_threshold_down, torchvision_nms
 
 
 class Kept(NamedTuple):
@@ -30,35 +31,32 @@ class Kept(NamedTuple):
 
 
 def nms_cuda(
-    boxes: Tensor,
-    valid: Tensor,
-    iou_threshold: float,
-    max_keep: int,
-    scores: Tensor | None = None,
-    *,
-    cooperative: bool = False,
+    boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int, scores: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`cooperative`: in one launch whose programs wait for each other, which was never run on a GPU yet."""
-    if scores is None or not boxes.numel():
-        return _suppress_sorted(boxes, valid, iou_threshold, max_keep, cooperative)
-    # Rows that are not valid go last, so that the work ends with those that are.
-    order = torch.where(valid, scores, -math.inf).argsort(dim=1, descending=True, stable=True)
-    rows = order[..., None].expand(-1, -1, 4)
-    sorted_boxes, sorted_valid = boxes.gather(1, rows), valid.gather(1, order)
-    kept = Kept(*_suppress_sorted(sorted_boxes, sorted_valid, iou_threshold, max_keep, cooperative))
-    return torch.where(kept.valid, order.gather(1, kept.index), 0), kept.count
+    from fastdet.kernels import nms
+
+    return _suppress_by(nms, boxes, valid, iou_threshold, max_keep, scores)
 
 
-def _suppress_sorted(
-    boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int, cooperative: bool
+def nms_cuda_cooperative(
+    boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int, scores: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    from fastdet.kernels import nms as launches
-    from fastdet.kernels import nms_cooperative as one_launch
+    """`nms_cuda` in one launch whose programs wait for each other: not registered, as it was never run on a GPU."""
+    from fastdet.kernels import nms_cooperative
 
-    kernel = one_launch if cooperative else launches
+    return _suppress_by(nms_cooperative, boxes, valid, iou_threshold, max_keep, scores)
+
+
+def _suppress_by(
+    kernel: ModuleType, boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int, scores: Tensor | None
+) -> tuple[Tensor, Tensor]:
     groups, num_boxes, _ = boxes.shape
     if not groups or not num_boxes or not max_keep:
         return boxes.new_zeros(groups, max_keep, dtype=torch.int64), boxes.new_zeros(groups, dtype=torch.int64)
+    if scores is not None:
+        # Rows that are not valid go last, so that the work ends with those that are.
+        order = torch.where(valid, scores, -math.inf).argsort(dim=1, descending=True, stable=True)
+        boxes, valid = boxes.gather(1, order[..., None].expand(-1, -1, 4)), valid.gather(1, order)
     config = kernel.config(groups, num_boxes, max_keep)
     index = boxes.new_empty(groups, max_keep, dtype=torch.int64)
     count = boxes.new_empty(groups, dtype=torch.int64)
@@ -68,13 +66,15 @@ def _suppress_sorted(
         survivors=boxes.new_empty(groups, config.chunk, dtype=torch.int32),
         overlap=boxes.new_empty(groups, config.chunk // 32, config.chunk, dtype=torch.int32),
         removed=boxes.new_empty(groups, config.step, dtype=torch.int8),
-        state=boxes.new_zeros(5 if cooperative else 3, groups, dtype=torch.int32),
+        state=boxes.new_zeros(kernel.STATE_ROWS, groups, dtype=torch.int32),
         kept=boxes.new_empty(groups, max_keep, 4),
         index=index,
         count=count,
         iou_threshold=round_threshold_down(iou_threshold),
         config=config,
     )
+    if scores is not None:
+        index = torch.where(Kept(index, count).valid, order.gather(1, index), 0)
     return index, count
 
 
@@ -128,34 +128,33 @@ def nms_padded(
     return Kept(*torch.ops.fastdet.nms(boxes, valid, iou_threshold, max_keep, sorted_by))
 
 
-def _suppress(boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int | None) -> Tensor:
+def _nms_indices(boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int | None) -> Tensor:
     """`nms` of arguments that are checked: boxes and scores of one dtype, fp32 or float64."""
-    if not _is_ours(boxes, iou_threshold):
-        return _suppress_by_torchvision(boxes, scores, iou_threshold)[:limit]
-    if boxes.is_cpu and boxes.shape[0] <= MANY:
-        kept: Tensor = torch_nms(boxes, scores, iou_threshold)
-        # It keeps a box that is not finite in any case, and removes none by it.
-        if not math.isfinite(boxes.sum()):
-            kept = kept[boxes[kept].isfinite().all(1)]
-        return kept if limit is None else kept[:limit]
+    if not _is_implemented(boxes, iou_threshold):
+        return _finite_nms(boxes, scores, iou_threshold)[:limit]
+    if boxes.is_cpu:
+        return plain_nms_cpu(boxes, scores, iou_threshold, limit)
     most = len(boxes) if limit is None else min(limit, len(boxes))
     index, count = nms_padded(boxes[None], scores[None], iou_threshold, most)
     return index[0, : int(count[0])]
 
 
-def _suppress_groups(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, limit: int | None) -> Tensor:
+def _batched_nms_indices(
+    boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, limit: int | None
+) -> Tensor:
     """`batched_nms` of arguments that are checked, and whole numbers `idxs`."""
     if boxes.shape[0] == 0:
         return torch.zeros(0, dtype=torch.int64, device=boxes.device)
     limit = len(boxes) if limit is None else limit
-    if boxes.is_cpu and _is_ours(boxes, iou_threshold):
+    implemented = _is_implemented(boxes, iou_threshold)
+    if boxes.is_cpu and implemented:
         return batched_nms_cpu(boxes, scores, idxs, iou_threshold, limit)
     order = scores.argsort(descending=True, stable=True)
     keep = torch.zeros_like(order, dtype=torch.bool)
     groups, group, sizes = torch.unique(idxs[order], return_inverse=True, return_counts=True)
-    if not _is_ours(boxes, iou_threshold):
+    if not implemented:
         for rows in (order[group == each] for each in range(len(groups))):
-            keep[rows[_suppress_by_torchvision(boxes[rows], scores[rows], iou_threshold)]] = True
+            keep[rows[_finite_nms(boxes[rows], scores[rows], iou_threshold)]] = True
         return order[keep[order]][:limit]
     by_group = group.argsort(stable=True)
     first = sizes.cumsum(0) - sizes
@@ -171,15 +170,15 @@ def _suppress_groups(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold:
     return order[keep[order]][:limit]
 
 
-def _is_ours(boxes: Tensor, iou_threshold: float) -> bool:
-    """Whether it is what our implementations are for: the rest is so rare that torchvision's operator serves it."""
-    return boxes.dtype == torch.float32 and 0.0 <= iou_threshold <= 1.0
+def _is_implemented(boxes: Tensor, iou_threshold: float) -> bool:
+    """Whether our implementations take it: the rest is so rare that torchvision's operator serves it."""
+    return boxes.dtype == float32 and 0.0 <= iou_threshold <= 1.0
 
 
-def _suppress_by_torchvision(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Among those finite, as below a threshold of 0 all boxes remove others."""
+def _finite_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """By torchvision's operator, among the finite boxes: below a threshold of 0 the others too would suppress."""
     finite = boxes.isfinite().all(1).nonzero()[:, 0]
-    return finite[torch_nms(boxes[finite], scores[finite], iou_threshold)]
+    return finite[torchvision_nms(boxes[finite], scores[finite], iou_threshold)]
 
 
 def _kept_fake(boxes: Tensor, *_: object) -> Tensor:
@@ -189,14 +188,14 @@ def _kept_fake(boxes: Tensor, *_: object) -> Tensor:
 # For programs that are recorded, which can't contain the count.
 define(
     "nms_indices(Tensor boxes, Tensor scores, float iou_threshold, SymInt? max_keep) -> Tensor",
-    cpu=_suppress,
-    cuda=_suppress,
+    cpu=_nms_indices,
+    cuda=_nms_indices,
     fake=_kept_fake,
 )
 define(
     "batched_nms_indices(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold, SymInt? max_keep) -> Tensor",
-    cpu=_suppress_groups,
-    cuda=_suppress_groups,
+    cpu=_batched_nms_indices,
+    cuda=_batched_nms_indices,
     fake=_kept_fake,
 )
 
@@ -220,13 +219,14 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | Non
     Raises:
         TypeError, ValueError: an argument of another type, shape, range or device; the message names it.
     """
-    if max_keep is not None or not _are_plain(boxes, scores, iou_threshold):
-        if has_torch_function_variadic(boxes, scores):
-            return handle_torch_function(nms, (boxes, scores), boxes, scores, iou_threshold, max_keep)
-        boxes, scores, iou_threshold, max_keep = _check(boxes, scores, iou_threshold, max_keep)
-        if _checks.is_recorded(boxes):
-            return torch.ops.fastdet.nms_indices(boxes, scores, iou_threshold, max_keep)
-    return _suppress(boxes, scores, iou_threshold, max_keep)
+    if max_keep is None and _are_plain(boxes, scores, iou_threshold):
+        return plain_nms_cpu(boxes, scores, iou_threshold)
+    if has_torch_function_variadic(boxes, scores):
+        return handle_torch_function(nms, (boxes, scores), boxes, scores, iou_threshold, max_keep)
+    boxes, scores, iou_threshold, max_keep = _check(boxes, scores, iou_threshold, max_keep)
+    if _checks.is_recorded(boxes):
+        return torch.ops.fastdet.nms_indices(boxes, scores, iou_threshold, max_keep)
+    return _nms_indices(boxes, scores, iou_threshold, max_keep)
 
 
 def batched_nms(
@@ -261,7 +261,7 @@ def batched_nms(
         idxs = idxs.long() if whole else _checks.floats("idxs", idxs, double=True).unique(return_inverse=True)[1]
     if _checks.is_recorded(boxes):
         return torch.ops.fastdet.batched_nms_indices(boxes, scores, idxs, iou_threshold, max_keep)
-    return _suppress_groups(boxes, scores, idxs, iou_threshold, max_keep)
+    return _batched_nms_indices(boxes, scores, idxs, iou_threshold, max_keep)
 
 
 # TorchScript calls these in Python, as it can't compile them.
@@ -272,18 +272,16 @@ for _function in (nms, batched_nms):
 def _are_plain(boxes: object, scores: object, iou_threshold: object) -> bool:
     """Whether these are as they mostly are: of some hundred boxes the checks would take a tenth of the time."""
     return (
-        type(boxes) is Tensor
-        and type(scores) is Tensor
+        type(boxes) is type(scores) is Tensor
         and boxes.dtype is scores.dtype is float32
         and boxes.is_cpu
         and scores.is_cpu
         and boxes.layout is scores.layout is strided
-        and not (boxes.requires_grad or scores.requires_grad)
         and scores.ndim == 1
         and boxes.shape == (scores.numel(), 4)
         and type(iou_threshold) is float
         and 0.0 <= iou_threshold <= 1.0
-        and not _checks.is_recorded(boxes)
+        and not _checks.is_recording()
     )
 
 

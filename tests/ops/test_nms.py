@@ -1,4 +1,3 @@
-import importlib
 import itertools
 import math
 
@@ -10,11 +9,8 @@ import torchvision
 from fastdet import ops
 from fastdet.ops.cpu import nms, nms_tiles
 from fastdet.ops.cpu.sorting import argsort_descending, radix_argsort
-from fastdet.ops.nms import nms_cpu, nms_cuda, nms_padded, round_threshold_down
+from fastdet.ops.nms import nms_cpu, nms_cuda, nms_cuda_cooperative, nms_padded, round_threshold_down
 from tests.helpers.checks import awkward_boxes, check_operator, check_registration, random_boxes
-
-# Hidden in its package by the function of the same name.
-ops_nms = importlib.import_module("fastdet.ops.nms")
 
 THRESHOLDS = (0.1, 0.3, 0.5, 0.6, 0.7, 1 / 3)
 
@@ -115,6 +111,24 @@ def test_degenerate_boxes_all_stay():
     assert ops.nms(boxes, torch.ones(4), 0.0).tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("count", [40, nms.MANY + 1])
+def test_views_that_negate_and_boxes_with_gradients(count):
+    """The imaginary part of a conjugate is a view with the opposite sign of its memory."""
+    boxes, scores = random_boxes(count, side=200), torch.rand(count)
+    boxes_view = torch.complex(torch.zeros_like(boxes), -boxes).conj().imag
+    scores_view = torch.complex(torch.zeros_like(scores), -scores).conj().imag
+    assert boxes_view.is_neg()
+    assert scores_view.is_neg()
+    groups = torch.arange(count) % 3
+    expected, expected_batched = reference(boxes, scores, 0.5), reference_batched(boxes, scores, groups, 0.5)
+    boxes.requires_grad_()
+    assert torch.equal(ops.nms(boxes, scores, 0.5), expected)
+    assert torch.equal(ops.batched_nms(boxes, scores, groups, 0.5), expected_batched)
+    for max_keep in (None, count):
+        assert torch.equal(ops.nms(boxes_view, scores_view, 0.5, max_keep), expected)
+        assert torch.equal(ops.batched_nms(boxes_view, scores_view, groups, 0.5, max_keep), expected_batched)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_widened(dtype):
     boxes, scores = random_boxes(50).to(dtype), torch.rand(50).to(dtype)
@@ -177,7 +191,6 @@ def test_tiles_of_near_boxes_equal_the_operator(monkeypatch, seed):
     """Boxes of any scale and density, in tiles and blocks of several sizes, with huge, inverted and equal ones."""
     generator = torch.Generator().manual_seed(seed)
     monkeypatch.setattr(nms, "MANY", 100)
-    monkeypatch.setattr(ops_nms, "MANY", 100)
     monkeypatch.setattr(nms_tiles, "_BLOCK", (256, 33, 5)[seed % 3])
     monkeypatch.setattr(nms_tiles, "_LANES", (32, 8)[seed % 2])
     count, threshold = 101 + 300 * (seed % 4), (0.0, 0.3, 0.7, 1 / 3, 1.0)[seed % 5]
@@ -317,20 +330,20 @@ def small_config(**changes):
     return config._replace(**changes)
 
 
-def assert_kernel_equals_cpu(device, boxes, valid, threshold, max_keep, cooperative=False):
+def assert_kernel_equals_cpu(device, boxes, valid, threshold, max_keep, suppress=nms_cuda):
     expected = nms_cpu(boxes, valid, threshold, max_keep)
-    actual = nms_cuda(boxes.to(device), valid.to(device), threshold, max_keep, cooperative=cooperative)
+    actual = suppress(boxes.to(device), valid.to(device), threshold, max_keep)
     assert torch.equal(actual[0].cpu(), expected[0])
     assert torch.equal(actual[1].cpu(), expected[1])
 
 
-both_forms = pytest.mark.parametrize("cooperative", [False, True], ids=["launches", "cooperative"])
+both_forms = pytest.mark.parametrize("suppress", [nms_cuda, nms_cuda_cooperative])
 
 
 @pytest.mark.kernel
 @both_forms
 @pytest.mark.parametrize("seed", range(12))
-def test_kernel_equals_cpu(kernel_device, monkeypatch, seed, cooperative):
+def test_kernel_equals_cpu(kernel_device, monkeypatch, seed, suppress):
     from fastdet.kernels import nms as kernel
 
     small = small_config(step=(32, 64)[seed % 2], steps=seed % 4)
@@ -339,7 +352,7 @@ def test_kernel_equals_cpu(kernel_device, monkeypatch, seed, cooperative):
     boxes, valid = random_boxes(groups, count, side=side), torch.rand(groups, count) < 0.9
     for max_keep in (5, count):
         threshold = THRESHOLDS[seed % len(THRESHOLDS)]
-        assert_kernel_equals_cpu(kernel_device, boxes, valid, threshold, max_keep, cooperative)
+        assert_kernel_equals_cpu(kernel_device, boxes, valid, threshold, max_keep, suppress)
 
 
 @pytest.mark.kernel
@@ -350,22 +363,23 @@ def test_kernel_on_rows_of_boxes(kernel_device, monkeypatch, steps, shift, count
     ends early, one has no valid box at first, and one none at all."""
     from fastdet.kernels import nms as kernel
 
-    cooperative = steps == "cooperative"
-    monkeypatch.setattr(kernel, "config", lambda *sizes: small_config(step=64, steps=0 if cooperative else steps))
+    suppress = nms_cuda_cooperative if steps == "cooperative" else nms_cuda
+    small = small_config(step=64, steps=0 if steps == "cooperative" else steps)
+    monkeypatch.setattr(kernel, "config", lambda *sizes: small)
     corner = torch.arange(count)[:, None] * torch.tensor([shift, 0.0])
     boxes = torch.cat([corner, corner + 1], 1).expand(4, -1, -1)
     place = torch.arange(count)
     valid = torch.stack([place >= 0, place < 40, place > 34, place < 0])
     for max_keep in (count, 33):
-        assert_kernel_equals_cpu(kernel_device, boxes, valid, 0.5, max_keep, cooperative)
+        assert_kernel_equals_cpu(kernel_device, boxes, valid, 0.5, max_keep, suppress)
 
 
 @pytest.mark.kernel
 @both_forms
-def test_kernel_leaves_its_counters_ready_for_a_replay(kernel_device, monkeypatch, cooperative):
+def test_kernel_leaves_its_counters_ready_for_a_replay(kernel_device, monkeypatch, suppress):
     from fastdet.kernels import nms, nms_cooperative
 
-    kernel = nms_cooperative if cooperative else nms
+    kernel = nms if suppress is nms_cuda else nms_cooperative
     monkeypatch.setattr(nms, "config", lambda *sizes: small_config())
     found, launch = [], kernel.launch
 
@@ -376,7 +390,7 @@ def test_kernel_leaves_its_counters_ready_for_a_replay(kernel_device, monkeypatc
 
     monkeypatch.setattr(kernel, "launch", twice)
     boxes, valid = random_boxes(2, 90, side=60), torch.ones(2, 90, dtype=torch.bool)
-    index, count = nms_cuda(boxes.to(kernel_device), valid.to(kernel_device), 0.5, 90, cooperative=cooperative)
+    index, count = suppress(boxes.to(kernel_device), valid.to(kernel_device), 0.5, 90)
     assert torch.equal(index, found[0][0])
     assert torch.equal(count, found[0][1])
 
@@ -396,21 +410,21 @@ def test_suppression_takes_few_launches(groups, count, max_keep, most):
 @pytest.mark.kernel
 @both_forms
 @pytest.mark.parametrize("threshold", THRESHOLDS)
-def test_kernel_decides_as_torchvision_at_the_threshold(kernel_device, threshold, cooperative):
+def test_kernel_decides_as_torchvision_at_the_threshold(kernel_device, threshold, suppress):
     boxes = boxes_at(threshold)[:200]
     expected = reference(boxes, torch.linspace(1, 0, len(boxes)), threshold)
     valid = torch.ones(1, len(boxes), dtype=torch.bool, device=kernel_device)
     arguments = boxes[None].to(kernel_device), valid, threshold, len(boxes)
-    index, count = nms_cuda(*arguments, cooperative=cooperative)
+    index, count = suppress(*arguments)
     assert torch.equal(index[0, : int(count[0])].cpu(), expected)
 
 
 @pytest.mark.kernel
 @both_forms
-def test_kernel_on_awkward_boxes(kernel_device, cooperative):
+def test_kernel_on_awkward_boxes(kernel_device, suppress):
     boxes = awkward_boxes()[None]
     valid = torch.ones(1, boxes.shape[1], dtype=torch.bool)
-    assert_kernel_equals_cpu(kernel_device, boxes, valid, 0.3, 11, cooperative)
+    assert_kernel_equals_cpu(kernel_device, boxes, valid, 0.3, 11, suppress)
 
 
 @pytest.mark.kernel

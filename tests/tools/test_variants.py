@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from fastdet.ops.box_iou import box_iou_cuda
 from fastdet.ops.decode import decode_cuda
 from fastdet.ops.match import match_cuda
-from fastdet.ops.nms import nms_cuda
+from fastdet.ops.nms import nms_cuda, nms_cuda_cooperative
 from fastdet.ops.roi_align import roi_align_backward_cuda, roi_align_cuda
 from fastdet.ops.roi_pool import roi_pool_backward_cuda, roi_pool_cuda
 from fastdet.ops.sample import sample_cuda
@@ -28,14 +28,14 @@ def _boxes(*shape: int) -> torch.Tensor:
     return torch.zeros(*shape, 4)
 
 
-def _nms(batch: int, height: int, width: int, cooperative: bool = False) -> None:
+def _nms(batch: int, height: int, width: int, suppress: Callable[..., object] = nms_cuda) -> None:
     count = min(9 * height * width, 6000)
     valid = torch.ones(batch, count, dtype=torch.bool)
-    nms_cuda(_boxes(batch, count), valid, 0.7, 300, cooperative=cooperative)
+    suppress(_boxes(batch, count), valid, 0.7, 300)
 
 
 def _nms_cooperative(batch: int, height: int, width: int) -> None:
-    _nms(batch, height, width, cooperative=True)
+    _nms(batch, height, width, nms_cuda_cooperative)
 
 
 def _match(batch: int, height: int, width: int) -> None:

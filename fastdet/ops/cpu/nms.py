@@ -23,8 +23,8 @@ _MIN_GROUPS = 12
 # Side by side: how many boxes of a group are compared before those removed are dropped for the first time.
 _ROWS = 64
 
-# Looked up once: of some hundred boxes the attributes of `torch.ops` would take a hundredth of the time.
-torch_nms = torch.ops.torchvision.nms.default
+# Without its wrappers in Python: of a hundred boxes they would take a tenth of the time.
+torchvision_nms = torch.ops.torchvision.nms.default._op
 
 Corners = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -42,13 +42,13 @@ def nms_cpu(
 ) -> tuple[Tensor, Tensor]:
     groups, count = valid.shape
     index, number = valid.new_zeros(groups, max_keep, dtype=torch.int64), valid.new_zeros(groups, dtype=torch.int64)
-    rows = np.flatnonzero(valid.numpy())
+    rows, corners = np.flatnonzero(valid.numpy()), boxes.reshape(-1, 4).numpy()
     if scores is not None:
         rows = rows.take(argsort_descending(scores.reshape(-1).numpy().take(rows)))
         rows = rows.take(np.argsort(rows // count, kind="stable")) if groups > 1 else rows
-    corners, rows = _finite(boxes.reshape(-1, 4).numpy().take(rows, axis=0), rows)
+    rows = _finite_rows(corners, rows)
     if max_keep and len(rows):
-        kept = rows.compress(_suppress(corners, rows // count, iou_threshold, max_keep))
+        kept = rows.compress(_suppress_sorted(corners.take(rows, axis=0), rows // count, iou_threshold, max_keep))
         group = kept // count
         rank = np.arange(len(kept)) - np.searchsorted(group, group)
         within = rank < max_keep
@@ -57,36 +57,56 @@ def nms_cpu(
     return index, number
 
 
+def plain_nms_cpu(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | None = None) -> Tensor:
+    """The indices of the boxes [N, 4] that are kept, of one group: of few by torchvision's operator."""
+    if boxes.shape[0] > MANY:
+        most = len(boxes) if max_keep is None else min(max_keep, len(boxes))
+        valid = torch.ones(1, len(boxes), dtype=torch.bool, device="cpu")
+        index, number = nms_cpu(_plain(boxes)[None], valid, iou_threshold, most, _plain(scores)[None])
+        return index[0, : int(number)]
+    kept: Tensor = torchvision_nms(boxes, scores, iou_threshold)
+    # It keeps a box that is not finite in any case, and removes none by it.
+    if not math.isfinite(boxes.sum().item()):
+        kept = torch.from_numpy(_finite_rows(_plain(boxes).numpy(), kept.numpy()))
+    return kept if max_keep is None else kept[:max_keep]
+
+
 @np.errstate(all="ignore")
 def batched_nms_cpu(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, max_keep: int) -> Tensor:
-    corners, values, ids = boxes.numpy(), scores.numpy(), idxs.numpy()
+    corners, values, ids = (_plain(given).numpy() for given in (boxes, scores, idxs))
     count = len(ids)
     groups = set(ids.tolist()) if _FEW // 2 < count <= MANY else set()
     if len(groups) == 1:
-        return _first_finite(corners, torch_nms(boxes, scores, iou_threshold).numpy(), max_keep)
+        return plain_nms_cpu(boxes, scores, iou_threshold, max_keep)
     order = argsort_descending(values)
     if count <= _FEW_IN_ALL:
-        keep = _suppress_all_pairs(corners.take(order, axis=0), ids.take(order), round_threshold_down(iou_threshold))
-        return _first_finite(corners, order.compress(keep), max_keep)
+        threshold = round_threshold_down(iou_threshold)
+        kept = order.compress(_suppress_all_pairs(corners.take(order, axis=0), ids.take(order), threshold))
+        return torch.from_numpy(_finite_rows(corners, kept)[:max_keep])
     keep = np.zeros(count, np.bool_)
     if groups and count > _FEW * len(groups):
         for group in groups:
             rows = np.flatnonzero(ids == group)
             members = torch.from_numpy(corners.take(rows, axis=0)), torch.from_numpy(values.take(rows))
-            keep[rows.take(torch_nms(*members, iou_threshold).numpy())] = True
-        return _first_finite(corners, order.compress(keep.take(order)), max_keep)
-    ids = ids.take(order)
-    by_group = np.argsort(ids, kind="stable")
-    corners, by_group = _finite(corners.take(order.take(by_group), axis=0), by_group)
-    keep[by_group.compress(_suppress(corners, ids.take(by_group), iou_threshold, max_keep))] = True
-    return torch.from_numpy(order.compress(keep)[:max_keep])
+            keep[_finite_rows(corners, rows.take(torchvision_nms(*members, iou_threshold).numpy()))] = True
+    else:
+        rows = _finite_rows(corners, order.take(np.argsort(ids.take(order), kind="stable")))
+        keep[rows.compress(_suppress_sorted(corners.take(rows, axis=0), ids.take(rows), iou_threshold, max_keep))] = (
+            True
+        )
+    return torch.from_numpy(order.compress(keep.take(order))[:max_keep])
 
 
-def _first_finite(corners: Corners, kept: Index, count: int) -> Tensor:
-    """The first `count` of `kept`, indices of boxes [N, 4], less those not finite: they stay, and remove none."""
-    if not math.isfinite(corners.sum()):
-        kept = kept.compress(np.isfinite(corners.take(kept, axis=0)).all(1))
-    return torch.from_numpy(kept[:count])
+def _plain(given: Tensor) -> Tensor:
+    """Without a gradient, and no view that negates: such as NumPy can share."""
+    return given.detach().resolve_neg()
+
+
+def _finite_rows(corners: Corners, rows: Index) -> Index:
+    """Those of `rows`, indices of boxes `corners` [N, 4], whose box is finite."""
+    if math.isfinite(corners.sum()):
+        return rows
+    return rows.compress(np.isfinite(corners.take(rows, axis=0)).all(1))
 
 
 def _suppress_all_pairs(corners: Corners, group: NDArray[np.integer], threshold: float) -> Mask:
@@ -125,15 +145,7 @@ def _decide(decided: bytearray, higher: Index, lower: Index) -> None:
             decided[removed] = 0
 
 
-def _finite(corners: Corners, rows: Index) -> tuple[Corners, Index]:
-    """Those of the boxes [N, 4], and of the rows that they stand for, that are finite."""
-    if math.isfinite(corners.sum()):
-        return corners, rows
-    finite = np.isfinite(corners).all(1)
-    return corners.compress(finite, axis=0), rows.compress(finite)
-
-
-def _suppress(corners: Corners, group: Index, iou_threshold: float, max_keep: int) -> Mask:
+def _suppress_sorted(corners: Corners, group: Index, iou_threshold: float, max_keep: int) -> Mask:
     """Which of the boxes [N, 4], all finite, are kept: at least the first `max_keep` of each group.
 
     The boxes stand in ascending order of `group` [N], and in a group in descending order of priority.
@@ -154,7 +166,7 @@ def _suppress(corners: Corners, group: Index, iou_threshold: float, max_keep: in
         boxes = torch.from_numpy(corners)
         for start, end in zip(starts[medium].tolist(), ends[medium].tolist(), strict=True):
             keep[start:end] = False
-            keep[start:end][_suppress_by_torchvision(boxes[start:end], threshold)] = True
+            keep[start:end][_nms_of_sorted(boxes[start:end], threshold)] = True
     else:
         medium = medium[np.argsort(-lengths[medium], kind="stable")]
         while len(medium):
@@ -184,10 +196,10 @@ def _suppress_pairs(corners: Corners, rows: Index, later: Index, threshold: floa
     keep[:] = np.frombuffer(decided, np.bool_)
 
 
-def _suppress_by_torchvision(boxes: Tensor, threshold: float) -> Index:
-    """Which boxes [N, 4] of one group are kept, by the operator."""
+def _nms_of_sorted(boxes: Tensor, threshold: float) -> Index:
+    """Which boxes [N, 4] of one group, in descending order of priority, torchvision's operator keeps."""
     priority = torch.arange(len(boxes), 0, -1, dtype=torch.float32, device="cpu")
-    return torch_nms(boxes, priority, threshold).numpy()
+    return torchvision_nms(boxes, priority, threshold).numpy()
 
 
 def _suppress_side_by_side(corners: Corners, starts: Index, lengths: Index, threshold: float, keep: Mask) -> None:
@@ -232,4 +244,4 @@ def _suppress_side_by_side(corners: Corners, starts: Index, lengths: Index, thre
     for column in np.flatnonzero(left.any(0)).tolist():
         undecided = place[left[:, column], column]
         boxes = torch.from_numpy(corners.take(undecided, axis=0))
-        keep[undecided[_suppress_by_torchvision(boxes, threshold)]] = True
+        keep[undecided[_nms_of_sorted(boxes, threshold)]] = True
