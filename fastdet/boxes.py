@@ -70,8 +70,8 @@ def sides(boxes: Tensor) -> tuple[Tensor, Tensor]:
     return x2 - x1, y2 - y1
 
 
-def are_as_large(boxes: Tensor, least: float) -> Tensor:
-    """bool [...]: which of `boxes` [..., 4] are at least `least` pixels wide and high."""
+def are_as_large(boxes: Tensor, least: float | Tensor) -> Tensor:
+    """bool [...]: which of `boxes` [..., 4] are at least `least` pixels wide and high; of a tensor, each its own."""
     width, height = sides(boxes)
     return (width >= least) & (height >= least)
 

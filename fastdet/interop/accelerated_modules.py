@@ -47,8 +47,7 @@ class AcceleratedRegionProposalNetwork(RegionProposalNetwork):
         index = _pad_levels([top.indices + start for top, start in zip(tops, starts, strict=True)], 0)
         boxes = proposals[torch.arange(batch, device=proposals.device)[:, None, None], index]
         boxes = box_algebra.clip(boxes, torch.tensor(image_shapes, device=boxes.device)).to(boxes.dtype)
-        width, height = box_algebra.sides(boxes)
-        valid = (width >= self.min_size) & (height >= self.min_size) & (scores >= self.score_thresh)
+        valid = box_algebra.are_as_large(boxes, self.min_size) & (scores >= self.score_thresh)
 
         boxes, scores, valid = (each.flatten(0, 1) for each in (boxes, scores, valid))
         kept = ops.nms_padded(boxes, scores, self.nms_thresh, min(most, scores.shape[1]), valid)
@@ -101,8 +100,7 @@ class AcceleratedRoIHeads(RoIHeads):
         deltas = box_regression.unflatten(1, (num_classes, 4))[row, label + 1]
         boxes = self.box_coder.decode_single(deltas, torch.cat(proposals)[row])
         boxes = box_algebra.clip(boxes, torch.tensor(image_shapes, device=device)[image]).to(boxes.dtype)
-        width, height = box_algebra.sides(boxes)
-        large = torch.where((width >= 1e-2) & (height >= 1e-2))[0]  # pixels, a constant in torchvision
+        large = torch.where(box_algebra.are_as_large(boxes, 1e-2))[0]  # a constant in torchvision
         boxes, scores, label, image = boxes[large], probabilities[row, label][large], label[large], image[large]
 
         kept = _suppress(boxes, scores, image * num_classes + label, batch * num_classes, self.nms_thresh)

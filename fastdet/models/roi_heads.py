@@ -21,7 +21,7 @@ from fastdet.models.settings import Settings
 from fastdet.structures import Batch, Detections, Proposals, Samples, Targets
 
 # Pairs of a proposal and a class of an image whose boxes, 2 MiB of them, are in memory at a time.
-_MOST_CANDIDATES = 1 << 17
+_MOST_PAIRS = 1 << 17
 
 
 class RoIOutput(NamedTuple):
@@ -173,7 +173,7 @@ class RoIHeads(RefuseAttributes, nn.Module):
             if 4 * int(candidate.sum()) <= candidate.numel():
                 return self._suppress_candidates(candidate.nonzero().unbind(1), scores, deltas, proposals, sizes, total)
         # Blocks of classes bound the memory where there are many; mostly there is one block.
-        size = max(_MOST_CANDIDATES // max(count, 1), 1)
+        size = max(_MOST_PAIRS // max(count, 1), 1)
         blocks = zip(scores.split(size, dim=1), deltas.split(size, dim=1), strict=True)
         kept = [self._suppress_classes(*block, proposals, sizes, per_class) for block in blocks]
         boxes, scores, index = (torch.cat(parts, dim=1) for parts in zip(*kept, strict=True))
@@ -212,12 +212,12 @@ class RoIHeads(RefuseAttributes, nn.Module):
         place = torch.arange(len(kept), device=kept.device) - (count.cumsum(0) - count)[image[kept]]
         kept, place = kept[place < total], place[place < total]
 
-        def laid_out(values: Tensor) -> Tensor:
+        def padded(values: Tensor) -> Tensor:
             empty = values.new_zeros(len(sizes), total, *values.shape[1:])
             return empty.index_put((image[kept], place), values[kept])
 
-        found = laid_out(boxes), laid_out(scores[candidates]), laid_out(label + 1)
-        return Detections(*found, count.clamp(max=total), laid_out(row))
+        found = padded(boxes), padded(scores[candidates]), padded(label + 1)
+        return Detections(*found, count=count.clamp(max=total), index=padded(row))
 
     def _decode(self, deltas: Tensor, reference: Tensor, sizes: Tensor) -> Tensor:
         """Boxes [B, ..., 4] at `deltas`, clipped to `sizes` [B, 2]."""

@@ -238,8 +238,7 @@ class RegionProposalNetwork(RefuseAttributes, nn.Module):
         if settings.rpn_score_thresh > 0:
             valid &= level_scores.sigmoid() >= settings.rpn_score_thresh
         if not settings.rpn_min_size_before_top_n:
-            width, height = box_algebra.sides(level_boxes)
-            valid &= torch.minimum(width, height) >= min_side[:, None, None]
+            valid &= box_algebra.are_as_large(level_boxes, min_side[:, None, None])
         batch_size, levels, length = level_scores.shape
         group_boxes, group_scores = level_boxes.flatten(0, 1), level_scores.flatten(0, 1)
         kept = ops.nms_padded(

@@ -180,7 +180,7 @@ def from_detectron2(
     state = {name: value for name, value in state.items() if name not in settings}
     names = tables.detectron2_names(state, r"backbone\.bottom_up\.res", first=2)
     source, rows = "detectron2's Faster R-CNN with FPN", tables.DETECTRON2_ROWS
-    _check_anchors(state, rows[0], sizes_per_level)
+    _count_anchors(state, rows[0], sizes_per_level)
     changes = tables.BACKGROUND_FIRST | tables.transpose_anchors(rows, first=sizes_per_level)
     return _convert(state, names, rows, changes, source, background_deltas=False)
 
@@ -189,12 +189,12 @@ def to_detectron2(state: State, *, sizes_per_level: int = 1) -> dict[str, Tensor
     """The inverse of `from_detectron2`, with its errors; the background's deltas, which nothing uses, are left out."""
     theirs_to_ours = tables.detectron2_names(state, r"backbone\.body\.layer", first=1)
     names, rows = {ours: theirs for theirs, ours in theirs_to_ours.items()}, tables.ROWS
-    anchors = _check_anchors(state, rows[0], sizes_per_level)
+    anchors = _count_anchors(state, rows[0], sizes_per_level)
     changes = tables.BACKGROUND_LAST | tables.transpose_anchors(rows, first=anchors // sizes_per_level)
     return _convert(state, names, rows, changes, "fastdet's Faster R-CNN with FPN")
 
 
-def _check_anchors(state: State, objectness: str, sizes_per_level: int) -> int:
+def _count_anchors(state: State, objectness: str, sizes_per_level: int) -> int:
     """The number of anchors of a cell, which is a multiple of that of their sizes; any if the layer is missing."""
     bias = state.get(f"{objectness}.bias")
     anchors = sizes_per_level if bias is None else len(bias)

@@ -169,7 +169,7 @@ def test_blocks_of_classes_change_nothing(monkeypatch, cap):
     whole = heads.postprocess_detections(logits, deltas, proposals, sizes)
     assert (whole.count > 5).all()
     for most in (1, 40, 60):
-        monkeypatch.setattr(roi_heads, "_MOST_CANDIDATES", most)
+        monkeypatch.setattr(roi_heads, "_MOST_PAIRS", most)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         in_blocks = heads.postprocess_detections(logits, deltas, proposals, sizes)
         assert all(map(torch.equal, in_blocks, whole))
