@@ -1,10 +1,11 @@
 """Feature extractors by name: torchvision's networks, cut at a stride of 16 pixels or with a feature pyramid on top."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -93,6 +94,31 @@ class Backbone(nn.Sequential):
         super().__init__(*layers)
         self.out_channels = out_channels
         self.strides = (stride,)
+
+
+def least_side(backbone: nn.Module) -> int:
+    """Pixels a side that a chain of layers needs for one cell of its features; 1 for other modules.
+
+    Dumoulin and Visin 2016 (arXiv:1603.07285), relationship 6, solved for the input.
+    """
+    least = 1, 1
+    for layer in reversed(list(_chain(backbone))):
+        if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)) and not isinstance(layer.padding, str):
+            given = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+            least = tuple(
+                max((cells - 1) * stride + dilation * (kernel - 1) + 1 - 2 * padding, 1)
+                for cells, kernel, stride, padding, dilation in zip(
+                    least, *(np.broadcast_to(value, 2).tolist() for value in given), strict=True
+                )
+            )
+    return max(least)
+
+
+def _chain(layers: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a Sequential, and of those in it, in order; none of another module."""
+    for layer in layers if isinstance(layers, nn.Sequential) else ():
+        yield layer
+        yield from _chain(layer)
 
 
 def default_settings(backbone: str | nn.Module) -> Settings:

@@ -83,7 +83,7 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         settings = settings.override(rpn_anchor_generator=anchors)
         self._settings = settings
         self._compiled_step: Callable[..., Step] | None = None
-        self.backbone = backbone
+        self.backbone, self._least_side = backbone, backbones.least_side(backbone)
         self.rpn = RegionProposalNetwork(out_channels, settings, rpn_head)
         self.roi_heads = RoIHeads(out_channels, num_classes, settings, box_head, box_predictor)
         mean, std = (torch.tensor(values, device="cpu") for values in (settings.image_mean, settings.image_std))
@@ -210,12 +210,9 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         if targets is not None:
             self.settings.check_classes(self.num_classes)
             checked = preprocessing.check_targets(targets, images, self.num_classes)
-        original_sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         mean, std = self._pixel_statistics.buffers()
-        dtype = next(self.parameters()).dtype
-        batch = preprocessing.batch_images(images, self.settings, mean, std, dtype, self.training)
-        padded = None if checked is None else preprocessing.batch_targets(checked, original_sizes, batch.sizes)
-        return batch, padded, original_sizes
+        like = mean, std, next(self.parameters()).dtype
+        return preprocessing.make_batch(images, checked, self.settings, *like, self.training, self._least_side)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """The input of the backbone for `pixels` [B, C, H, W] in 0..1."""
@@ -256,7 +253,12 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         return results
 
     def extract_features(self, images: Tensor) -> dict[str, Tensor]:
-        """The backbone's levels by name, [B, C, H, W] each, of `images` as `forward_padded` takes them."""
+        """The backbone's levels by name, [B, C, H, W] each, of `images` as `forward_padded` takes them.
+
+        Raises ValueError if they have fewer pixels a side than the backbone needs.
+        """
+        if min(images.shape[-2:]) < self._least_side:
+            raise ValueError(f"the backbone needs {self._least_side} pixels a side, got images {list(images.shape)}")
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
         return dict(features) if isinstance(features, Mapping) else {"0": features}
 

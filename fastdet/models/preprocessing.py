@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdet import ops
 from fastdet.models.anchors import Size
 from fastdet.models.settings import Settings
 from fastdet.structures import Batch, Detections, Targets
@@ -51,7 +52,8 @@ def check_images(images: Any, channels: int) -> list[Tensor]:
     """The images, each [channels, H, W] or [1, H, W].
 
     Raises:
-        ValueError: `images` is no list of such tensors, floating point or uint8, and no stack [B, C, H, W] of them.
+        ValueError: `images` is no list of such tensors, floating point or uint8, and no stack [B, C, H, W] of them; or
+            an image on the CPU is not finite (on a GPU that would be a host sync).
     """
     if isinstance(images, Tensor) and images.ndim == 4:
         images = list(images.unbind())
@@ -63,14 +65,40 @@ def check_images(images: Any, channels: int) -> list[Tensor]:
         if not isinstance(image, Tensor):
             raise ValueError(f"image {i} must be a tensor, got {type(image).__name__}")
         number = image.is_floating_point() or image.dtype == torch.uint8
-        if image.ndim != 3 or image.shape[0] not in (channels, 1) or 0 in image.shape or not number:
+        if (
+            not _is_dense(image)
+            or image.ndim != 3
+            or image.shape[0] not in (channels, 1)
+            or 0 in image.shape
+            or not number
+        ):
             expected = f"a floating-point or uint8 tensor of {channels} x H x W (image_mean has {channels} numbers)"
             raise ValueError(f"image {i} must be {expected}, got {_describe(image)}")
+        if image.is_cpu and image.is_floating_point() and not _is_finite(image):
+            bad = ~image.isfinite()
+            c, y, x = bad.nonzero()[0].tolist()
+            place = f"channel {c}, row {y}, column {x}"
+            raise ValueError(f"image {i} has {int(bad.sum())} values that are not finite, the first at {place}")
     return list(images)
 
 
+def _is_dense(value: Tensor) -> bool:
+    """Whether it is a usual tensor, whose values are in memory."""
+    return value.layout == torch.strided and not (value.is_nested or value.is_quantized or value.is_meta)
+
+
+def _is_finite(image: Tensor) -> bool:
+    # One pass over the image. Where the sum of finite values overflows, a second decides.
+    return ops.is_recorded(image) or math.isfinite(image.sum(dtype=torch.float32)) or bool(image.isfinite().all())
+
+
 def _describe(value: object) -> str:
-    return f"{value.dtype} of {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.is_nested:
+        return "a nested tensor"
+    kind = "" if value.layout == torch.strided else f"{value.layout} ".removeprefix("torch.")
+    return f"{kind}{value.dtype} of {list(value.shape)}{' on the meta device' if value.is_meta else ''}"
 
 
 def check_targets(targets: Any, images: Sequence[Tensor], num_classes: int) -> list[dict[str, Tensor]]:
@@ -109,8 +137,8 @@ def check_targets(targets: Any, images: Sequence[Tensor], num_classes: int) -> l
 
 
 def _tensor(i: int, name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"target {i}: {name} must be a tensor, got {type(value).__name__}")
+    if not isinstance(value, Tensor) or not _is_dense(value):
+        raise ValueError(f"target {i}: {name} must be a dense tensor, got {_describe(value)}")
     return value.detach().cpu()
 
 
@@ -128,22 +156,62 @@ def _check_boxes(i: int, boxes: Tensor, labels: Tensor, height: int, width: int,
             raise ValueError(f"target {i}: box {j} {what}: {boxes[j].tolist()}, label {int(labels[j])}")
 
 
-def batch_images(
-    images: Sequence[Tensor], settings: Settings, mean: Tensor, std: Tensor, dtype: torch.dtype, training: bool
-) -> Batch:
-    """Resize, normalize and pad on the device of `mean` and `std` [C]; images of one size are processed together.
+def make_batch(
+    images: Sequence[Tensor],
+    targets: Sequence[dict[str, Tensor]] | None,
+    settings: Settings,
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype,
+    training: bool,
+    least_side: int,
+) -> tuple[Batch, Targets | None, list[Size]]:
+    """Checked images and targets as padded tensors on the device of `mean` and `std` [C], and the images' sizes.
 
-    In fp32 up to the result, which is of `dtype`.
+    The batch is of `dtype`. `least_side` is how many pixels a side the backbone needs.
+
+    Raises:
+        ValueError: naming an image that becomes smaller, or a box that vanishes.
+    """
+    original_sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+    sizes, scales = _resize(original_sizes, settings, training, least_side)
+    padded = None if targets is None else _batch_targets(targets, original_sizes, sizes, mean.device)
+    pixels = _batch_images(images, sizes, settings, mean, std, dtype)
+    host = _host_values_to(sizes, mean.device), _host_values_to(scales, mean.device, torch.float32)
+    return Batch(pixels, *host), padded, original_sizes
+
+
+def _resize(
+    original_sizes: Sequence[Size], settings: Settings, training: bool, least_side: int
+) -> tuple[list[Size], list[float]]:
+    """The (height, width) after resizing, and the factor, of each image; of several `min_size` training draws one.
+
+    Raises:
+        ValueError: naming an image with a side of fewer than `least_side` pixels then, of which no feature is left.
     """
     min_sizes = settings.min_sizes
     choice = int(torch.randint(len(min_sizes), ())) if training and len(min_sizes) > 1 else -1
-    resized = [resized_size(_size(image), min_sizes[choice], settings.max_size) for image in images]
-    sizes = [size for size, _ in resized]
+    resized = [resized_size(size, min_sizes[choice], settings.max_size) for size in original_sizes]
+    for i, (size, _) in enumerate(resized):
+        if min(size) < least_side:
+            before, after = (" x ".join(map(str, each)) for each in (original_sizes[i], size))
+            raise ValueError(
+                f"image {i} of {before} pixels becomes {after} (min_size {min_sizes[choice]}, max_size "
+                f"{settings.max_size}), but the backbone needs {least_side} pixels a side: cut it, leave it out, or "
+                "raise max_size"
+            )
+    return [size for size, _ in resized], [scale for _, scale in resized]
+
+
+def _batch_images(
+    images: Sequence[Tensor], sizes: Sequence[Size], settings: Settings, mean: Tensor, std: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Resize to `sizes`, normalize and pad; images of one size are processed together. In fp32 up to the result."""
     padded = padded_size(sizes, settings.size_divisible, settings.size_buckets)
     shape = len(images), len(mean), *padded
     batch = torch.empty(shape, dtype=dtype, device=mean.device, memory_format=torch.channels_last).zero_()
-    for original in sorted({_size(image) for image in images}):
-        members = [i for i, image in enumerate(images) if _size(image) == original]
+    for original in sorted({image.shape[-2:] for image in images}):
+        members = [i for i, image in enumerate(images) if image.shape[-2:] == original]
         pixels = torch.stack([_unit_range(images[i].to(mean.device, non_blocking=True), len(mean)) for i in members])
         pixels = normalize(pixels, settings, mean, std)
         height, width = sizes[members[0]]
@@ -151,8 +219,7 @@ def batch_images(
             pixels = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False)
         for row, i in enumerate(members):
             batch[i, :, :height, :width] = pixels[row]
-    scales = [scale for _, scale in resized]
-    return Batch(batch, _host_values_to(sizes, mean.device), _host_values_to(scales, mean.device, torch.float32))
+    return batch
 
 
 def normalize(pixels: Tensor, settings: Settings, mean: Tensor, std: Tensor) -> Tensor:
@@ -167,12 +234,18 @@ def _unit_range(image: Tensor, channels: int) -> Tensor:
     return (image.float() / 255 if image.dtype == torch.uint8 else image.float()).expand(channels, -1, -1)
 
 
-def batch_targets(targets: Sequence[dict[str, Tensor]], original_sizes: Sequence[Size], sizes: Tensor) -> Targets:
-    """Checked targets as one padded tensor each, boxes scaled to the resized images and clipped to them.
+def _batch_targets(
+    targets: Sequence[dict[str, Tensor]], original_sizes: Sequence[Size], sizes: Sequence[Size], device: torch.device
+) -> Targets:
+    """Checked targets as one padded tensor each on `device`, boxes clipped to the images and scaled to the resized.
 
-    `original_sizes` are the images' (height, width), `sizes` [B, 2] those after resizing, on the device of the result.
-    There are as many rows as the next power of two above the most boxes of an image, so that few shapes occur.
+    `original_sizes` are the images' (height, width), `sizes` those after resizing. There are as many rows as the next
+    power of two above the most boxes of an image, so that few shapes occur.
+
+    Raises:
+        ValueError: naming a box that is so narrow that its rounded sides meet.
     """
+    factors = resize_factors(original_sizes, torch.tensor(sizes, device="cpu"))
     most = 1 << (max(1, *(len(target["boxes"]) for target in targets)) - 1).bit_length()
     # On the host even under another default device: pinned memory is.
     boxes = torch.zeros(len(targets), most, 4, dtype=torch.float32, device="cpu")
@@ -183,10 +256,13 @@ def batch_targets(targets: Sequence[dict[str, Tensor]], original_sizes: Sequence
         corners = target["boxes"].clone()
         corners[:, 0::2] = corners[:, 0::2].clamp(0, width)
         corners[:, 1::2] = corners[:, 1::2].clamp(0, height)
+        corners *= factors[i]
+        empty = (corners[:, 2:] <= corners[:, :2]).any(1)
+        if bool(empty.any()):
+            j = int(empty.nonzero()[0, 0])
+            raise ValueError(f"target {i}: box {j} has no area after resizing: {target['boxes'][j].tolist()}")
         boxes[i, :count], labels[i, :count], ignore[i, :count] = corners, target["labels"], target["ignore"]
-    device = sizes.device
-    factor = resize_factors(original_sizes, sizes)
-    return Targets(_to(boxes, device) * factor[:, None], _to(labels, device), _to(ignore, device))
+    return Targets(_to(boxes, device), _to(labels, device), _to(ignore, device))
 
 
 def resize_factors(original_sizes: Sequence[Size], sizes: Tensor) -> Tensor:
@@ -220,7 +296,3 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _size(image: Tensor) -> Size:
-    return image.shape[-2], image.shape[-1]

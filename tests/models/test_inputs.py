@@ -1,0 +1,125 @@
+"""What the detector's entry point refuses, by name and before any work."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastdet import FasterRCNN
+from fastdet.models import backbones
+
+
+@pytest.fixture(scope="module")
+def model():
+    return FasterRCNN("small", 3, min_size=64, max_size=96, box_representation_size=16)
+
+
+def image(value=0.5, height=70, width=90):
+    return torch.full((3, height, width), value)
+
+
+def box(*corners):
+    return {"boxes": torch.tensor([corners]), "labels": torch.ones(1, dtype=torch.int64)}
+
+
+UNUSUAL = {
+    "sparse": lambda: image().to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.rand(2, 3), torch.rand(3, 3)], layout=torch.jagged),
+    "meta": lambda: image().to("meta"),
+    "complex": lambda: image().to(torch.complex64),
+    "int64": lambda: image().long(),
+    "bool": lambda: image() > 0,
+    "quint8": lambda: torch.quantize_per_tensor(image(), 0.1, 0, torch.quint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:.*uantiz")
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_tensors_are_refused_by_name(model, kind):
+    with pytest.raises(ValueError, match=rf"^image 1 must be .*{kind}"):
+        model.eval()([image(), UNUSUAL[kind]()])
+    if kind not in ("int64", "complex"):
+        target = box(1.0, 1, 9, 9) | {"boxes": UNUSUAL[kind]()}
+        with pytest.raises(ValueError, match=r"^target 1: boxes must be"):
+            model.train()([image(), image()], [box(1.0, 1, 9, 9), target])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_images_that_are_not_finite_are_refused(model, dtype, value):
+    bad = image().to(dtype)
+    bad[2, 5, 7] = bad[2, 6, 0] = value
+    with pytest.raises(ValueError, match=r"^image 1 has 2 values that are not finite, .* channel 2, row 5, column 7$"):
+        model.eval()([image(), bad])
+
+
+def test_large_finite_values_are_taken(model):
+    """Their sum overflows, but they do not."""
+    model.eval()([image(3e38)])
+    model.eval()([image(6e4).half()])
+
+
+@pytest.mark.parametrize(("height", "width", "small"), [(45, 3000, "15 x 1000"), (3000, 40, "1000 x 13")])
+def test_a_narrow_image_is_refused_where_no_feature_would_be_left(height, width, small):
+    model = FasterRCNN("vgg16", 2, box_head=_Head(512 * 49), box_representation_size=8)
+    message = rf"^image 1 of {height} x {width} pixels becomes {small} .*needs 16 pixels a side: .*raise max_size$"
+    narrow = torch.rand(3, height, width)
+    for mode in (model.eval(), model.train()):
+        with pytest.raises(ValueError, match=message):
+            mode([image(), narrow], [box(1.0, 1, 9, 9)] * 2)
+    with pytest.raises(ValueError, match=r"needs 16 pixels a side, got images \[1, 3, 15, 40\]"):
+        model.extract_features(torch.rand(1, 3, 15, 40))
+
+
+class _Head(nn.Sequential):
+    """In place of VGG16's own, of 120 million parameters."""
+
+    def __init__(self, size):
+        super().__init__(nn.Flatten(), nn.Linear(size, 8))
+
+
+@pytest.mark.parametrize("name", sorted(set(backbones.NAMED) - {"resnet101_fpn", "resnet50_fpn_v2"}))
+def test_least_side_is_the_least_that_works(name):
+    backbone = backbones.build(name)[0].eval()
+    least = backbones.least_side(backbone)
+    backbone(torch.rand(1, 3, least, 64))
+    if least > 1:
+        with pytest.raises(RuntimeError):
+            backbone(torch.rand(1, 3, least - 1, 64))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_least_side_of_random_chains(seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(most):
+        return int(torch.randint(most + 1, (), generator=generator))
+
+    layers = []
+    for _ in range(1 + draw(4)):
+        kernel, stride, dilation = 1 + draw(3), 1 + draw(2), 1 + draw(1)
+        padding = draw(kernel // 2)
+        convolution = nn.Conv2d(1, 1, kernel, stride, padding, dilation)
+        pool = nn.MaxPool2d((kernel, 1), (stride, 1), (padding, 0), dilation)
+        layers.append(nn.Sequential((convolution, pool)[draw(1)], nn.ReLU()))
+    chain = nn.Sequential(*layers)
+    least = backbones.least_side(chain)
+    chain(torch.rand(1, 1, least, 500))
+    if least > 1:
+        with pytest.raises(RuntimeError):
+            chain(torch.rand(1, 1, least - 1, 500))
+
+
+def test_a_box_that_vanishes_when_resized_is_refused(model):
+    """One unit in the last place wide, where that unit is twice as large after resizing: half of them have no width."""
+    refused = 0
+    for corner in torch.linspace(61.0, 63.0, 40):
+        target = box(corner.item(), 1.0, torch.nextafter(corner, corner + 1).item(), 60.0)
+        message = None
+        try:
+            losses = model.train()([image()], [target])
+        except ValueError as error:
+            message = str(error)
+            refused += 1
+        assert all(loss.isfinite() for loss in losses.values())
+        assert message is None or message.startswith("target 0: box 0 has no area after resizing: [6")
+    assert 0 < refused < 40
