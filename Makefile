@@ -8,7 +8,7 @@ TORCH ?=
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench kernel-sheet gpu-check clean
+.PHONY: demo test lint bench kernel-sheet gpu-check fuzz clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastdet demo --out runs/demo
@@ -29,6 +29,11 @@ bench: $(VENV)/.installed
 # Registers, spills and loads of every kernel, compiled for devices that need not be here.
 kernel-sheet: $(VENV)/.installed
 	$(BIN)/python -m tools.kernel_sheet
+
+# Hostile arguments, drawn at random, for so long.
+FUZZ_MINUTES ?= 60
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m tools.fuzz --minutes $(FUZZ_MINUTES)
 
 # All that needs a GPU, in nine minutes at most, with an interpreter that has torch, triton and pytest: no network.
 gpu-check:

@@ -1,7 +1,7 @@
 """Feature extractors by name: torchvision's networks, cut at a stride of 16 pixels or with a feature pyramid on top."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +102,9 @@ def least_side(backbone: nn.Module) -> int:
     Dumoulin and Visin 2016 (arXiv:1603.07285), relationship 6, solved for the input.
     """
     least = 1, 1
-    for layer in reversed(list(_chain(backbone))):
+    layers = list(backbone.modules())
+    is_chain = all(isinstance(layer, nn.Sequential) for layer in layers if any(True for _ in layer.children()))
+    for layer in reversed(layers if is_chain else []):
         if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)) and not isinstance(layer.padding, str):
             given = layer.kernel_size, layer.stride, layer.padding, layer.dilation
             least = tuple(
@@ -112,13 +114,6 @@ def least_side(backbone: nn.Module) -> int:
                 )
             )
     return max(least)
-
-
-def _chain(layers: nn.Module) -> Iterator[nn.Module]:
-    """The layers of a Sequential, and of those in it, in order; none of another module."""
-    for layer in layers if isinstance(layers, nn.Sequential) else ():
-        yield layer
-        yield from _chain(layer)
 
 
 def default_settings(backbone: str | nn.Module) -> Settings:

@@ -3,6 +3,7 @@
 import math
 import numbers
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -19,8 +20,9 @@ def tensor(name: str, value: object, shape: tuple[int, ...] | None = None, dtype
     """A dense tensor, of `shape` and `dtype` where they are given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided or value.is_nested:
-        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if value.is_nested else value.layout}")
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        kind = "a nested one" if value.is_nested else value.dtype if value.is_quantized else value.layout
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
     if shape is not None and value.shape != shape:
         raise ValueError(f"{name} must have the shape {list(shape)}, got {list(value.shape)}")
     if dtype is not None and value.dtype != dtype:
@@ -93,6 +95,14 @@ def number(name: str, value: object) -> float:
     return found
 
 
+def fp32(name: str, value: object) -> float:
+    """A number that is not NaN, and infinite or such as fp32 holds."""
+    found = number(name, value)
+    if not _is_fp32(found) and abs(found) < math.inf:
+        raise ValueError(f"{name} must be a number that fp32 holds, got {found}")
+    return float(found)
+
+
 def threshold(name: str, value: object) -> float:
     """A number in [0, 1]."""
     found = _real(name, value)
@@ -102,35 +112,59 @@ def threshold(name: str, value: object) -> float:
 
 
 def positive(name: str, value: object) -> float:
-    """A finite number above 0."""
+    """A number above 0 that fp32 holds."""
     found = _real(name, value)
-    if not 0.0 < found < math.inf:
-        raise ValueError(f"{name} must be finite and positive, got {found}")
+    if not (found > 0.0 and _is_fp32(found)):
+        raise ValueError(f"{name} must be finite in fp32 and positive, got {found}")
     return found
 
 
-def _real(name: str, value: object) -> float:
-    """A real number and no bool."""
-    if type(value) is not float and (
-        isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt)
-    ):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    return value  # type: ignore[return-value]
-
-
-def integer(name: str, value: object, least: int | None = None) -> int:
-    """An int of 64 bits, at least `least`, and no bool."""
+def integer(name: str, value: object, least: int = -(2**31), most: int = 2**31 - 1) -> int:
+    """An int from `least` to `most`, by default what 32 bits hold, as counts do in the kernels; and no bool."""
     # The first test is for speed: those of an abstract class take a microsecond.
-    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    if (type(value) is int or isinstance(value, numbers.Integral)) and not -(2**63) <= value < 2**63:  # type: ignore[operator]
-        raise ValueError(f"{name} must fit 64 bits, got {value}")
+    if type(value) is not int:
+        value = _unpack(value)
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {_shown(value)}")
+    # Of a symbolic number the graph would have to check it.
+    if not isinstance(value, torch.SymInt) and value > most:  # type: ignore[operator]
+        raise ValueError(f"{name} must be at most {most}, got {_shown(value)}")
     return value  # type: ignore[return-value]
 
 
 def flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {value!r}")
-    return value
+    """A bool, also NumPy's, or 0 or 1."""
+    if type(value) is not bool:
+        value = _unpack(value)
+        if not isinstance(value, bool | np.bool_ | int) or value not in (0, 1):
+            raise TypeError(f"{name} must be a bool, got {value!r}")
+    return bool(value)
+
+
+def _real(name: str, value: object) -> float:
+    """A real number that a float can hold, and no bool."""
+    if type(value) is not float:
+        value = _unpack(value)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if type(value) is int and abs(value) > 1e308:
+            raise ValueError(f"{name} must be a number that a float holds, got {_shown(value)}")
+    return value  # type: ignore[return-value]
+
+
+def _is_fp32(value: float) -> bool:
+    """Whether it is finite there too. The largest is written out: a variable would be an input of compiled code."""
+    return abs(value) <= 3.4028234663852886e38
+
+
+def _unpack(value: object) -> object:
+    """The number in a tensor without dimensions, which torch's operators take for one too."""
+    has_value = isinstance(value, Tensor) and value.ndim == 0 and not (value.is_meta or is_recorded(value))
+    return value.item() if has_value else value  # type: ignore[attr-defined]
+
+
+def _shown(value: object) -> str:
+    """Of a whole number its digits, unless they would fill the screen."""
+    return f"{value}" if abs(value) < 2**64 else f"one of {int(value).bit_length()} bits"  # type: ignore

@@ -14,6 +14,9 @@ from torch.autograd.function import _SingleLevelFunction
 from fastdet.ops import _checks
 from fastdet.ops._library import apply_function, call_below_autograd, call_in_forward, needs_derivative
 
+# Bins of a RoI along an axis, and its samples there: the square is what a list of the samples of one RoI can hold.
+_MOST_BINS = MOST_SAMPLES = 1 << 10
+
 
 def widen(tensor: Tensor) -> Tensor:
     """In the dtype of the computation: float64 stays, the rest becomes fp32."""
@@ -43,13 +46,13 @@ def check_features(value: object, name: str = "input") -> Tensor:
 
 
 def check_output_size(value: object) -> tuple[int, int]:
-    """(height, width) of one positive int or two."""
+    """(height, width) of one int or two, each from 1 to `_MOST_BINS`."""
     sizes = (value, value) if isinstance(value, numbers.Integral) else value
     if not isinstance(sizes, tuple | list):
         raise TypeError(f"output_size must be an int or a pair of them, got {value!r}")
     if len(sizes) != 2:
         raise ValueError(f"output_size must be one number or (height, width), got {value}")
-    height, width = (_checks.integer("output_size", size, least=1) for size in sizes)
+    height, width = (_checks.integer("output_size", size, 1, _MOST_BINS) for size in sizes)
     return height, width
 
 

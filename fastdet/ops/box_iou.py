@@ -55,9 +55,9 @@ def _box_iou(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float = 1e-7) -> Te
     boxes1, boxes2 = boxes1.to(dtype), boxes2.to(dtype)
     if boxes1.shape[:-2] != boxes2.shape[:-2]:
         boxes1, boxes2 = _broadcast(boxes1, boxes2)
-    if not 0 <= _checks.number("eps", eps) < math.inf:
+    eps = _checks.fp32("eps", eps)
+    if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and not negative, got {eps}")
-    eps = float(eps)
     if _use_plain_formula(boxes1, boxes2):
         plain = boxes1.ndim == 2 and kind == "iou" and dtype == torch.float32 and not _checks.is_recorded(boxes1)
         if plain and boxes1.is_cpu and not needs_derivative(boxes1, boxes2):

@@ -105,15 +105,15 @@ def decode(
         expected = f"[{batch}, {num_anchors} or {num_anchors * 2}, {height}, {width}]"
         raise ValueError(f"logits must have the shape {expected}, got {list(logits.shape)}")
     _checks.tensor("sizes", sizes, (batch, 2), torch.int64)
-    if not isinstance(min_side, Tensor):
-        least = 0.0 if min_side is None else _checks.number("min_side", min_side)
+    if not isinstance(min_side, Tensor) or min_side.ndim == 0:
+        least = 0.0 if min_side is None else _checks.fp32("min_side", min_side)
         min_side = torch.full((batch,), least, dtype=torch.float32, device=deltas.device)
     min_side = _checks.tensor("min_side", _checks.floats("min_side", min_side), (batch,)).detach()
     _checks.same_device(deltas=deltas, logits=logits, cell_anchors=cell_anchors, sizes=sizes, min_side=min_side)
     if not isinstance(stride, tuple | list) or len(stride) != 2:
         raise TypeError(f"stride must be a pair (down, across), got {stride!r}")
     stride_h, stride_w = (_checks.integer("stride", step, least=1) for step in stride)
-    limit = math.inf if clamp is None else float(_checks.number("clamp", clamp))
+    limit = math.inf if clamp is None else _checks.fp32("clamp", clamp)
     return Decoded(*torch.ops.fastdet.decode(deltas, logits, cell_anchors, sizes, min_side, stride_h, stride_w, limit))
 
 

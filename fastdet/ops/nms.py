@@ -292,6 +292,8 @@ def _check(
     boxes = _checks.boxes("boxes", boxes, double=True)
     scores = _checks.tensor("scores", _checks.floats("scores", scores, double=True), (boxes.shape[0],))
     _checks.same_device(boxes=boxes, scores=scores)
+    if boxes.is_meta:
+        raise ValueError("boxes is on the meta device, which has no values to suppress by")
     dtype = torch.promote_types(boxes.dtype, scores.dtype)
     iou_threshold = float(_checks.number("iou_threshold", iou_threshold))
     limit = None if max_keep is None else _checks.integer("max_keep", max_keep, least=0)

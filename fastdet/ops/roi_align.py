@@ -221,9 +221,10 @@ def _check_rules(
     output_size: object, sampling_ratio: object, aligned: object, canonical_scale: object, canonical_level: object
 ) -> tuple[int, int, int, bool, float, int]:
     """Arguments of the operator from the number of bins on."""
+    bins = _rois.check_output_size(output_size)
     return (
-        *_rois.check_output_size(output_size),
-        _checks.integer("sampling_ratio", sampling_ratio),
+        *bins,
+        _checks.integer("sampling_ratio", sampling_ratio, most=_rois.MOST_SAMPLES // max(bins)),
         _checks.flag("aligned", aligned),
         float(_checks.positive("canonical_scale", canonical_scale)),
         _checks.integer("canonical_level", canonical_level),

@@ -454,7 +454,7 @@ FEATURES, ROIS = torch.zeros(2, 3, 4, 4), torch.zeros(5, 5)
         ((FEATURES, ROIS, 2, 1.0, 2.0), TypeError, "sampling_ratio .*2.0"),
         ((FEATURES, ROIS, 2, 1.0, True), TypeError, "sampling_ratio .*True"),
         ((FEATURES, ROIS, 2, 1.0, None), TypeError, "sampling_ratio .*None"),
-        ((FEATURES, ROIS, 2, 1.0, 2, 1), TypeError, "aligned .*1"),
+        ((FEATURES, ROIS, 2, 1.0, 2, 2), TypeError, "aligned .*2"),
     ],
 )
 def test_bad_input_names_the_argument(arguments, error, words):

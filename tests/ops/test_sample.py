@@ -164,7 +164,7 @@ LABEL = torch.zeros(2, 5, dtype=torch.int64)
         ({"seed": torch.zeros(1, dtype=torch.int64, device="meta")}, ValueError, "seed is on meta"),
         ({"num_samples": 1.5}, TypeError, "num_samples .*1.5"),
         ({"max_positive": None}, TypeError, "max_positive .*None"),
-        ({"num_samples": 2**63}, ValueError, "num_samples .*64 bits"),
+        ({"num_samples": 2**63}, ValueError, "num_samples .*at most 2147483647"),
         ({"num_samples": -1}, ValueError, "num_samples must be at least 0"),
         ({"max_positive": -1}, ValueError, "max_positive must be at least 0"),
     ],

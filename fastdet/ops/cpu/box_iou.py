@@ -20,7 +20,7 @@ def pairwise(boxes1: Tensor, boxes2: Tensor, kind: str = "iou", eps: float = 1e-
 
 def few_pairs(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """IoU of few fp32 boxes [N, 4] and [M, 4], without derivatives."""
-    planes1, planes2 = valid_planes(boxes1.detach().numpy()), valid_planes(boxes2.detach().numpy())
+    planes1, planes2 = (valid_planes(boxes.detach().resolve_neg().numpy()) for boxes in (boxes1, boxes2))
     return torch.from_numpy(few_ious(planes1[:, :, None], planes2[:, None]))
 
 
