@@ -22,7 +22,7 @@ from tests.helpers.checks import assert_close
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 # Numbers that overflow, are rounded to another, or are none.
-NUMBERS = [
+HOSTILE_SCALARS = [
     0, -1, 1, 3, 65536, 2**31 - 1, 2**31, 2**32 + 1, 2**62, 2**63, 2**64 + 1, -(2**63) - 1, 10**400,
     0.0, -0.0, 0.5, 1.0, -1.0, 1e-45, 1e38, 1e39, 1e300, math.nan, math.inf, -math.inf,
     True, False, None, "1", 1j, (), (1,), [2, 2], np.float32(0.5), np.int64(2), object(),
@@ -50,7 +50,7 @@ def check_call(name: str, draw: Draw) -> None:
         if not re.search(rf"\b({'|'.join(given)})\b", str(error)):
             raise
     except (MemoryError, RuntimeError) as error:
-        if "allocate" not in str(error):  # it is too much for this machine, and says so
+        if "allocate" not in str(error):  # it is too much for this machine, and reports it
             raise
     else:
         if any(isinstance(value, Tensor) and value.is_meta for value in (found, *given.values())):
@@ -64,7 +64,7 @@ def make_hostile(draw: Draw, value: Any) -> Any:
         return [make_hostile(draw, value[0]), *value[1:]]
     if isinstance(value, Tensor):
         return draw(st.sampled_from(TENSORS))(draw, value)
-    return draw(st.sampled_from(NUMBERS))
+    return draw(st.sampled_from(HOSTILE_SCALARS))
 
 
 def _fill(draw: Draw, value: Tensor) -> Tensor:
@@ -175,8 +175,8 @@ def _check_pairs(name: str) -> Callable[..., None]:
         moderate = [(x.abs() < 1e6).all(-1) & (x[..., 2:] - x[..., :2] > 0.1).all(-1) for x in each]
         if boxes1.ndim == boxes2.ndim == 2 and boxes1.is_floating_point() and boxes2.is_floating_point():
             wanted = getattr(torchvision.ops, name)(*each)
-            sure = moderate[0][:, None] & moderate[1]
-            assert_close(found[sure].double(), wanted[sure])
+            both = moderate[0][:, None] & moderate[1]
+            assert_close(found[both].double(), wanted[both])
 
     return check
 
