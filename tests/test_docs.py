@@ -29,7 +29,7 @@ def code_in(text: str) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_script_of_the_readme_trains(monkeypatch, tmp_path):
+def test_the_script_of_the_readme_trains(monkeypatch, tmp_path, capsys):
     """The README's script, word for word, but for shorter training."""
     script = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     lines = [line for line in script.splitlines() if line.strip()]
@@ -41,7 +41,7 @@ def test_the_script_of_the_readme_trains(monkeypatch, tmp_path):
     assert shortened != script
     exec(compile(shortened, "README.md", "exec"), names)
     assert torch.isfinite(names["loss"])
-    assert set(names["found"][0]) == {"boxes", "labels", "scores"}
+    assert re.match(r"\{'boxes': .*'labels': .*'scores': ", capsys.readouterr().out, re.DOTALL)
 
 
 @pytest.mark.parametrize(

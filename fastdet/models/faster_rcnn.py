@@ -137,6 +137,7 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         Raises:
             ValueError: naming the image's index, and the box's index and values, before any work.
         """
+        _refuse_trace()
         compute_losses, compute_detections = self.training or return_losses, not self.training or return_losses
         if not compute_detections and (return_features or return_class_scores):
             raise ValueError("return_features and return_class_scores need detections: in training, return_losses too")
@@ -175,6 +176,7 @@ class FasterRCNN(RefuseAttributes, nn.Module):
             The dict of losses (by the hyperparameters of training) and the Detections (by those of evaluation), None
             for what is not computed.
         """
+        _refuse_trace()
         compute_losses = self.training if compute_losses is None else compute_losses
         compute_detections = not self.training if compute_detections is None else compute_detections
         if scales is None:
@@ -183,10 +185,8 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         return step(self, Batch(images, sizes, scales), targets, compute_losses, compute_detections)[:2]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the step behind `forward_padded` and `model(...)`; the arguments are `torch.compile`'s.
-
-        `fullgraph=True` works. Copies and pickles of the model are not compiled.
-        """
+        """Compile the step behind `forward_padded` and `model(...)`, not of copies and pickles of the model. The arguments
+        are `torch.compile`'s; `fullgraph=True` works."""
         # Not of the bound method: replicas of DataParallel have this attribute too.
         self._compiled_step = torch.compile(FasterRCNN._step, *args, **kwargs)
 
@@ -198,12 +198,9 @@ class FasterRCNN(RefuseAttributes, nn.Module):
     def preprocess(
         self, images: Sequence[Tensor] | Tensor, targets: Sequence[Mapping[str, Tensor]] | None = None
     ) -> tuple[Batch, Targets | None, list[Size]]:
-        """Check lists of images and targets, as `forward` takes them, and make padded tensors on the model's device.
+        """Lists of images and targets, taken and refused as by `forward`, as padded tensors on the model's device.
 
         Returns the batch and the targets for `forward_padded`, and the (height, width) of the images as given.
-
-        Raises:
-            ValueError: naming the image's index, and the box's index and values.
         """
         images = preprocessing.check_images(images, len(self.settings.image_mean))
         checked = None
@@ -253,10 +250,8 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         return results
 
     def extract_features(self, images: Tensor) -> dict[str, Tensor]:
-        """The backbone's levels by name, [B, C, H, W] each, of `images` as `forward_padded` takes them.
-
-        Raises ValueError if they have fewer pixels a side than the backbone needs.
-        """
+        """The backbone's levels by name, [B, C, H, W] each, of `images` as `forward_padded` takes them: a ValueError if
+        they have fewer pixels a side than the backbone needs."""
         if min(images.shape[-2:]) < self._least_side:
             raise ValueError(f"the backbone needs {self._least_side} pixels a side, got images {list(images.shape)}")
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
@@ -272,9 +267,6 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         return_class_scores: bool = False,
     ) -> Step:
         """Losses and detections, None for what is not computed, and what `unbatch` gathers by proposal."""
-        if torch.jit.is_tracing():
-            words = "the sizes and counts of this batch as constants: use fastdet.export.export_pt2 or export_onnx"
-            raise RuntimeError(f"torch.jit.trace would keep {words}")
         features = self.extract_features(batch.images)
         outputs = {"compute_losses": compute_losses, "compute_detections": compute_detections}
         rpn = self.rpn(list(features.values()), batch, targets, **outputs)
@@ -298,3 +290,10 @@ class FasterRCNN(RefuseAttributes, nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A compiled step of a copy would go on with the weights of this model.
         return {**super().__getstate__(), "_compiled_step": None}
+
+
+def _refuse_trace() -> None:
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace would keep this batch's sizes: use fastdet.export.export_pt2 or export_onnx"
+        )

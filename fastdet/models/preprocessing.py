@@ -72,7 +72,9 @@ def check_images(images: Any, channels: int) -> list[Tensor]:
             or 0 in image.shape
             or not number
         ):
-            expected = f"a floating-point or uint8 tensor of {channels} x H x W (image_mean has {channels} numbers)"
+            expected = (
+                f"a floating-point or uint8 tensor of {channels} x H x W, or 1 x H x W (as image_mean has {channels})"
+            )
             raise ValueError(f"image {i} must be {expected}, got {_describe(image)}")
         if image.is_cpu and image.is_floating_point() and not _is_finite(image):
             bad = ~image.isfinite()

@@ -1,6 +1,7 @@
 """The second stage: sample the proposals that are trained on, pool their features, classify and refine them.
 
-Girshick 2015 (arXiv:1504.08083), section 2. Every step works on the whole batch in fixed shapes.
+Girshick 2015 (arXiv:1504.08083), section 2. Every step works on the whole batch in fixed shapes, but that on a
+CPU only what is above the score threshold is suppressed.
 """
 
 import math

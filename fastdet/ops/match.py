@@ -88,7 +88,7 @@ def match(
 
     Args:
         candidates: [K, 4], shared by the images, or [B, K, 4]: x1, y1, x2, y2 in pixels, fp32, fp16 or bf16.
-        gt_boxes: [B, G, 4], likewise, in the same dtype.
+        gt_boxes: [B, G, 4], likewise; its dtype may be another.
         gt_valid: bool [B, G]; where it is False the ground truth is left out. None: all are valid.
         high: in [0, 1], rounded to fp32: the label is 1 where the IoU is at least this.
         low: in [0, 1] and not above `high`, rounded to fp32: the label is 0 where the IoU is below this, -1 in between.

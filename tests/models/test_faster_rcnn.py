@@ -525,7 +525,7 @@ def test_other_channel_counts(name, channels):
     assert (first.weight.grad.flatten(2).abs().sum(2) > 0).any(0).all()
     filters = first.weight.detach().flatten(2).transpose(0, 1)
     assert channels == 1 or not torch.equal(filters[0], filters[3]), "channels that start alike stay alike"
-    with pytest.raises(ValueError, match=rf"{channels} x H x W \(image_mean has {channels} numbers\)"):
+    with pytest.raises(ValueError, match=rf"{channels} x H x W, or 1 x H x W \(as image_mean has {channels}\)"):
         model([torch.rand(3, 64, 64)])
 
 
@@ -641,7 +641,7 @@ def target(*boxes, labels=None):
     [
         ([], [], "images is empty"),
         (IMAGE, None, r"images must be a list of tensors, or one \[B, C, H, W\], got torch.float32 of \[3, "),
-        ([IMAGE, torch.zeros(2, 64, 64)], None, r"image 1 must be .*3 x H x W .*, got .*\[2, 64, 64\]"),
+        ([IMAGE, torch.zeros(2, 64, 64)], None, r"image 1 must be .*3 x H x W.*, got .*\[2, 64, 64\]"),
         ([IMAGE.int()], None, "image 0 .*int32"),
         ([IMAGE, IMAGE], [target([0.0, 0, 9, 9])], "2 images, but 1 targets"),
         ([IMAGE], None, "targets are needed"),

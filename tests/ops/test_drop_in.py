@@ -249,10 +249,9 @@ class TestNMS:
             return boxes[ops.nms(boxes, scores, 0.5)].mean(0)
 
         boxes, scores = boxes_of(30), torch.rand(30)
-        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-            compiled = torch.compile(best, backend="aot_eager", fullgraph=True)
-            torch.testing.assert_close(compiled(boxes, scores), best(boxes, scores))
-            torch.testing.assert_close(compiled(boxes[:20], scores[:20]), best(boxes[:20], scores[:20]))
+        compiled = torch.compile(best, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(boxes, scores), best(boxes, scores))
+        torch.testing.assert_close(compiled(boxes[:20], scores[:20]), best(boxes[:20], scores[:20]))
 
 
 def check_in_all_ways(module: nn.Module, *inputs: tuple[Tensor, ...]) -> None:
@@ -266,8 +265,7 @@ def check_in_all_ways(module: nn.Module, *inputs: tuple[Tensor, ...]) -> None:
     check(torch.jit.trace(module, inputs[0], check_trace=False))
     check(torch.fx.symbolic_trace(module))
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        check(torch.compile(module, backend="aot_eager", fullgraph=True))
+    check(torch.compile(module, backend="aot_eager", fullgraph=True))
     torch._dynamo.reset()
     check(torch.compile(module, backend="aot_eager"))
     varying = tuple({0: torch.export.Dim.AUTO} for _ in inputs[0])
