@@ -185,8 +185,8 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         return step(self, Batch(images, sizes, scales), targets, compute_losses, compute_detections)[:2]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the step behind `forward_padded` and `model(...)`, not of copies and pickles of the model. The arguments
-        are `torch.compile`'s; `fullgraph=True` works."""
+        """Compile the step behind `forward_padded` and `model(...)`; copies and pickles of the model are not compiled.
+        The arguments are `torch.compile`'s; `fullgraph=True` works."""
         # Not of the bound method: replicas of DataParallel have this attribute too.
         self._compiled_step = torch.compile(FasterRCNN._step, *args, **kwargs)
 
@@ -207,13 +207,14 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         if targets is not None:
             self.settings.check_classes(self.num_classes)
             checked = preprocessing.check_targets(targets, images, self.num_classes)
-        mean, std = self._pixel_statistics.buffers()
-        like = mean, std, next(self.parameters()).dtype
-        return preprocessing.make_batch(images, checked, self.settings, *like, self.training, self._least_side)
+        weight, settings = next(self.parameters()), self.settings
+        mean, std = self._pixel_statistics.on(weight.device)
+        like = mean, std, weight.dtype
+        return preprocessing.make_batch(images, checked, settings, *like, self.training, self._least_side)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """The input of the backbone for `pixels` [B, C, H, W] in 0..1."""
-        return preprocessing.normalize(pixels, self.settings, *self._pixel_statistics.buffers())
+        return preprocessing.normalize(pixels, self.settings, *self._pixel_statistics.on(pixels.device))
 
     def inspect(
         self, images: Sequence[Tensor] | Tensor, targets: Sequence[Mapping[str, Tensor]] | None = None

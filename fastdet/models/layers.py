@@ -34,6 +34,12 @@ class Constants(nn.Module):
             self._buffers[name] = self.get_buffer(name).float().copy_(value)
         return self
 
+    def on(self, device: torch.device) -> list[Tensor]:
+        """The tensors, which are on the device of the weights already; but for weights that were put, by a call or in
+        parts, into a model from the meta device."""
+        buffers = zip(self.buffers(), self._values.values(), strict=True)
+        return [value.to(device) if buffer.is_meta else buffer for buffer, value in buffers]
+
     def leave_meta(self, device: torch.device) -> None:
         """Where weights were assigned to a model from the meta device, its buffers are still there."""
         for name, value in self._values.items():

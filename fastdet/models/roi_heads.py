@@ -1,7 +1,6 @@
 """The second stage: sample the proposals that are trained on, pool their features, classify and refine them.
 
-Girshick 2015 (arXiv:1504.08083), section 2. Every step works on the whole batch in fixed shapes, but that on a
-CPU only what is above the score threshold is suppressed.
+Girshick 2015 (arXiv:1504.08083), section 2. Every step works on the whole batch, in fixed shapes.
 """
 
 import math
@@ -117,7 +116,9 @@ class RoIHeads(RefuseAttributes, nn.Module):
             detections = self.postprocess_detections(class_logits, box_deltas, proposals, batch.sizes)
         else:
             box_losses = {
-                "loss_classifier": losses.classifier(class_logits, samples, *self._class_weights.buffers()),
+                "loss_classifier": losses.classifier(
+                    class_logits, samples, *self._class_weights.on(class_logits.device)
+                ),
                 "loss_box_reg": losses.box(box_deltas, samples, self.settings.box_smooth_l1_beta),
             }
         return RoIOutput(box_losses, samples, detections, pooled, box_features, class_logits, box_deltas)

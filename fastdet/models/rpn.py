@@ -108,7 +108,7 @@ class RegionProposalNetwork(RefuseAttributes, nn.Module):
     @property
     def cell_anchors(self) -> list[Tensor]:
         """For each level the anchors of its first cell, fp32 [A, 4], on the module's device."""
-        return list(self._cell_anchors.buffers())
+        return self._cell_anchors.on(next(self.parameters()).device)
 
     def forward(
         self,

@@ -1,7 +1,7 @@
 """Registration of an operation with torch."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -68,20 +68,28 @@ def call_in_forward(op: Callable[..., Any], *args: Any) -> Any:
 
 
 def overridable(function: _Function) -> _Function:
-    """A public function that arguments with `__torch_function__` take over, such as the proxies of `torch.fx`."""
+    """A public function that arguments with `__torch_function__` take over, such as the proxies of `torch.fx`; but for
+    subclasses of Tensor, which do so at the calls inside, as in torchvision: two kinds of them may come together."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        relevant = [*args, *kwargs.values()]
-        for value in relevant[:]:
-            if type(value) in (list, tuple):
-                relevant += value
-        if has_torch_function(relevant):
-            return handle_torch_function(call, relevant, *args, **kwargs)
+        if proxies := find_proxies([*args, *kwargs.values()]):
+            return handle_torch_function(call, proxies, *args, **kwargs)
         return function(*args, **kwargs)
 
     # TorchScript calls it in Python, as it can't compile it.
     return cast(_Function, torch.jit.ignore(call))
+
+
+def find_proxies(values: Iterable[Any]) -> list[Any]:
+    """Those of `values`, and of lists among them, that have `__torch_function__` and are no tensors."""
+    every = [*values]
+    for value in every[:]:
+        if type(value) in (list, tuple):
+            every += value
+    if not has_torch_function(every):
+        return []
+    return [value for value in every if has_torch_function((value,)) and not isinstance(value, torch.Tensor)]
 
 
 def needs_derivative(*tensors: torch.Tensor) -> bool:

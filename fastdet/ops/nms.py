@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, float32, strided
-from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
+from torch.overrides import handle_torch_function
 
 from fastdet.ops import _checks
-from fastdet.ops._library import define
+from fastdet.ops._library import define, find_proxies
 from fastdet.ops.cpu.nms import batched_nms_cpu, nms_cpu, plain_nms_cpu, round_threshold_down, torchvision_nms
 
 
@@ -221,8 +221,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | Non
     """
     if max_keep is None and _are_plain(boxes, scores, iou_threshold):
         return plain_nms_cpu(boxes, scores, iou_threshold)
-    if has_torch_function_variadic(boxes, scores):
-        return handle_torch_function(nms, (boxes, scores), boxes, scores, iou_threshold, max_keep)
+    if proxies := find_proxies((boxes, scores)):
+        return handle_torch_function(nms, proxies, boxes, scores, iou_threshold, max_keep)
     boxes, scores, iou_threshold, max_keep = _check(boxes, scores, iou_threshold, max_keep)
     if _checks.is_recorded(boxes):
         return torch.ops.fastdet.nms_indices(boxes, scores, iou_threshold, max_keep)
@@ -250,9 +250,8 @@ def batched_nms(
         TypeError, ValueError: an argument of another type, shape, range or device; the message names it.
     """
     if max_keep is not None or not _are_plain(boxes, scores, iou_threshold) or type(idxs) is not Tensor:
-        given = boxes, scores, idxs
-        if has_torch_function(given):
-            return handle_torch_function(batched_nms, given, *given, iou_threshold, max_keep)
+        if proxies := find_proxies((boxes, scores, idxs)):
+            return handle_torch_function(batched_nms, proxies, boxes, scores, idxs, iou_threshold, max_keep)
         boxes, scores, iou_threshold, max_keep = _check(boxes, scores, iou_threshold, max_keep)
     idxs = _checks.tensor("idxs", idxs, (boxes.shape[0],))
     _checks.same_device(boxes=boxes, idxs=idxs)

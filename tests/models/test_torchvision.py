@@ -179,6 +179,19 @@ def test_models_from_the_meta_device(images_and_targets, assign):
         assert torch.equal(found, expected)
 
 
+def test_weights_that_a_call_or_parts_put_into_a_model_from_the_meta_device(images_and_targets):
+    ours = fastdet.FasterRCNN(Pyramid(), 5, settings=both()[1].settings).eval()
+    with torch.device("meta"):
+        by_call, in_parts = (fastdet.FasterRCNN(Pyramid(), 5, settings=ours.settings).eval() for _ in range(2))
+    for name, part in in_parts.named_children():
+        part.load_state_dict(getattr(ours, name).state_dict(), assign=True)
+    images = images_and_targets[0]
+    with torch.no_grad():
+        expected = ours(images)
+        assert_same_detections(expected, torch.func.functional_call(by_call, dict(ours.state_dict()), (images,)))
+        assert_same_detections(expected, in_parts(images))
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:FutureWarning")
 def test_a_trace_is_refused_with_the_way_out(images_and_targets):
     ours = both()[1].eval()

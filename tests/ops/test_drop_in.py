@@ -338,3 +338,38 @@ def test_torchscript_calls_the_operations_in_python():
         inputs = boxes_of(count), torch.rand(count), torch.randn(1, 2, 8, 9)
         for found, expected in zip(function(*inputs), scripted(*inputs), strict=True):
             assert_equal(found, expected)
+
+
+def test_two_kinds_of_tensor_subclasses_together():
+    """Such as an image and its boxes, as torchvision's transforms give them."""
+
+    class Other(torch.Tensor):
+        pass
+
+    boxes = tv_tensors.BoundingBoxes(boxes_of(20), format="XYXY", canvas_size=(64, 64))
+    scores, features = torch.rand(20).as_subclass(Other), tv_tensors.Image(FEATURES)
+    plain, values = boxes.as_subclass(Tensor), scores.as_subclass(Tensor)
+    assert_equal(ops.roi_align(features, [boxes], 3), ops.roi_align(FEATURES, [plain], 3))
+    assert_equal(ops.roi_pool(features, [boxes], 3), ops.roi_pool(FEATURES, [plain], 3))
+    assert_equal(ops.box_iou(boxes, plain.as_subclass(Other)), ops.box_iou(plain, plain))
+    for max_keep in (None, 3):
+        assert_equal(ops.nms(boxes, scores, 0.5, max_keep), ops.nms(plain, values, 0.5, max_keep))
+        groups = torch.zeros(20)
+        kept = ops.batched_nms(boxes, scores, groups, 0.5, max_keep)
+        assert_equal(kept, ops.nms(plain, values, 0.5, max_keep))
+
+
+def test_gradients_that_differ():
+    """Rows of the table of differences: derivatives of many gradients at once, and boxes alone with a gradient."""
+    rois = rois_of(3, 1)
+    features = FEATURES.clone().requires_grad_()
+    pooled = ops.roi_align(features, rois, 2)
+    grads = torch.rand(4, *pooled.shape)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(pooled, features, grads, is_grads_batched=True, retain_graph=True)
+    _, pull = torch.func.vjp(lambda x: ops.roi_align(x, rois, 2), FEATURES)
+    together = torch.func.vmap(pull)(grads)[0]
+    for grad, found in zip(grads, together, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(pooled, features, grad, retain_graph=True)[0], found)
+    assert theirs.roi_align(FEATURES, rois.clone().requires_grad_(), 2).requires_grad
+    assert not ops.roi_align(FEATURES, rois.clone().requires_grad_(), 2).requires_grad
