@@ -179,7 +179,6 @@ class RoIHeads(RefuseAttributes, nn.Module):
         blocks = zip(scores.split(size, dim=1), deltas.split(size, dim=1), strict=True)
         kept = [self._suppress_classes(*block, proposals, sizes, per_class) for block in blocks]
         boxes, scores, index = (torch.cat(parts, dim=1) for parts in zip(*kept, strict=True))
-
         # The classes of an image are merged by score.
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         scores, order = scores[:, :total], order[:, :total]
