@@ -8,7 +8,7 @@ TORCH ?=
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench kernel-sheet gpu-check fuzz clean
+.PHONY: demo test lint bench kernel-sheet gpu-check fuzz kills clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastdet demo --out runs/demo
@@ -34,6 +34,11 @@ kernel-sheet: $(VENV)/.installed
 FUZZ_MINUTES ?= 60
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m tools.fuzz --minutes $(FUZZ_MINUTES)
+
+# Training runs that are killed at random moments and resumed, so often in all.
+KILLS ?= 200
+kills: $(VENV)/.installed
+	KILLS=$(KILLS) $(BIN)/python -m pytest tests/hostile/test_run_folder.py -k killed_runs
 
 # All that needs a GPU, in nine minutes at most, with an interpreter that has torch, triton and pytest: no network.
 gpu-check:

@@ -13,9 +13,10 @@ from fastdet.cli.commands import COMMANDS
 from fastdet.cli.doctor import SelfCheckError
 from fastdet.cli.options import UserError, build_parser
 from fastdet.data import DataError
-from fastdet.engine import CheckpointError
+from fastdet.engine import CheckpointError, Terminated
 
-_FAILED, _USER_ERROR, _INTERRUPTED = 1, 2, 130
+# The last two are what shells give for SIGINT and SIGTERM.
+_FAILED, _USER_ERROR, _INTERRUPTED, _TERMINATED = 1, 2, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 1 if training diverged, memory ran out or the self-check of `doctor` failed; 2 for an error in options or
-        files, or a package that is missing; 130 after Ctrl-C.
+        files, or a package that is missing; 130 after Ctrl-C; 143 after SIGTERM, in training with its state saved.
     """
     try:
         with warnings.catch_warnings():
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         message, code = "interrupted", _INTERRUPTED
+    except Terminated as error:
+        message, code = f"terminated; {error}: go on with --resume", _TERMINATED
     except (UserError, DataError, CheckpointError, ImportError, OSError) as error:
         message, code = _last_line(error), _USER_ERROR
     except FloatingPointError as error:

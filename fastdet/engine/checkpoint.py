@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,49 @@ def load(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a dict")
     return content
+
+
+def require(path: str | Path, content: Mapping[str, Any], names: Iterable[str], kind: str) -> None:
+    """Check that a checkpoint has entries of these names, and that each is what belongs there.
+
+    Raises:
+        CheckpointError: naming the entries that are missing, or the first that is something else.
+    """
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise CheckpointError(f"{path}: not the checkpoint {kind}: it has no {', '.join(missing)}")
+    for name in names:
+        wanted, accepts = _ENTRIES.get(name, ("", lambda _: True))
+        if not accepts(content[name]):
+            raise CheckpointError(f"{path}: {name} must be {wanted}, got {content[name]!r:.100}")
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
+def _is_dict(value: Any, *names: str) -> bool:
+    """With strings as keys, these among them."""
+    return isinstance(value, Mapping) and set(names) <= set(value) and all(isinstance(name, str) for name in value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 40
+
+
+# What belongs into the entries of a checkpoint that are read, in words and in code.
+_ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "architecture": (
+        "a dict with a backbone and num_classes",
+        lambda x: _is_dict(x, "backbone", "num_classes") and _is_count(x["num_classes"]),
+    ),
+    "class_names": ("a list of names", _is_names),
+    "model": ("a state dict", lambda x: not files.describe_problem(x)),
+    "optimizer": ("the state of an optimizer", lambda x: _is_dict(x, "state", "param_groups")),
+    "random": ("the states of generators", lambda x: _is_dict(x, "cpu") and isinstance(x["cpu"], torch.Tensor)),
+    "epoch": ("a whole number", _is_count),
+    "step": ("a whole number", _is_count),
+}
 
 
 def describe_anchors(
@@ -123,14 +166,20 @@ def load_model(path: str | Path) -> tuple[FasterRCNN, tuple[str, ...]]:
         CheckpointError: the file cannot be read, or is not the checkpoint of a detector.
     """
     content = load(path)
-    missing = [name for name in ("architecture", "class_names", "model") if name not in content]
-    if missing:
-        raise CheckpointError(f"{path}: not the checkpoint of a detector: it has no {', '.join(missing)}")
+    require(path, content, ("architecture", "class_names", "model"), "of a detector")
+    architecture, names, state = content["architecture"], tuple(content["class_names"]), content["model"]
+    if architecture["num_classes"] != len(names) + 1:
+        number = f"num_classes {architecture['num_classes']!r:.40}"
+        raise CheckpointError(f"{path}: {number} does not fit the {len(names)} class_names")
     try:
-        model = build_model(content["architecture"])
-        weights.load(model, content["model"], name=str(path))
+        # First without memory for weights: the file's own may be fewer than the description would have.
+        with torch.device("meta"):
+            weights.fit(build_model(architecture), state, name=str(path))
+        model = build_model(architecture)
+        weights.load(model, state, name=str(path))
     except weights.WeightsError as error:
         raise CheckpointError(str(error)) from error
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    # Whatever the file has in place of what belongs there.
+    except Exception as error:
         raise CheckpointError(f"{path}: the checkpoint does not fit the model: {one_line(error)}") from error
-    return model.eval(), tuple(content["class_names"])
+    return model.eval(), names

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
+import io
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,17 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from fastdet.data import DataError, Item, collate, flip_horizontal
-from fastdet.engine import checkpoint
+from fastdet.engine import checkpoint, run_folder
 from fastdet.engine.checkpoint import CheckpointError
 from fastdet.engine.recipes import BatchPlan, TrainSettings, build_optimizer, learning_rate, plan_epoch
+from fastdet.engine.run_folder import Row, Terminated
 from fastdet.models.losses import NAMES as LOSSES
 from fastdet.visualize import plot_losses
+from fastdet.weights import files
 from fastdet.weights.files import one_line
-
-COLUMNS = ("epoch", "step", "lr", "loss", *LOSSES, "images_per_second")
 
 # A resumed run may change these, as they change nothing in what was drawn so far.
 _FREE_ON_RESUME = ("epochs", "workers", "log_every")
-
-Row = dict[str, float]
 
 
 def train(
@@ -44,6 +42,8 @@ def train(
     progress: bool = True,
 ) -> list[Row]:
     """Train a detector on its device, and write `last.pth`, `metrics.csv` and `loss.png` into a folder.
+
+    The folder belongs to one process at a time. At SIGTERM the run ends after the step, with a checkpoint.
 
     The checkpoint is written at the start and after each epoch, with the model, the optimizer, the epoch and the state
     of torch's generators; order and flips follow from the seed and the epoch. A run resumed from it equals one that was
@@ -70,57 +70,83 @@ def train(
 
     Raises:
         ValueError: the data set is empty.
-        CheckpointError: the folder has a run already, a run is resumed with other settings, or the checkpoint cannot
-            be read or written.
-        DataError: an image cannot be decoded, or the model does not take an image or target.
+        CheckpointError: the folder has a run already or another process writes into it, a run is resumed with other
+            settings, or the checkpoint cannot be read or written.
+        DataError: an image cannot be decoded, the model does not take an image or target, or a worker was killed.
+        Terminated: SIGTERM came; the state is saved.
         FloatingPointError: a loss or gradient is not finite; names the step and the images.
     """
-    from tqdm import tqdm
-
     settings = settings or TrainSettings()
-    last, metrics = Path(out) / "last.pth", Path(out) / "metrics.csv"
     length = len(dataset)  # type: ignore[arg-type]
     if length == 0:
         raise ValueError("the data set has no images")
-    if last.exists() and not (resume or overwrite):
-        raise CheckpointError(f"{last}: the folder has a run already: resume it, overwrite it, or take another folder")
-    device = next(model.parameters()).device
-    optimizer = build_optimizer(model, settings)
     metadata = {**(description or {}), **asdict(settings), "images": length}
+    with run_folder.own(Path(out)), run_folder.notice_sigterm() as is_terminated:
+        last = Path(out) / "last.pth"
+        if last.exists() and not (resume or overwrite):
+            message = "the folder has a run already: resume it, overwrite it, or take another folder"
+            raise CheckpointError(f"{last}: {message}")
+        end = settings.epochs if stop_after is None else min(stop_after, settings.epochs)
+        return _train(model, dataset, Path(out), settings, metadata, resume, end, progress, is_terminated)
 
-    def save(epoch: int) -> None:
+
+def _train(
+    model: nn.Module,
+    dataset: Dataset[Item],
+    out: Path,
+    settings: TrainSettings,
+    metadata: Mapping[str, Any],
+    resume: bool,
+    end: int,
+    progress: bool,
+    is_terminated: Callable[[], bool],
+) -> list[Row]:
+    from tqdm import tqdm
+
+    last, metrics, length = out / "last.pth", out / "metrics.csv", metadata["images"]
+    device, optimizer = next(model.parameters()).device, build_optimizer(model, settings)
+    steps = len(plan_epoch(length, settings, 0))
+
+    def save(epoch: int, step: int = 0) -> None:
+        """After so many epochs, and so many steps of the next."""
         random = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(device)
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random, "epoch": epoch}
-        checkpoint.save(last, {**metadata, **state})
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random}
+        checkpoint.save(last, {**metadata, **state, "epoch": epoch, "step": step})
 
+    start, first, rows = 0, 0, []
     if resume:
-        start = _restore(last, metadata, model, optimizer, device)
-        rows = _read_rows(metrics, last_epoch=start)
+        start, first = _restore(last, metadata, model, optimizer, device)
+        rows = run_folder.read_rows(metrics, last_step=start * steps + first)
     else:
         torch.manual_seed(settings.seed)
-        start, rows = 0, []
         save(0)
-    end = settings.epochs if stop_after is None else min(stop_after, settings.epochs)
+    files.write(metrics, lambda file: file.write(run_folder.to_csv(rows, header=True)), kind="metrics")
+    done = min(start * length + first * settings.batch_size, end * length)
     with (
-        metrics.open("w", newline="", encoding="utf-8") as file,
-        tqdm(total=end * length, initial=start * length, unit=" images", disable=not progress) as bar,
+        metrics.open("ab") as file,
+        tqdm(total=end * length, initial=done, unit=" images", disable=not progress) as bar,
     ):
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-        file.flush()
         for epoch in range(start, end):
             bar.set_description(f"epoch {epoch + 1} of {end}")
             plan = plan_epoch(length, settings, epoch)
-            for row in _train_epoch(model, optimizer, dataset, settings, epoch, plan, bar):
+            for row in _train_epoch(model, optimizer, dataset, settings, epoch, plan, first, bar, is_terminated):
                 rows.append(row)
-                writer.writerow(row)
+                file.write(run_folder.to_csv([row]))
                 file.flush()
+                done_in_epoch = int(row["step"]) - epoch * steps
+                if is_terminated() and done_in_epoch < steps:
+                    save(epoch, done_in_epoch)
+                    raise Terminated(f"{last}: saved after step {row['step']}")
+            first = 0
             save(epoch + 1)
+            if is_terminated():
+                raise Terminated(f"{last}: saved after epoch {epoch + 1}")
     if rows:
-        plot_losses(metrics, Path(out) / "loss.png")
+        picture = io.BytesIO()
+        plot_losses(metrics, picture)
+        files.write(out / "loss.png", lambda file: file.write(picture.getvalue()), kind="picture")
     return rows
 
 
@@ -143,13 +169,16 @@ def _train_epoch(
     settings: TrainSettings,
     epoch: int,
     plan: list[BatchPlan],
+    first: int,
     bar: Any,
+    is_terminated: Callable[[], bool],
 ) -> Iterator[Row]:
-    """Train for an epoch, counted from 0; a row every `log_every` steps and at the end."""
+    """Train for an epoch, counted from 0, less its `first` steps; a row every `log_every` steps, at the end, and before
+    the run is to end."""
     device = next(model.parameters()).device
     loader = DataLoader(
         _FlipDataset(dataset),
-        batch_sampler=plan,
+        batch_sampler=plan[first:],
         collate_fn=collate,
         num_workers=settings.workers,
         pin_memory=device.type == "cuda",
@@ -159,7 +188,8 @@ def _train_epoch(
     model.train()
     unread: list[tuple[int, BatchPlan, Tensor]] = []
     clock = time.perf_counter()
-    for step, (batch, (images, targets)) in enumerate(zip(plan, loader, strict=True), start=epoch * len(plan)):
+    batches = zip(plan[first:], _name_killed_workers(loader), strict=True)
+    for step, (batch, (images, targets)) in enumerate(batches, start=epoch * len(plan) + first):
         rate = learning_rate(settings, step, len(plan))
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
@@ -179,13 +209,23 @@ def _train_epoch(
         optimizer.step()
         unread.append((step + 1, batch, torch.stack([*(losses[name].detach() for name in LOSSES), norm])))
         bar.update(len(batch))
-        if len(unread) == settings.log_every or step + 1 == (epoch + 1) * len(plan):
+        if len(unread) == settings.log_every or step + 1 == (epoch + 1) * len(plan) or is_terminated():
             means = _read_losses(unread, dataset)
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             bar.set_postfix_str(f"loss {means['loss']:.3f}")
             speed = sum(len(batch) for _, batch, _ in unread) / seconds
             yield {"epoch": epoch + 1, "step": step + 1, "lr": rate, **means, "images_per_second": round(speed, 2)}
             unread.clear()
+
+
+def _name_killed_workers(loader: Iterable[Any]) -> Iterator[Any]:
+    """What the loader gives; its RuntimeError of a worker that was killed as a DataError."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(f"{one_line(error)} (too little memory? fewer workers take less)") from error
 
 
 def _read_losses(unread: list[tuple[int, BatchPlan, Tensor]], dataset: Dataset[Item]) -> dict[str, float]:
@@ -209,24 +249,31 @@ def _image_names(dataset: Any, batch: BatchPlan) -> str:
 
 def _restore(
     path: Path, metadata: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, device: torch.device
-) -> int:
-    """Restore the state of a run from its checkpoint; returns the number of epochs it has done."""
-    saved = checkpoint.load(path)
-    missing = [name for name in (*metadata, "model", "optimizer", "random", "epoch") if name not in saved]
-    if missing:
-        raise CheckpointError(f"{path}: not the checkpoint of a run: it has no {', '.join(missing)}")
-    for name, value in metadata.items():
-        if name not in _FREE_ON_RESUME and saved[name] != value:
-            raise CheckpointError(f"{path}: {_first_difference(name, value, saved[name])}")
+) -> tuple[int, int]:
+    """Restore the state of a run from its checkpoint; returns the epochs it has done, and the steps of the next."""
+    saved = {"step": 0, **checkpoint.load(path)}
+    checkpoint.require(path, saved, (*metadata, "model", "optimizer", "random", "epoch", "step"), "of a run")
     try:
+        for name, value in metadata.items():
+            if name not in _FREE_ON_RESUME and saved[name] != value:
+                raise CheckpointError(f"{path}: {_first_difference(name, value, saved[name])}")
+        if problem := files.describe_values(saved["model"]):
+            raise CheckpointError(f"{path}: {problem}")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-    except (KeyError, RuntimeError, ValueError) as error:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                    raise ValueError(f"the optimizer's {key} of {list(value.shape)} is for {list(parameter.shape)}")
+        torch.set_rng_state(saved["random"]["cpu"])
+        if device.type == "cuda" and "cuda" in saved["random"]:
+            torch.cuda.set_rng_state(saved["random"]["cuda"], device)
+    except CheckpointError:
+        raise
+    # Whatever the file has in place of what belongs there.
+    except Exception as error:
         raise CheckpointError(f"{path}: the checkpoint does not fit the model: {one_line(error)}") from error
-    torch.set_rng_state(saved["random"]["cpu"])
-    if device.type == "cuda" and "cuda" in saved["random"]:
-        torch.cuda.set_rng_state(saved["random"]["cuda"], device)
-    return int(saved["epoch"])
+    return saved["epoch"], saved["step"]
 
 
 def _first_difference(name: str, value: Any, saved: Any) -> str:
@@ -235,14 +282,4 @@ def _first_difference(name: str, value: Any, saved: Any) -> str:
         for key in {**value, **saved}:
             if value.get(key) != saved.get(key):
                 return _first_difference(f"{name}, {key}", value.get(key), saved.get(key))
-    return f"{name} is {value!r}, but the run to be resumed has {saved!r}"
-
-
-def _read_rows(path: Path, last_epoch: int) -> list[Row]:
-    """The rows of a metrics file up to an epoch; an interrupted run repeats those after its checkpoint."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = [line for line in csv.DictReader(file) if all(line.get(name) for name in COLUMNS)]
-    rows = [{name: (int if name in ("epoch", "step") else float)(line[name]) for name in COLUMNS} for line in lines]
-    return [row for row in rows if row["epoch"] <= last_epoch]
+    return f"{name} is {value!r:.200}, but the run to be resumed has {saved!r:.200}"

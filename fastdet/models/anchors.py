@@ -37,6 +37,9 @@ class AnchorGenerator:
             ratios *= len(sizes)
         if len(ratios) != len(sizes):
             raise ValueError(f"aspect_ratios has {len(ratios)} levels, sizes has {len(sizes)}")
+        most = max(len(side) * len(ratio) for side, ratio in zip(sizes, ratios, strict=True))
+        if most > 1024:
+            raise ValueError(f"sizes and aspect_ratios must give at most 1024 anchors a cell, got {most}")
         strides = self.strides
         if strides is not None:
             if not isinstance(strides, (tuple, list)) or not all(type(x) is int and x > 0 for x in strides):

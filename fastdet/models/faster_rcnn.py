@@ -16,7 +16,7 @@ from fastdet.models.roi_heads import RoIHeads, count_classes
 from fastdet.models.rpn import RegionProposalNetwork
 from fastdet.models.settings import FIXED_FIELDS, Settings
 from fastdet.structures import Batch, Detections, Targets
-from fastdet.weights.convert import rename_former
+from fastdet.weights.names import rename_former
 
 Step = tuple[dict[str, Tensor] | None, Detections | None, dict[str, Tensor]]
 

@@ -98,7 +98,7 @@ class Settings:
             value = _to_tuples(getattr(self, setting.name))
             object.__setattr__(self, setting.name, value)
             if not accepts(value):
-                raise ValueError(f"{setting.name} must be {wanted}, got {value!r}")
+                raise ValueError(f"{setting.name} must be {wanted}, got {value!r:.200}")
         smallest = max(self.min_sizes)
         if self.max_size < smallest:
             raise ValueError(f"max_size must be at least min_size ({smallest}), got {self.max_size!r}")
@@ -135,11 +135,12 @@ class Settings:
 
 
 # Fields that decide layers and buffers, and cannot be changed once the detector is built.
-_FIXED = (
-    "image_mean image_std rpn_anchor_generator rpn_objectness rpn_hidden_channels rpn_conv_depth box_pool_size "
-    "box_num_convs box_representation_size class_weights"
+FIXED_FIELDS = (
+    *("image_mean", "image_std", "rpn_anchor_generator", "rpn_objectness", "rpn_hidden_channels", "rpn_conv_depth"),
+    *("box_pool_size", "box_num_convs", "box_representation_size", "class_weights"),
 )
-FIXED_FIELDS = tuple(_FIXED.split())
+# The longest side of an image, in pixels.
+_SIDE = 1 << 14
 
 
 def _to_tuples(value: Any) -> Any:
@@ -148,11 +149,15 @@ def _to_tuples(value: Any) -> Any:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 3e38
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _is_count(value: object, most: int = 2**31 - 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+
+
+def _is_side(value: object) -> bool:
+    return _is_count(value, _SIDE)
 
 
 def _is_sequence_of(accepts: Callable[[Any], bool], value: Any, length: int | None = None) -> bool:
@@ -164,6 +169,10 @@ def _is_sequence_of(accepts: Callable[[Any], bool], value: Any, length: int | No
 
 def _is_weight(value: Any) -> bool:
     return _is_number(value) and value >= 0
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
 
 
 def _is_positive(value: Any) -> bool:
@@ -187,39 +196,31 @@ _RULES = {
     **_rule(
         "rpn_nms_thresh rpn_fg_iou_thresh rpn_bg_iou_thresh rpn_score_thresh rpn_positive_fraction box_fg_iou_thresh "
         "box_bg_iou_thresh box_bg_iou_thresh_low box_positive_fraction box_score_thresh box_nms_thresh",
-        lambda value: _is_number(value) and 0 <= value <= 1,
+        _is_share,
         "a number in [0, 1]",
     ),
-    **_rule(
-        "ignore_iof_thresh",
-        lambda value: value is None or (_is_number(value) and 0 <= value <= 1),
-        "a number in [0, 1] or None",
-    ),
+    **_rule("ignore_iof_thresh", lambda value: value is None or _is_share(value), "a number in [0, 1] or None"),
     **_rule(
         "rpn_anchors_inside_only rpn_min_size_in_original_pixels rpn_min_size_before_top_n box_aligned",
         lambda value: isinstance(value, bool),
         "True or False",
     ),
     **_rule(
-        "max_size size_divisible rpn_conv_depth rpn_pre_nms_top_n_train rpn_pre_nms_top_n_test "
-        "rpn_post_nms_top_n_train rpn_post_nms_top_n_test rpn_batch_size_per_image box_pool_size "
-        "box_representation_size box_batch_size_per_image",
+        "rpn_pre_nms_top_n_train rpn_pre_nms_top_n_test rpn_post_nms_top_n_train rpn_post_nms_top_n_test "
+        "rpn_batch_size_per_image box_batch_size_per_image box_representation_size",
         _is_count,
-        "a positive whole number",
+        "a positive whole number of 32 bits",
     ),
+    # Larger ones are a mistake, or a file that is to take all memory.
+    **_rule("max_size size_divisible", _is_side, f"a whole number in 1..{_SIDE}"),
+    **_rule("rpn_conv_depth box_pool_size", lambda value: _is_count(value, 64), "a whole number in 1..64"),
     **_rule(
         "rpn_hidden_channels box_detections_per_img",
         lambda value: value is None or _is_count(value),
         "a positive whole number or None",
     ),
-    **_rule(
-        "box_sampling_ratio box_num_convs",
-        lambda value: type(value) is int and value >= 0,
-        "a whole number, at least 0",
-    ),
-    **_rule(
-        "rpn_smooth_l1_beta box_smooth_l1_beta rpn_min_size box_min_size", _is_weight, "a finite number, at least 0"
-    ),
+    **_rule("box_sampling_ratio box_num_convs", lambda x: type(x) is int and 0 <= x <= 64, "a whole number in 0..64"),
+    **_rule("rpn_smooth_l1_beta box_smooth_l1_beta rpn_min_size box_min_size", _is_weight, "finite, at least 0"),
     **_rule("bbox_xform_clip", lambda value: value is None or _is_positive(value), "a positive number or None"),
     **_rule("bbox_reg_weights", lambda value: _is_sequence_of(_is_positive, value, 4), "4 positive numbers"),
     **_rule("loss_weights", lambda value: _is_sequence_of(_is_weight, value, 4), "4 numbers, at least 0"),
@@ -240,13 +241,13 @@ _RULES = {
     ),
     **_rule(
         "size_buckets",
-        lambda value: value == () or _is_sequence_of(lambda pair: _is_sequence_of(_is_count, pair, 2), value),
-        "pairs of height and width",
+        lambda value: value == () or _is_sequence_of(lambda pair: _is_sequence_of(_is_side, pair, 2), value),
+        f"pairs of height and width in 1..{_SIDE}",
     ),
     **_rule("rpn_anchor_generator", lambda value: isinstance(value, AnchorGenerator), "an AnchorGenerator"),
-    **_rule("min_size", lambda value: _is_count(value) or _is_sequence_of(_is_count, value), "whole numbers above 0"),
-    **_rule("image_mean", lambda value: _is_sequence_of(_is_number, value), "a number for each channel"),
-    **_rule("image_std", lambda value: _is_sequence_of(_is_positive, value), "a positive number for each channel"),
+    **_rule("min_size", lambda value: _is_side(value) or _is_sequence_of(_is_side, value), f"in 1..{_SIDE}"),
+    **_rule("image_mean", lambda x: _is_sequence_of(_is_number, x) and len(x) <= 1024, "a number for each channel"),
+    **_rule("image_std", lambda x: _is_sequence_of(_is_positive, x), "a positive number for each channel"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,7 +18,7 @@ _LOSSES = {
 }
 
 
-def plot_losses(csv_path: str | Path, png_path: str | Path) -> None:
+def plot_losses(csv_path: str | Path, png: str | Path | BinaryIO) -> None:
     """Draw the losses in a trainer's metrics file against the step: the total, and its four parts.
 
     Faint lines are the file's values, strong ones their running mean. Where a step comes twice, as after a resumed
@@ -26,7 +27,7 @@ def plot_losses(csv_path: str | Path, png_path: str | Path) -> None:
     Args:
         csv_path: a CSV file with the columns step, loss, loss_classifier, loss_box_reg, loss_objectness and
             loss_rpn_box_reg; others are ignored.
-        png_path: the image to write.
+        png: the image to write, or an open file.
 
     Raises:
         ValueError: a column is missing, a value is not a number, or there is no row.
@@ -47,7 +48,7 @@ def plot_losses(csv_path: str | Path, png_path: str | Path) -> None:
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     parts.legend(frameon=False)
-    figure.savefig(png_path)
+    figure.savefig(png, format="png")
 
 
 def _read_losses(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:

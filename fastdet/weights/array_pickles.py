@@ -116,19 +116,36 @@ STAND_INS: dict[str, Any] = {
 
 
 def arrays_to_tensors(value: Any) -> Any:
-    """What an unpickler gave, with its arrays as tensors; dicts and lists are changed in place."""
+    """What an unpickler gave, with its arrays as tensors; dicts and lists are changed in place.
+
+    Each object is converted once, however many others contain it. Raises UnpicklingError where they are nested deeper
+    than Python calls functions, as no checkpoint is.
+    """
+    try:
+        return _convert(value, {})
+    except RecursionError:
+        raise pickle.UnpicklingError("its objects are nested too deep") from None
+
+
+def _convert(value: Any, done: dict[int, Any]) -> Any:
+    """`done`: what has become of the objects that contain others, by their identity."""
     if isinstance(value, _Array):
         if value.tensor is None:
             raise pickle.UnpicklingError("an array without content")
         return value.tensor
     if isinstance(value, (_Callable, _Dtype)):
         raise pickle.UnpicklingError("GLOBAL of NumPy that is no array is refused")
+    if not isinstance(value, dict | list | tuple):
+        return value
+    if id(value) in done:
+        return done[id(value)]
+    done[id(value)] = value
     if isinstance(value, dict):
         for key, item in value.items():
-            value[key] = arrays_to_tensors(item)
+            value[key] = _convert(item, done)
     elif isinstance(value, list):
-        value[:] = [arrays_to_tensors(item) for item in value]
-    elif isinstance(value, tuple):
-        items = [arrays_to_tensors(item) for item in value]
-        return value if all(map(operator.is_, items, value)) else tuple(items)
-    return value
+        value[:] = [_convert(item, done) for item in value]
+    else:
+        items = [_convert(item, done) for item in value]
+        done[id(value)] = value if all(map(operator.is_, items, value)) else tuple(items)
+    return done[id(value)]

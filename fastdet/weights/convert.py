@@ -6,7 +6,7 @@ fastdet's names are torchvision's. A converter takes a state dict as a plain map
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastdet.weights import files
 from fastdet.weights import names as tables
 from fastdet.weights.files import StrPath
-from fastdet.weights.names import DETECTRON2_PIXEL_MEAN, DETECTRON2_PIXEL_STD, PREDICTOR, TRACKED
+from fastdet.weights.names import DETECTRON2_PIXEL_MEAN, DETECTRON2_PIXEL_STD, PREDICTOR, TRACKED, rename_former
 
 # How simple-faster-rcnn-pytorch feeds its models, as settings of `fastdet.FasterRCNN`: those that began with
 # torchvision's VGG16, and those that began with Caffe's.
@@ -57,7 +57,14 @@ class WeightsError(ValueError):
 def load(
     model: nn.Module, weights: StrPath | State, *, replace_predictor: bool = False, name: str = "the state dict"
 ) -> None:
-    """Load weights into a model, all of them or, if any does not fit, none.
+    """Load weights into a model, all of them or, if any does not fit, none: see `fit`."""
+    model.load_state_dict(fit(model, weights, replace_predictor=replace_predictor, name=name))
+
+
+def fit(
+    model: nn.Module, weights: StrPath | State, *, replace_predictor: bool = False, name: str = "the state dict"
+) -> dict[str, Tensor]:
+    """The state dict of a model with these weights, all of them.
 
     The names that torchvision's detectors had before version 0.13 are accepted. The count of training steps of a
     BatchNorm is dropped where the model's is frozen, and left as it is where the weights have none.
@@ -71,7 +78,7 @@ def load(
 
     Raises:
         TensorFileError: the file cannot be read, or does not hold a state dict.
-        WeightsError: a name is missing or unexpected, or a shape is another.
+        WeightsError: a name is missing or unexpected, a shape is another, or a value is not finite.
     """
     if isinstance(weights, Mapping):
         if problem := files.describe_problem(weights):
@@ -79,9 +86,10 @@ def load(
         state = files.unwrap_prefixes(weights)
     else:
         name, state = os.fspath(weights), files.read_state_dict(weights)
-    present = model.state_dict()
+    if problem := files.describe_values(state):
+        raise WeightsError(f"{name}: {problem}")
+    present, count, replaced = model.state_dict(), f".{TRACKED}", (PREDICTOR,) if replace_predictor else ()
     rename_former(state, present)
-    count, replaced = f".{TRACKED}", (PREDICTOR,) if replace_predictor else ()
     # A frozen BatchNorm has statistics, but no count.
     frozen = {
         key
@@ -105,20 +113,7 @@ def load(
         wanted = present[key].dtype
         if value.is_floating_point() != wanted.is_floating_point or value.is_complex():
             raise WeightsError(f"{name} does not fit the model: {key} holds {value.dtype} in place of {wanted}")
-    model.load_state_dict({**present, **state})
-
-
-def rename_former(state: dict[str, Any], names: Collection[str]) -> None:
-    """Rename, in place, the entries of `state` that have the names of torchvision's detectors before version 0.13.
-
-    `names` are the model's, with the prefix that those of `state` have. A former name stays if the model has it too,
-    if the model does not have the present one, or if `state` has both.
-    """
-    for former in [name for name in state if name not in names]:
-        for pattern, replacement in tables.FORMER_NAMES.items():
-            present = re.sub(pattern, replacement, former)
-            if present != former and present in names and present not in state:
-                state[present] = state.pop(former)
+    return {**present, **state}
 
 
 @contextmanager

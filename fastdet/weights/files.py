@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import math
 import os
 import pickle
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,13 +15,17 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fastdet.weights import array_pickles
+from fastdet.weights import array_pickles, limits
 
 StrPath = str | os.PathLike[str]
 
 # How torch's files begin: the newer are zip archives, the older have this number in their first bytes.
 _ZIP = b"PK\x03\x04"
 _OLD_TORCH = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+
+
+# The key of a checksum in the metadata of safetensors, and its value while the checksum is computed.
+_CHECKSUM, _NO_CHECKSUM = "fastdet.crc32", "00000000"
 
 
 class TensorFileError(ValueError):
@@ -43,14 +49,21 @@ def read(path: StrPath, *, kind: str = "file of tensors") -> Any:
         with open(path, "rb") as file:
             start = file.read(32)
             file.seek(0)
-            if start.startswith(_ZIP) or _OLD_TORCH in start:
+            if start.startswith(_ZIP):
+                limits.check_archive(file)
+                return array_pickles.arrays_to_tensors(_load_torch(path))
+            if _OLD_TORCH in start:
+                limits.check_old_archive(file)
                 return array_pickles.arrays_to_tensors(_load_torch(path))
             # They begin with the length of the header, of at most the format's 100 MB, and the header's brace.
             has_header = int.from_bytes(start[:8], "little") <= 100_000_000 and start[8:9] == b"{"
             if has_header or Path(path).suffix == ".safetensors":
                 from safetensors.torch import load
 
-                return load(file.read())
+                data = file.read()
+                _verify_checksum(data)
+                return load(data)
+            limits.check_plain_pickle(file)
             # Written by Python 2, the bytes of an array are a string.
             return array_pickles.arrays_to_tensors(array_pickles.ArrayUnpickler(file, encoding="latin1").load())
     except FileNotFoundError:
@@ -60,11 +73,13 @@ def read(path: StrPath, *, kind: str = "file of tensors") -> Any:
             # torch's reader, where the file ends before it should.
             raise TensorFileError(f"{path}: not a {kind}, or cut short") from error
         raise TensorFileError(f"{path}: the {kind} cannot be read: {error.strerror or one_line(error)}") from error
+    except limits.OutOfProportion as error:
+        raise TensorFileError(f"{path}: not a {kind}: {error}, out of proportion to its size") from error
     except pickle.UnpicklingError as error:
         # Both unpicklers name the object so.
         found = re.search(r"GLOBAL (\S+)", str(error))
-        refused = f"it holds objects other than tensors and plain values, refused ({found[1]})" if found else ""
-        raise TensorFileError(f"{path}: not a {kind}: {refused or 'damaged or foreign'}") from error
+        refused = f": it holds objects other than tensors and plain values, refused ({found[1]})" if found else ""
+        raise TensorFileError(f"{path}: not a {kind}{refused or f', or cut short: {one_line(error)}'}") from error
     # The bytes of a damaged file can lead an unpickler into any exception.
     except Exception as error:
         raise TensorFileError(f"{path}: not a {kind}, or cut short: {one_line(error)}") from error
@@ -111,10 +126,22 @@ def describe_problem(content: object) -> str:
     return "" if content else "it is empty"
 
 
+def describe_values(state: Mapping[str, Tensor]) -> str:
+    """The first of the tensors that has values which are not finite; empty if none has."""
+    for name, value in state.items():
+        # One pass over the values. Where the sum of finite ones overflows, a second decides.
+        if not value.is_floating_point() or value.is_meta or math.isfinite(value.detach().sum(dtype=torch.float32)):
+            continue
+        if bad := int((~value.isfinite()).sum()):
+            return f"{name} has {bad} of {value.numel()} values that are not finite"
+    return ""
+
+
 def write_state_dict(path: StrPath, state: Mapping[str, Tensor]) -> None:
     """Write names and tensors: as safetensors if the name ends in .safetensors, else as torch does.
 
-    Tensors that share memory are written each for itself into safetensors, a format without sharing.
+    Tensors that share memory are written each for itself into safetensors, a format without sharing. Their metadata has
+    a checksum of the file; torch's files have one of each record.
 
     Raises:
         TensorFileError: the file cannot be written, or `state` is not a mapping of names to tensors.
@@ -129,7 +156,7 @@ def write_state_dict(path: StrPath, state: Mapping[str, Tensor]) -> None:
         # Others' loaders look for the word "pt".
         from safetensors.torch import save
 
-        data = save(_unshare(tensors), metadata={"format": "pt"})
+        data = _add_checksum(save(_unshare(tensors), metadata={"format": "pt", _CHECKSUM: _NO_CHECKSUM}))
     except Exception as error:
         raise TensorFileError(f"{path}: the state dict cannot be written: {one_line(error)}") from error
     write(path, lambda file: file.write(data), kind="state dict")
@@ -181,6 +208,30 @@ def write(path: StrPath, content: Callable[[BinaryIO], object], *, kind: str = "
 def one_line(error: Exception) -> str:
     """The message of an error without line breaks, at most 300 characters of it, or the name of its class."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _find_checksum(data: bytes) -> re.Match[bytes] | None:
+    header = 8 + int.from_bytes(data[:8], "little")
+    return re.search(rb'"%b":"([0-9a-f]{8})"' % re.escape(_CHECKSUM.encode()), data[: min(header, 1 << 20)])
+
+
+def _checksum(data: bytes, found: re.Match[bytes]) -> bytes:
+    """CRC-32 of the whole file, with zeros where it has the checksum itself."""
+    start, end = found.span(1)
+    view = memoryview(data)
+    return b"%08x" % zlib.crc32(view[end:], zlib.crc32(_NO_CHECKSUM.encode(), zlib.crc32(view[:start])))
+
+
+def _add_checksum(data: bytes) -> bytes:
+    found = _find_checksum(data)
+    assert found is not None
+    return data[: found.start(1)] + _checksum(data, found) + data[found.end(1) :]
+
+
+def _verify_checksum(data: bytes) -> None:
+    found = _find_checksum(data)
+    if found is not None and _checksum(data, found) != found[1]:
+        raise pickle.UnpicklingError("its checksum is wrong")
 
 
 def _unshare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

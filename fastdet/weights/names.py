@@ -1,7 +1,9 @@
-"""What other libraries call the layers of a detector, and how the rows of their last layers differ: plain tables."""
+"""What other libraries call the layers of a detector, and how the rows of their last layers differ: plain tables, and
+the renaming of former names."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,3 +122,16 @@ def detectron2_names(state: Iterable[str], stages: str, first: int) -> dict[str,
 
 def _add_leaves(layers: Mapping[str, str], leaves: Sequence[str]) -> dict[str, str]:
     return {f"{old}.{leaf}": f"{new}.{leaf}" for old, new in layers.items() for leaf in leaves}
+
+
+def rename_former(state: dict[str, Any], names: Collection[str]) -> None:
+    """Rename, in place, the entries of `state` that have the names of torchvision's detectors before version 0.13.
+
+    `names` are the model's, with the prefix that those of `state` have. A former name stays if the model has it too,
+    if the model does not have the present one, or if `state` has both.
+    """
+    for former in [name for name in state if name not in names]:
+        for pattern, replacement in FORMER_NAMES.items():
+            present = re.sub(pattern, replacement, former)
+            if present != former and present in names and present not in state:
+                state[present] = state.pop(former)

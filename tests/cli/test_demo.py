@@ -22,6 +22,7 @@ def test_the_demo_saves_what_detect_loads(tmp_path, capsys):
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {
+        ".lock",
         "detections.png",
         "last.pth",
         "loss.png",

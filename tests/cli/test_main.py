@@ -93,7 +93,7 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[object], *parts: s
 
 def test_train_writes_everything(trained):
     _, run = trained
-    names = {"detections.png", "last.pth", "loss.png", "metrics.csv", "result.json"}
+    names = {".lock", "detections.png", "last.pth", "loss.png", "metrics.csv", "result.json"}
     assert {path.name for path in run.iterdir()} == names
     result = json.loads((run / "result.json").read_text())
     assert {"AP", "AP50", "AP75", "VOC07", "VOC12", "minutes_of_training"} <= set(result)
@@ -365,7 +365,7 @@ def test_ctrl_c_exits_cleanly(tree, tmp_path):
     assert "Traceback" not in output
     assert output.splitlines()[-1] == "fastdet: interrupted"
     assert checkpoint.load(out / "last.pth")["epoch"] >= 0
-    assert sorted(path.name for path in out.iterdir()) == ["last.pth", "metrics.csv"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "last.pth", "metrics.csv"]
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "demo"])

@@ -11,7 +11,8 @@ from fastdet.data import DataError, Shapes
 from fastdet.engine import checkpoint
 from fastdet.engine.checkpoint import CheckpointError
 from fastdet.engine.recipes import RECIPES, TrainSettings, build_optimizer, learning_rate, parameter_groups, plan_epoch
-from fastdet.engine.trainer import COLUMNS, LOSSES, train
+from fastdet.engine.run_folder import COLUMNS, LOSSES
+from fastdet.engine.trainer import train
 from fastdet.visualize import plot_losses
 
 SETTINGS = TrainSettings(
@@ -96,7 +97,12 @@ def test_training_writes_its_files_and_learns(tmp_path, shapes, monkeypatch):
     monkeypatch.setattr("fastdet.engine.trainer.plot_losses", plot_losses)
     model = build_detector()
     rows = run(model, shapes, tmp_path / "run", description={"class_names": shapes.class_names})
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["last.pth", "loss.png", "metrics.csv"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        ".lock",
+        "last.pth",
+        "loss.png",
+        "metrics.csv",
+    ]
     with (tmp_path / "run" / "metrics.csv").open() as file:
         reader = csv.DictReader(file)
         written = list(reader)

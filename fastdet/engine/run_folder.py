@@ -1,0 +1,111 @@
+"""The folder of a training run: it belongs to one process at a time, which ends in order when it is asked to; and the
+rows of its metrics file."""
+
+import contextlib
+import csv
+import io
+import os
+import shutil
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fastdet.engine.checkpoint import CheckpointError
+from fastdet.models.losses import NAMES as LOSSES
+
+COLUMNS = ("epoch", "step", "lr", "loss", *LOSSES, "images_per_second")
+
+Row = dict[str, float]
+
+_LOCK = ".lock"
+
+
+class Terminated(Exception):
+    """A run was asked to end, by SIGTERM, and has saved its state first."""
+
+
+@contextlib.contextmanager
+def own(folder: Path) -> Iterator[None]:
+    """Keep other processes from a run's folder, which is made if it is not there; remove what a killed one left.
+
+    The lock ends with the process, however that ends. On Windows there is none.
+
+    Raises:
+        CheckpointError: another process has the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    with (folder / _LOCK).open("a+") as file:
+        try:
+            # Of this process alone: workers that outlive it for a moment do not hold it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise CheckpointError(
+                f"{folder}: another run, of process {file.read(20).strip() or 'unknown'}, writes into the folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        for part in folder.glob(".*.tmp"):
+            part.unlink(missing_ok=True)
+        yield
+
+
+@contextlib.contextmanager
+def notice_sigterm() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come since: it does not end the process here. Only in the main thread, as signals do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    came = threading.Event()
+
+    def note(*_: Any) -> None:
+        came.set()
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def to_csv(rows: list[Row], header: bool = False) -> bytes:
+    """Lines of a metrics file."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def read_rows(path: Path, last_step: int) -> list[Row]:
+    """The rows of a metrics file up to a step; an interrupted run repeats those after its checkpoint.
+
+    A file with rows that cannot be read is kept under another name, with a warning; the last may be cut short.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").replace("\0", "").splitlines()
+    rows, damaged = [], []
+    for number, line in enumerate(csv.DictReader(lines), start=2):
+        try:
+            row = {name: (int if name in ("epoch", "step") else float)(line[name]) for name in COLUMNS}
+        except (KeyError, TypeError, ValueError):
+            damaged.append(number)
+        else:
+            rows.append(row)
+    if damaged and damaged != [len(lines)]:
+        copy = path.with_suffix(".damaged.csv")
+        shutil.copyfile(path, copy)
+        shown = ", ".join(map(str, damaged[:5]))
+        warnings.warn(f"{path}: {len(damaged)} lines cannot be read ({shown}, ...): see {copy.name}", stacklevel=2)
+    return [row for row in rows if row["step"] <= last_step]

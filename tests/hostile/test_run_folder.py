@@ -1,0 +1,295 @@
+"""A run that is killed, asked to end, run twice, or whose folder is damaged, goes on as if nothing had been."""
+
+import csv
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastdet import FasterRCNN
+from fastdet.cli.main import main
+from fastdet.data import Shapes
+from fastdet.engine import CheckpointError, Terminated, TrainSettings, checkpoint, load_model, run_folder, train
+from fastdet.weights import files
+
+# `make kills KILLS=200` asks for more.
+KILLS = int(os.environ.get("KILLS", "6"))
+SETTINGS = TrainSettings(epochs=4, batch_size=2, lr=0.01, warmup_steps=2, log_every=2)
+ARCHITECTURE = {"backbone": "small", "num_classes": 5, "settings": {"min_size": 32, "max_size": 32}}
+ARCHITECTURE["settings"] |= {"box_representation_size": 8, "rpn_post_nms_top_n_train": 20}
+DESCRIPTION = {"architecture": ARCHITECTURE, "class_names": Shapes.class_names}
+STEPS = 5
+
+
+class Drawn(torch.utils.data.Dataset):
+    items = tuple(Shapes(9, size=32)[index] for index in range(9))
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def run(out, settings=SETTINGS, dataset=None, **options):
+    torch.manual_seed(3)
+    model = checkpoint.build_model(ARCHITECTURE)
+    return train(model, dataset or Drawn(), out, settings, description=DESCRIPTION, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The folder of an undisturbed run, and its seconds."""
+    torch.set_num_threads(1)
+    folder, start = tmp_path_factory.mktemp("straight"), time.perf_counter()
+    run(folder)
+    return folder, time.perf_counter() - start
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A process with threads of torch cannot be forked."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_same_weights(first, second):
+    expected, found = (checkpoint.load(folder / "last.pth") for folder in (first, second))
+    torch.testing.assert_close(found["model"], expected["model"], rtol=0, atol=0)
+    torch.testing.assert_close(found["optimizer"]["state"], expected["optimizer"]["state"], rtol=0, atol=0)
+    assert torch.equal(found["random"]["cpu"], expected["random"]["cpu"])
+
+
+def steps_of(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
+
+
+def in_a_child(call):
+    """The process of a call; its exit status is 0 if it returned."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        call()
+        os._exit(0)
+    except Terminated:
+        os._exit(143)
+    except BaseException:
+        os._exit(1)
+
+
+def ended(child):
+    status = os.waitpid(child, 0)[1]
+    return os.waitstatus_to_exitcode(status)
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers"),
+    [(signal.SIGKILL, 0), (signal.SIGTERM, 0), (signal.SIGKILL, 2)],
+    ids=["kill", "term", "workers"],
+)
+def test_killed_runs_resume_bitwise(tmp_path, straight, kind, workers):
+    """Killed at random moments, again and again; each resumption goes on from where the last came."""
+    folder, seconds = straight
+    settings, draw = replace(SETTINGS, workers=workers), random.Random(workers)
+    kills = round_number = 0
+    while kills < KILLS // (1 + workers):
+        round_number += 1
+        out, exitcode = tmp_path / str(round_number), 1
+        while exitcode != 0:
+            resume = (out / "last.pth").exists()
+            child = in_a_child(lambda out=out, resume=resume: run(out, settings, resume=resume))
+            time.sleep(draw.random() * (seconds + workers))
+            os.kill(child, kind)
+            exitcode = ended(child)
+            assert exitcode in (0, -kind, 128 + kind), f"kill {kills} of a run ended with {exitcode}"
+            kills += exitcode != 0
+        assert_same_weights(folder, out)
+        found = steps_of(out)
+        assert found == sorted(set(found))
+        assert found[-1] == STEPS * SETTINGS.epochs
+        assert not list(out.glob(".*.tmp"))
+
+
+def test_sigterm_saves_in_the_middle_of_an_epoch(tmp_path, straight):
+    class Ending(Drawn):
+        def __getitem__(self, index):
+            if index == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(index)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated, match=r"last\.pth: saved after (step|epoch) \d+"):
+        run(tmp_path, dataset=Ending())
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert steps_of(tmp_path)[-1] == checkpoint.load(tmp_path / "last.pth")["step"] > 0
+    run(tmp_path, resume=True)
+    assert_same_weights(straight[0], tmp_path)
+
+
+def test_the_command_ends_with_143_and_a_line(tmp_path):
+    command = [sys.executable, "-m", "fastdet", "demo", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "last.pth").exists() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    lines = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 143, lines
+    assert lines[-1].startswith(f"fastdet: terminated; {tmp_path}/last.pth: saved after ")
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    child = in_a_child(lambda: run(tmp_path, replace(SETTINGS, epochs=10_000)))
+    while not (tmp_path / "metrics.csv").exists():
+        time.sleep(0.02)
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(CheckpointError, match=f"process {child}"):
+            run(tmp_path, **options)
+    os.kill(child, signal.SIGKILL)
+    ended(child)
+    (tmp_path / ".last.pth.123.tmp").write_bytes(b"a part")
+    run(tmp_path, overwrite=True)  # the lock of a process that is gone
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.filterwarnings("ignore:.*lines cannot be read")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [lines[0], "1,x,0.01,1,1,1,1,1,1", *lines[2:]],
+        lambda lines: [lines[0], "\0\0\0", *lines[1:]],
+        lambda lines: [lines[0], '"', *lines[1:]],
+        lambda lines: ["epoch;step", *lines[1:]],
+        lambda lines: [],
+        lambda lines: ["\udcff"],
+    ],
+    ids=["a word", "zeros", "a quotation mark", "a header", "empty", "no text"],
+)
+def test_a_damaged_metrics_file_does_not_block_a_resumption(tmp_path, straight, damage):
+    run(tmp_path, stop_after=2)
+    metrics = tmp_path / "metrics.csv"
+    lines = damage(metrics.read_text().splitlines())
+    metrics.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    run(tmp_path, resume=True)
+    assert_same_weights(straight[0], tmp_path)
+    assert steps_of(tmp_path)[-1] == STEPS * SETTINGS.epochs
+
+
+def test_a_worker_that_is_killed_is_named(tmp_path, capsys, monkeypatch):
+    class Dying(Drawn):
+        def __getitem__(self, index):
+            if torch.utils.data.get_worker_info():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    with pytest.raises(ValueError, match=r"DataLoader worker .*fewer workers"):
+        run(tmp_path, replace(SETTINGS, workers=1), dataset=Dying())
+
+
+@pytest.mark.parametrize("library", ["torch", "python"])
+def test_a_full_disk_is_called_that(tmp_path, library):
+    def write(file):
+        class Full:
+            def write(self, data):
+                raise OSError(28, "No space left on device")
+
+            def flush(self):
+                pass
+
+        torch.save({"w": torch.zeros(9)}, Full()) if library == "torch" else Full().write(b"")
+
+    with pytest.raises(files.TensorFileError, match="cannot be written: .*No space left on device"):
+        files.write(tmp_path / "x.pth", write)
+    assert not list(tmp_path.iterdir())
+
+
+ODD = [None, 5, -1, True, 2.5, math.nan, "x", "", [], [1], {}, {"a": 1}, {1: 2}, 10**30, torch.zeros(2), (None,)]
+ENTRIES = ["architecture", "class_names", "model", "optimizer", "random", "epoch", "step", "lr", "images", "milestones"]
+PARTS = ["backbone", "num_classes", "settings", "anchors", "trainable_backbone_layers", "freeze_batchnorm"]
+
+
+@pytest.mark.parametrize("entry", [*ENTRIES, *(f"architecture {part}" for part in PARTS)])
+def test_odd_entries_of_a_checkpoint_are_errors_of_one_line(tmp_path, straight, entry):
+    content = checkpoint.load(straight[0] / "last.pth")
+    path = tmp_path / "last.pth"
+    for value in ODD:
+        name, _, part = entry.partition(" ")
+        changed = {**content, name: {**content[name], part: value} if part else value}
+        checkpoint.save(path, changed)
+        for call in (lambda: load_model(path), lambda: run(tmp_path, resume=True)):
+            message = None
+            try:
+                call()
+            except CheckpointError as error:
+                message = str(error)
+            assert message is None or ("\n" not in message and len(message) < 700 and str(tmp_path) in message)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_classes": 300_000},
+        {"settings": {"min_size": 10**9, "max_size": 10**9}},
+        {"settings": {"rpn_conv_depth": 100_000}},
+        {"settings": {"box_num_convs": 100_000}},
+        {"settings": {"box_representation_size": 10**7}},
+        {"settings": {"rpn_hidden_channels": 10**7}},
+        {"settings": {"box_pool_size": 10**6}},
+        {"settings": {"image_mean": [0.5] * 10**5, "image_std": [0.5] * 10**5}},
+        {"anchors": {"sizes": [[8.0] * 10**5], "aspect_ratios": [[1.0]]}},
+    ],
+    ids=lambda change: str(next(iter(change.get("settings", change)))),
+)
+def test_the_description_of_a_model_allocates_nothing(tmp_path, straight, change):
+    content = checkpoint.load(straight[0] / "last.pth")
+    names = [f"class {i}" for i in range(change.get("num_classes", 5) - 1)]
+    architecture = {**ARCHITECTURE, **change}
+    if "settings" in change:
+        architecture["settings"] = {**ARCHITECTURE["settings"], **change["settings"]}
+    path = tmp_path / "last.pth"
+    checkpoint.save(path, {**content, "architecture": architecture, "class_names": names})
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError) as caught:
+        load_model(path)
+    assert time.perf_counter() - start < 3
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 2000
+
+
+def test_locks_only_where_there_are_any(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder.os, "name", "nt")
+    with run_folder.own(tmp_path / "new"):
+        assert not list((tmp_path / "new").iterdir())
+
+
+def test_the_model_of_a_checkpoint_is_the_trained_one(straight):
+    model, names = load_model(straight[0] / "last.pth")
+    assert isinstance(model, FasterRCNN)
+    assert names == Shapes.class_names
+    assert all(not tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    fresh = checkpoint.build_model(ARCHITECTURE)
+    fresh.load_state_dict(checkpoint.load(straight[0] / "last.pth")["model"])
+    images = [Drawn.items[0][0]]
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), fresh.eval()(images), rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_resumed(tmp_path, straight, capsys):
+    content = checkpoint.load(straight[0] / "last.pth")
+    next(iter(content["model"].values())).view(-1)[0] = math.inf
+    checkpoint.save(tmp_path / "last.pth", content)
+    with pytest.raises(CheckpointError, match=r"has 1 of \d+ values that are not finite"):
+        run(tmp_path, resume=True)
+    assert main(["detect", str(tmp_path), "--weights", str(tmp_path / "last.pth"), "--out", str(tmp_path)]) == 2
+    assert "values that are not finite" in capsys.readouterr().err

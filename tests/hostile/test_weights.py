@@ -1,0 +1,217 @@
+"""Files of tensors that would take all memory or never end, or are damaged: refused in a line, in a moment."""
+
+import collections
+import io
+import math
+import pickle
+import random
+import resource
+import struct
+import subprocess
+import sys
+import textwrap
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from fastdet import weights
+from fastdet.weights.files import TensorFileError, read, write_state_dict
+
+STATE = {"a.weight": torch.arange(60.0).reshape(20, 3), "b": torch.ones(7, dtype=torch.float64), "c": torch.tensor(3)}
+
+
+def torch_archive(program: bytes, compression: int = zipfile.ZIP_STORED, **records: bytes) -> bytes:
+    """An archive of torch around a pickle."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", compression) as archive:
+        for name, content in {"data.pkl": program, "version": b"3\n", "byteorder": b"little", **records}.items():
+            archive.writestr(f"archive/{name}", content)
+    return out.getvalue()
+
+
+def call(name: str, argument: bytes) -> bytes:
+    """A pickle that calls a function by name with one argument."""
+    module, function = name.rsplit(".", 1)
+    return b"\x80\x02c" + f"{module}\n{function}\n".encode() + b"(" + argument + b"tR."
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def nested(levels: int) -> bytes:
+    """Lists that contain the one before twice: as small as deep, and without end if each is visited each time."""
+    program = b"\x80\x02]q\x00"
+    for level in range(levels):
+        program += b"]q" + bytes([level + 1]) + b"(h" + bytes([level]) + b"h" + bytes([level]) + b"e"
+    return program + b"."
+
+
+def storage_of(count: int, data: bytes) -> bytes:
+    """A tensor whose storage has `count` numbers by the pickle."""
+    buffer = io.BytesIO()
+    torch.save({"w": torch.zeros(4)}, buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        names = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    program = names.pop("data.pkl")
+    # The number of elements, after the location.
+    assert program.count(b"K\x04tq\x07Q") == 1
+    program = program.replace(b"K\x04tq\x07Q", b"J" + struct.pack("<i", count) + b"tq\x07Q")
+    return torch_archive(program, **{**names, "data/0": data})
+
+
+ENCODED = b"\x80\x02" + text("a" * 100_000) + b"q\x01]" + b"(" + b"c_codecs\nencode\n(h\x01tR" * 20_000 + b"e."
+
+FILES = {
+    "memo index of 2^30": b"\x80\x02]r" + struct.pack("<I", 2**30) + b".",
+    "memo index as text": b"(lp1073741824\n.",
+    "memo index in an archive": torch_archive(b"\x80\x02]r" + struct.pack("<I", 2**30) + b"."),
+    "bytearray of 20 GB": torch_archive(call("builtins.bytearray", b"\x8a\x05\x00\xc8\x17\xa8\x04")),
+    "bytearray of Python 2": torch_archive(call("__builtin__.bytearray", b"J\xff\xff\xff\x7f")),
+    "bytearray in a plain pickle": call("builtins.bytearray", b"J\xff\xff\xff\x7f"),
+    "a text encoded 20,000 times": ENCODED,
+    "a text encoded 20,000 times, in an archive": torch_archive(ENCODED),
+    "bytes that are not there": b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"abc.",
+    "a text that is not there": b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"abc.",
+    "a bytearray that is not there": b"\x80\x05\x96" + struct.pack("<Q", 2**36) + b"abc.",
+    "a frame that is not there": b"\x80\x04\x95" + struct.pack("<Q", 2**40) + b"N.",
+    "dicts": b"\x80\x02](" + b"}" * 3_000_000 + b"e.",
+    "a deflated archive": torch_archive(b"\x80\x02}.", zipfile.ZIP_DEFLATED, **{"data/0": bytes(300_000_000)}),
+    "a deflated pickle": torch_archive(b"\x80\x02](" + b"]" * 30_000_000 + b"e.", zipfile.ZIP_DEFLATED),
+    "a storage larger than its record": storage_of(2**30, bytes(16)),
+    "a storage smaller than its record": storage_of(2, bytes(16)),
+    "nested tuples": b"\x80\x02N" + b"\x85" * 500_000 + b".",
+}
+
+
+def limited(path, gigabytes=2.0, seconds=20):
+    """Read a file in a process that has so little memory and time; its message."""
+    program = textwrap.dedent("""
+        import sys, time
+        from fastdet.weights.files import TensorFileError, read
+        import torch, safetensors.torch
+        start = time.perf_counter()
+        for path in sys.argv[1:]:
+            start = time.perf_counter()
+            try:
+                read(path)
+                print("read")
+            except TensorFileError as error:
+                print(f"{time.perf_counter() - start:.1f} s: {error}")
+    """)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes * 2**30),) * 2)
+
+    command = [sys.executable, "-c", program, *path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, preexec_fn=limit)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+def test_files_out_of_proportion_are_refused_in_a_line(tmp_path):
+    paths = []
+    for number, content in enumerate(FILES.values()):
+        paths.append(tmp_path / f"{number}.pth")
+        paths[-1].write_bytes(content)
+    lines = limited(paths)
+    assert len(lines) == len(FILES)
+    for name, path, line in zip(FILES, paths, lines, strict=True):
+        seconds, message = line.split(" s: ", 1)
+        assert message.startswith(f"{path}: not a file of tensors"), name
+        assert float(seconds) < 2, name
+        assert len(message) < len(str(path)) + 200
+
+
+def test_shared_lists_are_visited_once(tmp_path):
+    """Two to the 60th visits otherwise."""
+    path = tmp_path / "nested.pth"
+    path.write_bytes(nested(60))
+    assert limited([path]) == ["read"]
+    assert isinstance(read(path), list)
+
+
+def test_what_is_in_proportion_is_read(tmp_path):
+    """Checkpoints as large as they are deep: with an optimizer's state, many small tensors, arrays, old formats."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.rand(3)) for _ in range(300)])
+    content = {"model": {f"layer.{i}": torch.rand(2, 3) for i in range(2000)}, "optimizer": optimizer.state_dict()}
+    content["order"] = collections.OrderedDict((f"name {i}", [i, i / 3, None, (True, "x" * i)]) for i in range(500))
+    content["empty"], content["shared"] = torch.zeros(0), [content["model"]["layer.0"].view(-1)[1:]] * 2
+    for old in (True, False):
+        path = tmp_path / f"{old}.pth"
+        torch.save(content, path, _use_new_zipfile_serialization=not old)
+        torch.testing.assert_close(read(path)["model"], content["model"], rtol=0, atol=0)
+    arrays = {f"w{i}": np.random.default_rng(i).random((i, 5)).astype(np.float32) for i in range(200)}
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        path = tmp_path / f"{protocol}.pkl"
+        path.write_bytes(pickle.dumps(arrays, protocol))
+        found = read(path)
+        assert all(np.array_equal(found[name], array) for name, array in arrays.items())
+
+
+def read_or_message(path):
+    """The content, or the message of its refusal."""
+    message = None
+    try:
+        content = read(path)
+    except TensorFileError as error:
+        content = message = str(error)
+    assert message is None or (message.startswith(str(path)) and "\n" not in message and len(message) < 500)
+    return content
+
+
+def flip(content: bytes, place: int, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[place] ^= 1 << bit
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path, suffix):
+    path, damaged = tmp_path / f"state{suffix}", tmp_path / f"damaged{suffix}"
+    write_state_dict(path, STATE)
+    content, draw = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(400):
+        damaged.write_bytes(flip(content, draw.randrange(len(content)), draw.randrange(8)))
+        found = read_or_message(damaged)
+        if isinstance(found, str):
+            refused += 1
+        else:
+            torch.testing.assert_close(found, STATE, rtol=0, atol=0)
+    assert refused > 100
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_named(value):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["1.weight"][0, 1] = value
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(weights.WeightsError, match=r"1\.weight has 1 of 4 values that are not finite"):
+        weights.load(model, state)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["archive", "old", "pickle", "safetensors"])
+def test_mutated_files_are_read_or_refused(tmp_path, kind):
+    """Bytes changed, cut out, doubled and inserted at random places."""
+    path, draw = tmp_path / "valid", random.Random(1)
+    if kind == "safetensors":
+        path = path.with_suffix(".safetensors")
+        write_state_dict(path, STATE)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps({name: value.numpy() for name, value in STATE.items()}, 2))
+    else:
+        torch.save(STATE, path, _use_new_zipfile_serialization=kind == "archive")
+    content, mutated = path.read_bytes(), path.with_stem("mutated")
+    for _ in range(400):
+        changed = bytearray(content)
+        for _ in range(draw.randint(1, 4)):
+            place, length = draw.randrange(len(changed)), draw.choice([1, 1, 2, 4, 8, 30])
+            new = draw.choice([bytes(draw.randbytes(length)), b"\xff" * length, b"\0" * length, b"", changed[:length]])
+            changed[place : place + draw.choice([0, length])] = new
+        mutated.write_bytes(changed)
+        read_or_message(mutated)
