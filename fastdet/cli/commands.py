@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
+from itertools import count
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
@@ -22,6 +25,7 @@ from fastdet.engine.evaluate import evaluate
 from fastdet.metrics import require_pycocotools
 from fastdet.models.backbones import NAMED
 from fastdet.models.faster_rcnn import FasterRCNN
+from fastdet.safe_files import printable
 from fastdet.visualize import draw_detections, write_report
 from fastdet.weights.files import read
 
@@ -29,8 +33,10 @@ from fastdet.weights.files import read
 def run_train(options: argparse.Namespace) -> None:
     require_pycocotools()
     device, settings = _device(options), _train_settings(options)
-    data = VOC(options.data, options.train_split, options.classes)
-    held_out = VOC(options.data, options.val_split, data.class_names)
+    data = VOC(options.data, options.train_split, options.classes, options.max_pixels)
+    if not data.class_names:
+        raise UserError(f"--data: {data.root} ({data.split}): no annotation has an object")
+    held_out = VOC(options.data, options.val_split, data.class_names, options.max_pixels)
     architecture = _architecture(options, len(data.class_names) + 1)
     with raise_user_errors("--seed"):
         torch.manual_seed(settings.seed)
@@ -63,7 +69,7 @@ def run_train(options: argparse.Namespace) -> None:
 def run_eval(options: argparse.Namespace) -> None:
     require_pycocotools()
     model, class_names = load_model(options.weights)
-    data = VOC(options.data, options.split, class_names)
+    data = VOC(options.data, options.split, class_names, options.max_pixels)
     _evaluate(options, model.to(_device(options)), data, class_names, {"weights": str(options.weights)})
 
 
@@ -71,18 +77,23 @@ def run_detect(options: argparse.Namespace) -> None:
     model, class_names = load_model(options.weights)
     model.to(_device(options))
     options.out.mkdir(parents=True, exist_ok=True)
-    stems: Counter[str] = Counter()
-    for found in detect(model, options.images):
+    for found in detect(model, options.images, max_pixels=options.max_pixels):
         confident = found.scores >= options.score
         boxes, labels, scores = found.boxes[confident], found.labels[confident], found.scores[confident]
-        # Images of one name from two folders must not overwrite each other.
-        stem = found.path.stem
-        stems[stem] += 1
-        drawn = options.out / (f"{stem}_{stems[stem]}.png" if stems[stem] > 1 else f"{stem}.png")
-        draw_detections(found.image, boxes, labels, scores, class_names).save(drawn)
+        drawn = _create(options.out, found.path.stem)
+        with drawn:
+            draw_detections(found.image, boxes, labels, scores, class_names).save(drawn, format="PNG")
         counts = Counter(class_names[label - 1] for label in labels.tolist())
-        listed = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
-        print(f"{found.path}: {listed} -> {drawn}")
+        listed = ", ".join(f"{times} {printable(name, 40)}" for name, times in counts.most_common()) or "nothing"
+        print(printable(f"{found.path}: {listed} -> {drawn.name}"))
+
+
+def _create(folder: Path, stem: str) -> BinaryIO:
+    """A new file, of a name that is free: none that is there is overwritten, and no link is followed."""
+    for number in count(1):
+        with contextlib.suppress(FileExistsError):
+            return (folder / (f"{stem}_{number}.png" if number > 1 else f"{stem}.png")).open("xb")
+    raise AssertionError
 
 
 def run_export(options: argparse.Namespace) -> None:
@@ -99,7 +110,7 @@ def run_export(options: argparse.Namespace) -> None:
             runtime = f"opset {export.OPSET}"
     channels = len(model.settings.image_mean)
     print(f"{options.to}: images [B, {channels}, {height}, {width}] in 0..1, sizes [B, 2], scales [B]; {runtime}")
-    print(f"labels from 1: {', '.join(class_names)}")
+    print(printable(f"labels from 1: {', '.join(class_names)}", 10_000))
 
 
 def run_doctor(options: argparse.Namespace) -> None:
@@ -131,10 +142,11 @@ def _evaluate(
     """Print the average precision, and write the report where there is a folder for it."""
     dataset = _limit(data, options)
     evaluation = evaluate(model, dataset, class_names, batch_size=4, workers=options.workers, progress=True)
-    print(evaluation.table())
+    # First the files: what is printed may go to a terminal that is gone.
     if options.out:
         summary, predictions = evaluation.summary(), evaluation.predictions
         write_report(options.out, summary, predictions, class_names, dataset, metadata=metadata)
+    print(evaluation.table())
 
 
 def _limit(data: VOC, options: argparse.Namespace) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from fastdet.cli.doctor import SelfCheckError
 from fastdet.cli.options import UserError, build_parser
 from fastdet.data import DataError
 from fastdet.engine import CheckpointError, Terminated
+from fastdet.safe_files import printable
 
 # The last two are what shells give for SIGINT and SIGTERM.
 _FAILED, _USER_ERROR, _INTERRUPTED, _TERMINATED = 1, 2, 130, 143
@@ -29,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            for stream in (sys.stdout, sys.stderr):
+                # What the encoding of a terminal lacks is escaped.
+                if isinstance(stream, io.TextIOWrapper):
+                    stream.reconfigure(errors="backslashreplace")
             options = build_parser().parse_args(argv)
             COMMANDS[options.command](options)
         return 0
@@ -44,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = str(error), _FAILED
     except torch.OutOfMemoryError:
         message, code = "the device's memory is too small; try a lower --batch-size or --max-size", _FAILED
-    print(f"fastdet: {message}", file=sys.stderr)
+    print(f"fastdet: {printable(message)}", file=sys.stderr)
     return code
 
 
@@ -55,7 +61,7 @@ def _last_line(error: Exception) -> str:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"fastdet: warning: {message}", file=sys.stderr)
+    print(f"fastdet: warning: {printable(message)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastdet.data import DataError
+from fastdet.data.images import MAX_PIXELS
 from fastdet.engine import CheckpointError
 from fastdet.models.backbones import NAMED
 from fastdet.weights import TensorFileError, WeightsError
@@ -67,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     existing.add_argument("--resume", action="store_true", help="go on with the run in --out, other options unchanged")
     existing.add_argument("--overwrite", action="store_true", help="begin anew where --out has a run")
 
+    _add_max_pixels(train)
+
     evaluation = command("eval", "Average precision of a trained detector.")
     evaluation.add_argument("--split", default="test", help="name of a file in ImageSets/Main (test)")
     evaluation.add_argument("--out", type=Path, help="folder for result.json and detections.png")
@@ -74,6 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     detect = command("detect", "Draw the boxes found in images.")
     detect.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     detect.add_argument("--out", type=Path, required=True, help="folder for the drawn images")
+    _add_max_pixels(evaluation)
+    _add_max_pixels(detect)
     detect.add_argument("--score", type=_score, default=0.5, help="least score of a box (0.5)")
 
     doctor = command("doctor", "Describe this machine, check that the detector runs, measure the memory of a step.")
@@ -92,6 +97,11 @@ def build_parser() -> argparse.ArgumentParser:
     demo = command("demo", "Train a small detector of drawn shapes on the CPU, in about two minutes.")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results (runs/demo)")
     return parser
+
+
+def _add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    text = f"larger images are refused before they are decoded ({MAX_PIXELS})"
+    parser.add_argument("--max-pixels", type=_positive, default=MAX_PIXELS, metavar="N", help=text)
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -2,21 +2,25 @@
 
 import difflib
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, ParseError
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fastdet.data.images import DataError, read_image
+from fastdet.data.images import MAX_PIXELS, DataError, read_image
 from fastdet.data.transforms import Item
+from fastdet.safe_files import open_regular
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _REPORTED = 5
+# Beyond anything that people annotate.
+_MAX_BYTES, _MAX_OBJECTS, _MAX_DEPTH = 64 << 20, 1 << 16, 32
 
 
 class _Object(NamedTuple):
@@ -51,6 +55,7 @@ class VOC(Dataset[Item]):
         root: the folder with Annotations, ImageSets and JPEGImages.
         split: name of a file in ImageSets/Main, without .txt.
         class_names: label k is `class_names[k - 1]`; when None, the sorted names that the split's XML uses.
+        max_pixels: of an image, as of `read_image`.
 
     Attributes:
         class_names: the names of labels 1, 2, ...
@@ -61,9 +66,14 @@ class VOC(Dataset[Item]):
             or lacks a field, or a class is not among `class_names`; on access, an image that cannot be decoded.
     """
 
-    def __init__(self, root: str | Path, split: str, class_names: Sequence[str] | None = None) -> None:
-        self.root = Path(root)
-        self.split = split
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        class_names: Sequence[str] | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.root, self.split, self.max_pixels = Path(root), split, max_pixels
         self.ids = _read_split(self.root, split)
         annotations = [_read_annotation(self.root / "Annotations" / f"{stem}.xml") for stem in self.ids]
         if class_names is None:
@@ -89,7 +99,7 @@ class VOC(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         path, target = self._records[index]
-        image = read_image(path)
+        image = read_image(path, self.max_pixels)
         # What the size in the XML did not show to lie outside the image.
         height, width = image.shape[-2:]
         x1, y1, x2, y2 = target["boxes"].T
@@ -115,7 +125,8 @@ def _read_split(root: Path, split: str) -> tuple[str, ...]:
         found = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))) or "none"
         raise DataError(f"{path}: no such split; the folder has: {found}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open_regular(path) as file:
+            text = file.read().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     stems = tuple(line.strip() for line in text.splitlines() if line.strip())
@@ -129,9 +140,14 @@ def _read_annotation(path: Path) -> _Annotation:
     from defusedxml import ElementTree
 
     try:
-        root = ElementTree.parse(path).getroot()
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > _MAX_BYTES:
+                raise DataError(f"{path}: the annotation has more than {_MAX_BYTES >> 20} MB")
+            root = _parse(ElementTree.iterparse(file, events=("start", "end")), path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such annotation") from None
+    except DataError:
+        raise
     # ValueError covers forbidden entities (defusedxml) and encodings that expat does not support.
     except (ParseError, ValueError, LookupError, OSError) as error:
         raise DataError(f"{path}: the XML does not parse: {error}") from error
@@ -139,8 +155,23 @@ def _read_annotation(path: Path) -> _Annotation:
     width, height = (0.0, 0.0) if size is None else (_read_number(size, field, path) for field in ("width", "height"))
     if not (width > 0 and height > 0):
         width = height = math.inf
-    objects = [_read_object(element, path) for element in root.findall("object")]
+    elements = root.findall("object")
+    if len(elements) > _MAX_OBJECTS:
+        raise DataError(f"{path}: the annotation has {len(elements)} objects, more than {_MAX_OBJECTS}")
+    objects = [_read_object(element, path) for element in elements]
     return _Annotation(path, (root.findtext("filename") or "").strip(), width, height, objects)
+
+
+def _parse(events: Any, path: Path) -> Element:
+    """The root of a document that is not nested deep: its elements would be freed one within another."""
+    depth = 0
+    for event, element in events:
+        depth += 1 if event == "start" else -1
+        if depth > _MAX_DEPTH:
+            raise DataError(f"{path}: the annotation is nested deeper than {_MAX_DEPTH} elements")
+        if depth == 0:
+            root: Element = element
+    return root
 
 
 def _read_object(element: Element, path: Path) -> _Object:
@@ -162,7 +193,7 @@ def _read_number(parent: Element, field: str, path: Path) -> float:
     try:
         return float(text)
     except ValueError:
-        raise DataError(f"{path}: <{field}> is not a number: {text.strip()!r}") from None
+        raise DataError(f"{path}: <{field}> is not a number: {text.strip()!r:.100}") from None
 
 
 def _find_image(folder: Path, stem: str, annotation: _Annotation) -> Path:
@@ -196,6 +227,7 @@ def _make_target(annotation: _Annotation, labels: dict[str, int], dropped: list[
 
 
 def _describe_unknown(name: str, labels: dict[str, int], path: Path) -> str:
+    name = name[:100]
     similar = (
         difflib.get_close_matches(name, labels) or [known for known in labels if known.lower() == name.lower()][-1:]
     )

@@ -19,6 +19,7 @@ from fastdet.metrics import (
     require_pycocotools,
     voc_average_precision,
 )
+from fastdet.safe_files import printable
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Evaluation:
         """The metrics for people, a line for each class and one for their mean."""
         means = self.summary()
         rows = {**means.pop("classes"), "mean": means}
+        rows = {printable(name, 40): row for name, row in rows.items()}
         width = max(map(len, rows))
         lines = [" " * width + "".join(f"{column:>8}" for column in means)]
         for name, row in rows.items():

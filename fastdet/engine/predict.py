@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdet.data import read_image
+from fastdet.data.images import MAX_PIXELS
 from fastdet.preserve import preserve_mode
 
 
@@ -24,20 +25,23 @@ class ImageDetections(NamedTuple):
     scores: Tensor  # float32 [N], falling
 
 
-def detect(model: nn.Module, paths: Iterable[str | Path], *, batch_size: int = 1) -> Iterator[ImageDetections]:
+def detect(
+    model: nn.Module, paths: Iterable[str | Path], *, batch_size: int = 1, max_pixels: int = MAX_PIXELS
+) -> Iterator[ImageDetections]:
     """Detect in image files, one result a file in their order, as soon as its batch is done.
 
     Args:
         model: a detector on any device; between two results its modules are in the modes that the caller set.
-        paths: files in any format that Pillow reads.
+        paths: files that `fastdet.data.read_image` reads.
         batch_size: images at a time.
+        max_pixels: of an image, as of `read_image`.
 
     Raises:
         DataError: a file is missing or cannot be decoded.
     """
     remaining = iter(paths)
     while batch := [Path(path) for path in islice(remaining, batch_size)]:
-        images = [read_image(path) for path in batch]
+        images = [read_image(path, max_pixels) for path in batch]
         for path, image, found in zip(batch, images, detect_in_batch(model, images), strict=True):
             yield ImageDetections(path, image, found["boxes"], found["labels"], found["scores"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import colorsys
 import math
 from collections.abc import Sequence
@@ -112,8 +113,10 @@ def _draw_caption(
 ) -> _Box:
     """Write a box's caption inside the image, off the earlier captions where it can; returns its place."""
     pad = max(1, round(getattr(draw.font, "size", 10) / 6))
-    while len(text) > 1 and draw.textlength(text) + 2 * pad > size[0]:
-        text = text[:-1]
+    fits = bisect.bisect_right(
+        range(1, len(text) + 1), int(size[0] - 2 * pad), key=lambda n: math.ceil(draw.textlength(text[:n]))
+    )
+    text = text[: max(fits, 1)]
     # One height for all captions, with or without letters that hang below the line.
     _, top, _, bottom = draw.textbbox((0, 0), "Ag|")
     places = _caption_places(box, math.ceil(draw.textlength(text)) + 2 * pad, bottom - top + 2 * pad, size)

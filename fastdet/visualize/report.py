@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdet.safe_files import replace_file
 from fastdet.visualize.boxes import draw_detections, tile
 
 
@@ -39,7 +40,7 @@ def write_report(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**metadata, "images": len(dataset), **summary}, indent=2)
-    (out / "result.json").write_text(text + "\n", encoding="utf-8")
+    replace_file(out / "result.json", lambda file: file.write(f"{text}\n".encode()))
     drawn = []
     for k, prediction in enumerate(predictions[:max_images]):
         image = dataset[k][0]
@@ -50,4 +51,5 @@ def write_report(
         confident = prediction["scores"] >= score_threshold
         boxes, labels, scores = (prediction[name][confident] for name in ("boxes", "labels", "scores"))
         drawn.append(draw_detections(image, boxes * factor, labels, scores, class_names))
-    tile(drawn, columns=3).save(out / "detections.png")
+    sheet = tile(drawn, columns=3)
+    replace_file(out / "detections.png", lambda file: sheet.save(file, format="PNG"))

@@ -1,9 +1,7 @@
 """Files of tensors, in and out: read without ever running what is in them, written whole or not at all."""
 
-import contextlib
 import errno
 import math
-import os
 import pickle
 import re
 import warnings
@@ -15,9 +13,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from fastdet.safe_files import StrPath, open_regular, replace_file
 from fastdet.weights import array_pickles, limits
-
-StrPath = str | os.PathLike[str]
 
 # How torch's files begin: the newer are zip archives, the older have this number in their first bytes.
 _ZIP = b"PK\x03\x04"
@@ -46,7 +43,7 @@ def read(path: StrPath, *, kind: str = "file of tensors") -> Any:
         TensorFileError: the file is missing, cut short, of another kind, or holds other objects.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             start = file.read(32)
             file.seek(0)
             if start.startswith(_ZIP):
@@ -163,46 +160,22 @@ def write_state_dict(path: StrPath, state: Mapping[str, Tensor]) -> None:
 
 
 def write(path: StrPath, content: Callable[[BinaryIO], object], *, kind: str = "file of tensors") -> None:
-    """Write a file so that it is either the old one or the new one, never a part.
-
-    The bytes go to a temporary file in the same folder, are forced to the disk, and then take the file's name in one
-    move. A kill, a full disk or an error leaves the last good file as it was.
+    """`replace_file`, whose errors are of one line.
 
     Args:
-        path: the file; its folder is made if it is not there.
-        content: writes into the open file it is given.
-        kind: what the messages call it.
+        kind: what the messages call the file.
 
     Raises:
         TensorFileError: the file cannot be written.
     """
-    path = Path(path)
-    # In the same folder, because a move between file systems is a copy; with the process's id, so that two writers
-    # of the same name do not write into one file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # Windows cannot open folders.
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        replace_file(path, content)
     # On a full disk torch's writer raises a RuntimeError of its own.
     except (OSError, RuntimeError) as error:
         # Interrupted, the writer cannot close its archive either, and raises that in place of the interruption.
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
         raise TensorFileError(f"{path}: the {kind} cannot be written: {one_line(error)}") from error
-    finally:
-        # Gone already after the move; what else is left here is a part. Its removal must not hide the error.
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def one_line(error: Exception) -> str:

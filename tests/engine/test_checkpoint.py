@@ -167,7 +167,7 @@ def plain_pickle(path: Path) -> None:
 
 BAD_FILES = {
     "missing": (lambda path: None, "no such checkpoint"),
-    "folder": (lambda path: path.mkdir(), "directory"),
+    "folder": (lambda path: path.mkdir(), "a folder"),
     "empty": (lambda path: path.touch(), "not a checkpoint"),
     "text": (lambda path: path.write_text("hello, I am not a checkpoint\n" * 20), "not a checkpoint"),
     "truncated": (truncated, "not a checkpoint, or cut short"),

@@ -209,7 +209,7 @@ def test_a_full_disk_is_called_that(tmp_path, library):
 
         torch.save({"w": torch.zeros(9)}, Full()) if library == "torch" else Full().write(b"")
 
-    with pytest.raises(files.TensorFileError, match="cannot be written: .*No space left on device"):
+    with pytest.raises(files.TensorFileError, match=r"cannot be written: .*No space left on device"):
         files.write(tmp_path / "x.pth", write)
     assert not list(tmp_path.iterdir())
 

@@ -272,7 +272,7 @@ def header(text, length=None):
 
 BAD_FILES = {
     "missing": (lambda path: None, "no such file of tensors"),
-    "folder": (lambda path: path.mkdir(), "the file of tensors cannot be read: Is a directory"),
+    "folder": (lambda path: path.mkdir(), "the file of tensors cannot be read: a folder"),
     "empty": (lambda path: path.touch(), "not a file of tensors, or cut short"),
     "text": (lambda path: path.write_text("hello, I hold no tensors\n" * 9), "not a file of tensors"),
     "zip": (lambda path: np.savez(path.open("wb"), a=np.zeros(3)), "not a file of tensors"),
