@@ -63,7 +63,7 @@ def check_detector(draw: Draw) -> None:
             images = make_hostile(draw, images)
         elif where == "targets":
             targets = make_hostile(draw, targets)
-        elif where == "image" and isinstance(images, list) and isinstance(images[0], Tensor) and images[0].is_cpu:
+        elif where == "image" and isinstance(images, list):
             images[0] = make_hostile(draw, images[0])
         elif isinstance(targets, list) and isinstance(targets[0], dict):
             if where == "target":
