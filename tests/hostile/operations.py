@@ -207,7 +207,7 @@ def _check_rois(name: str) -> Callable[..., None]:
         known = input.isfinite().all() and rows.isfinite().all() and bool((rows.abs() < 1e4).all())
         if known and abs(spatial_scale) < 100:
             boxes = boxes.float() if isinstance(boxes, Tensor) else [x.float() for x in boxes]
-            size = output_size if isinstance(output_size, int) else tuple(output_size)
+            size = tuple(output_size) if isinstance(output_size, tuple | list) else int(output_size)
             try:
                 wanted = getattr(torchvision.ops, name)(input.float(), boxes, size, float(spatial_scale), **rules)
             except ValueError:
