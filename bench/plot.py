@@ -6,6 +6,7 @@ writes benchmarks.png, and growth.png where calls were measured with several num
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from matplotlib.axes import Axes
 
 from bench import report
 from bench.report import Row
-from bench.tables import usual_condition, with_dtype
+from bench.tables import FAMILIES, usual_condition, with_dtype
 
 _FASTER, _SLOWER, _FLOOR = "#2a7f62", "#b5523b", "#4a6fa5"
 _LINES = ("solid", "dashed", "dotted", "dashdot")
@@ -27,7 +28,12 @@ _COLUMNS = 4
 
 
 def draw_ratios(results: Sequence[Row], path: Path) -> None:
-    """Write a PNG: bars of the ratio to torchvision, and where there are floors how many times the floor."""
+    """Write a PNG: bars of the ratio to torchvision, and where there are floors how many times the floor.
+
+    Rows of one kind of operation stand together.
+    """
+    families = list(FAMILIES.values())
+    results = sorted(results, key=lambda row: [re.fullmatch(family, row.op) is None for family in families])
     with_floors = any(row.times_floor is not None for row in results)
     widths = [3, 2] if with_floors else [1]
     figure, panels = pyplot.subplots(
@@ -73,8 +79,17 @@ def draw_growth(results: Sequence[Row], path: Path) -> None:
             theirs, ours = [row.torchvision_p50_ms for row in points], [row.ours_p50_ms for row in points]
             axes.loglog(counts, theirs, color=_SLOWER, linestyle=style, label=f"torchvision, {condition}")
             axes.loglog(counts, ours, color=_FASTER, linestyle=style, marker=".", label=f"fastdet, {condition}")
-        axes.set_title(": ".join(call), fontsize=8)
+        axes.set_title("\n".join(call), fontsize=8)
         axes.grid(alpha=0.3)
+        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+            # Within a decade there would be no number but one.
+            shown = "235" if high < 10 * low else ""
+            axis.set_minor_formatter(
+                matplotlib.ticker.FuncFormatter(
+                    lambda value, _, shown=shown: f"{value:g}" if f"{value:e}"[0] in shown else ""
+                )
+            )
     for axes in panels.flat[len(calls) :]:
         axes.set_visible(False)
     figure.supxlabel("boxes")
@@ -91,7 +106,9 @@ def _bars(axes: Axes, values: Sequence[float | None], color: str | list[str], ti
     known = [value for value in values if value is not None]
     axes.set_xscale("log")
     # Space beside the longest bars for their values.
-    axes.set_xlim(min([*known, 0.8]) / 1.8, max([*known, 1.25]) * 1.8)
+    low, high = min([*known, 0.8]), max([*known, 1.25])
+    space = max((high / low) ** 0.15, 1.5)
+    axes.set_xlim(low / space, high * space)
     axes.axvline(1, color="black", linewidth=1)
     # A logarithm has no bar from 0: each starts at 1.
     axes.barh(range(len(values)), [(value or 1.0) - 1 for value in values], left=1, color=color, height=0.7)

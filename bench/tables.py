@@ -15,7 +15,7 @@ from bench.report import Row
 
 # What belongs together in the README: a pattern of the names of operations.
 FAMILIES = {
-    "suppression": r"nms,.*|batched_nms",
+    "suppression": r"nms[, ].*|batched_nms",
     "post-processing": r"postprocess_detections",
     "matching": r"match",
     "sampling": r"sample",
