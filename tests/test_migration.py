@@ -105,8 +105,8 @@ def test_corners_far_outside_are_clamped():
     """RoI align at 2^20 cells, RoI max-pool at 10^9: beyond, a box is as one that ends there."""
     features = torch.rand(1, 1, 8, 8)
     for operation, limit in ((ops.roi_align, 2.0**20), (ops.roi_pool, 1e9)):
-        far = torch.tensor([[0, -1e30, -1e30, 1e30, 1e30], [0, -limit, -limit, limit, limit]])
-        pooled = operation(features, far, 2)
+        beyond = torch.tensor([[0, -1e30, -1e30, 1e30, 1e30], [0, -limit, -limit, limit, limit]])
+        pooled = operation(features, beyond, 2)
         assert torch.equal(pooled[0], pooled[1])
         assert pooled.isfinite().all()
 

@@ -74,18 +74,6 @@ def same_device(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} is on {value.device}, but {first_name} is on {device}")
 
 
-def same_dtype(**values: object) -> None:
-    """Of the tensors among `values`, before any is widened: mixed dtypes are a mistake more often than not."""
-    first_name, dtype = "", None
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            continue
-        if dtype is None:
-            first_name, dtype = name, value.dtype
-        elif value.dtype is not dtype:
-            raise TypeError(f"{name} is {value.dtype}, but {first_name} is {dtype}")
-
-
 def number(name: str, value: object) -> float:
     """A number that is not NaN."""
     found = _real(name, value)

@@ -22,7 +22,8 @@ def check_pyramid(features: object, scales: object) -> tuple[list[Tensor], list[
     first = levels[0]
     for index, level in enumerate(levels):
         name = f"features[{index}]"
-        _checks.same_dtype(**{"features[0]": first, name: level})
+        if level.dtype is not first.dtype:
+            raise TypeError(f"{name} is {level.dtype}, but features[0] is {first.dtype}")
         if level.shape[:2] != first.shape[:2]:
             shapes = f"{list(level.shape[:2])}, but features[0] with {list(first.shape[:2])}"
             raise ValueError(f"{name} begins with {shapes}")

@@ -9,7 +9,7 @@ import pickle
 import pickletools
 import zipfile
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 # Reading may take so many times the file's size, and so many bytes more.
 _FACTOR, _ALLOWANCE = 4, 64 << 20
@@ -24,7 +24,6 @@ _COSTS = {
 _REFERENCE, _OBJECT = 8, 64
 # More instructions than any checkpoint has: to count them takes seconds.
 _MOST_INSTRUCTIONS = 1 << 20
-_GLOBAL = "global "
 # Bytes of an element of torch's storages whose names begin so, in which pickles give their sizes.
 _ITEM_SIZES = {"ComplexDouble": 16, "ComplexFloat": 8, "Double": 8, "Long": 8, "Float": 4, "Int": 4}
 _HALVES = ("BFloat16", "Half", "Short")
@@ -39,6 +38,12 @@ class OutOfProportion(pickle.UnpicklingError):
 def allowed(size: int) -> int:
     """Bytes that reading a file of `size` bytes may take."""
     return _FACTOR * size + _ALLOWANCE
+
+
+class _Name(NamedTuple):
+    """A callable or class that a pickle names."""
+
+    full: str
 
 
 class _Reader:
@@ -92,14 +97,17 @@ def check_pickle(file: BinaryIO, size: int, allowance: int | None = None) -> Ite
         elif name == "MARK":
             constants = []
         elif name in ("GLOBAL", "STACK_GLOBAL"):
-            full = ".".join(argument.split(" ")) if name == "GLOBAL" else ".".join(map(str, constants[-2:]))
+            parts = argument.split(" ") if name == "GLOBAL" else constants[-2:]
+            if not all(isinstance(part, str) and len(part) < 256 for part in parts):
+                raise pickle.UnpicklingError("a name in it is none")
+            full = ".".join(parts)
             if full.rpartition(".")[2] in _MAKERS and full not in ("builtins.bytes", "__builtin__.bytes"):
                 raise pickle.UnpicklingError(f"GLOBAL {full} is refused")
-            last = _GLOBAL + full
+            last = _Name(full)
             constants.append(last)
         elif name in ("BINPERSID", "PERSID"):
             if len(constants) >= 5 and isinstance(constants[4], int):
-                yield str(constants[2]), constants[4] * _item_size(str(constants[1]))
+                yield str(constants[2]), constants[4] * _item_size(constants[1])
             last = None
         elif argument is not None:
             last = argument
@@ -117,8 +125,8 @@ def _text_size(text: str | bytes | bytearray) -> int:
     return len(text) if isinstance(text, bytes | bytearray) or text.isascii() else 4 * len(text)
 
 
-def _item_size(storage: str) -> int:
-    kind = storage.rpartition(".")[2]
+def _item_size(storage: object) -> int:
+    kind = storage.full.rpartition(".")[2] if isinstance(storage, _Name) else ""
     if kind.startswith(_HALVES):
         return 2
     return next((size for start, size in _ITEM_SIZES.items() if kind.startswith(start)), 1)

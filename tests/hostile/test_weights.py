@@ -82,6 +82,8 @@ FILES = {
     "a deflated pickle": torch_archive(b"\x80\x02](" + b"]" * 30_000_000 + b"e.", zipfile.ZIP_DEFLATED),
     "a storage larger than its record": storage_of(2**30, bytes(16)),
     "a storage smaller than its record": storage_of(2, bytes(16)),
+    "a name of names": b"\x80\x04cnone\nname\n" + b"\x93" * 200 + b".",
+    "a name of a long text": b"\x80\x04" + text("a" * 300) + text("b") + b"\x93.",
     "nested tuples": b"\x80\x02N" + b"\x85" * 500_000 + b".",
 }
 
