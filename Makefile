@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Where `make gpu-check` leaves its tables and logs.
 OUT ?= gpu-check
+# Processes that tests run in, of one thread each.
+JOBS ?= 2
 # Pin torch and torchvision here if need be: make test TORCH="torch==2.14.1 torchvision==0.29.1"
 TORCH ?=
 
@@ -15,8 +17,8 @@ demo: $(VENV)/.installed
 
 # The second run interprets every Triton kernel on the CPU and compares it with the CPU implementation.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m kernel
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m kernel
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
