@@ -21,6 +21,7 @@ from fastdet.cli import demo, doctor
 from fastdet.cli.options import UserError, raise_user_errors
 from fastdet.data import VOC
 from fastdet.engine import RECIPES, TrainSettings, build_model, describe_anchors, detect, load_model, train
+from fastdet.engine.checkpoint import require
 from fastdet.engine.evaluate import evaluate
 from fastdet.metrics import require_pycocotools
 from fastdet.models.backbones import NAMED
@@ -197,6 +198,7 @@ def _check_origin(options: argparse.Namespace, architecture: dict[str, Any], cla
     content = read(options.weights)
     if not isinstance(content, dict) or "architecture" not in content:
         return
+    require(options.weights, content, [name for name in ("architecture", "class_names") if name in content], "of a run")
     anchors, saved_anchors = architecture["anchors"], content["architecture"].get("anchors")
     if anchors != saved_anchors:
         raise UserError(f"--weights: {options.weights} has the anchors {saved_anchors}, this run {anchors}")

@@ -15,7 +15,7 @@ from tests.hostile.operations import CASES, check_call
 
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
 FUZZ = settings(
-    max_examples=int(EXAMPLES or 100),
+    max_examples=int(EXAMPLES or 200),
     derandomize=EXAMPLES is None,
     deadline=None,
     database=None,
