@@ -59,9 +59,9 @@ def _box_iou(boxes1: Tensor, boxes2: Tensor, kind: str, eps: float = 1e-7) -> Te
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and not negative, got {eps}")
     if _use_plain_formula(boxes1, boxes2):
-        plain = boxes1.ndim == 2 and kind == "iou" and dtype == torch.float32 and not _checks.is_recorded(boxes1)
-        if plain and boxes1.is_cpu and not needs_derivative(boxes1, boxes2):
-            return few_pairs(boxes1, boxes2)
+        plain = boxes1.ndim == 2 and dtype == torch.float32 and not _checks.is_recorded(boxes1)
+        if plain and kind in ("iou", "generalized") and boxes1.is_cpu and not needs_derivative(boxes1, boxes2):
+            return few_pairs(boxes1, boxes2, kind)
         return pairwise(boxes1, boxes2, kind, eps)
     batch, num_boxes1, num_boxes2 = boxes1.shape[:-2], boxes1.shape[-2], boxes2.shape[-2]
     size = math.prod(batch)

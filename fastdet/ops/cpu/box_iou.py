@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdet.ops.cpu.overlap import TILE, few_ious, iou, reset_invalid, to_planes, valid_planes
+from fastdet.ops.cpu.overlap import TILE, few_generalized_ious, few_ious, iou, reset_invalid, to_planes, valid_planes
 
 
 def pairwise(boxes1: Tensor, boxes2: Tensor, kind: str = "iou", eps: float = 1e-7) -> Tensor:
@@ -18,9 +18,12 @@ def pairwise(boxes1: Tensor, boxes2: Tensor, kind: str = "iou", eps: float = 1e-
     return _similarity(_planes(boxes1[..., :, None, :], kind), _planes(boxes2[..., None, :, :], kind), kind, eps)
 
 
-def few_pairs(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """IoU of few fp32 boxes [N, 4] and [M, 4], without derivatives."""
-    planes1, planes2 = (valid_planes(boxes.detach().resolve_neg().numpy()) for boxes in (boxes1, boxes2))
+def few_pairs(boxes1: Tensor, boxes2: Tensor, kind: str) -> Tensor:
+    """IoU, also "generalized", of few fp32 boxes [N, 4] and [M, 4], without derivatives."""
+    corners1, corners2 = (boxes.detach().resolve_neg().numpy() for boxes in (boxes1, boxes2))
+    if kind == "generalized":
+        return torch.from_numpy(few_generalized_ious(corners1, corners2))
+    planes1, planes2 = valid_planes(corners1), valid_planes(corners2)
     return torch.from_numpy(few_ious(planes1[:, :, None], planes2[:, None]))
 
 

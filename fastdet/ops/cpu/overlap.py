@@ -97,3 +97,23 @@ def few_ious(first: Array, second: Array) -> Array:
     union -= inter
     inter /= union
     return inter
+
+
+@np.errstate(all="ignore")
+def few_generalized_ious(boxes1: Array, boxes2: Array) -> Array:
+    """Generalized IoU [N, M] of `boxes1` [N, 4] and `boxes2` [M, 4], with the steps of `pairwise`, in NumPy."""
+    first, second = few_planes(boxes1)[:, :, None], few_planes(boxes2)[:, None]
+    inter = few_intersections(first, second)
+    union = first[4] + second[4]
+    union -= inter
+    side = np.maximum(first[2:4], second[2:4])
+    side -= np.minimum(first[:2], second[:2])
+    np.maximum(side, 0, out=side)
+    hull = np.multiply(side[0], side[1], out=side[0])
+    return _ratio_or_zero(inter, union) - _ratio_or_zero(hull - union, hull)
+
+
+def _ratio_or_zero(numerator: Array, denominator: Array) -> Array:
+    """0 where it is negative or undefined."""
+    ratio = numerator / np.maximum(denominator, np.finfo(np.float32).tiny)
+    return np.where((ratio >= 0) & (denominator > 0), ratio, np.float32(0))
