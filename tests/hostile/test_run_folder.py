@@ -284,7 +284,7 @@ def test_the_description_of_a_model_allocates_nothing(tmp_path, straight, change
     start = time.perf_counter()
     with pytest.raises(CheckpointError) as caught:
         load_model(path)
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 15  # seconds, on a busy machine
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 2000
 

@@ -88,7 +88,7 @@ FILES = {
 }
 
 
-def limited(path, gigabytes=2.0, seconds=20):
+def limited(path, gigabytes=2.0, seconds=90):
     """Read a file in a process that has so little memory and time; its message."""
     program = textwrap.dedent("""
         import sys, time
@@ -123,7 +123,7 @@ def test_files_out_of_proportion_are_refused_in_a_line(tmp_path):
     for name, path, line in zip(FILES, paths, lines, strict=True):
         seconds, message = line.split(" s: ", 1)
         assert message.startswith(f"{path}: not a file of tensors"), name
-        assert float(seconds) < 2, name
+        assert float(seconds) < 8, name  # mostly one or two, on a busy machine more
         assert len(message) < len(str(path)) + 200
 
 
