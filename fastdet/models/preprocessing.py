@@ -125,9 +125,9 @@ def check_targets(targets: Any, images: Sequence[Tensor], num_classes: int) -> l
         if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.is_complex() or boxes.dtype == torch.bool:
             raise ValueError(f"target {i}: boxes must be real numbers [N, 4], got {boxes.dtype} {list(boxes.shape)}")
         labels = _tensor(i, "labels", target["labels"])
-        if tuple(labels.shape) != (len(boxes),) or labels.is_floating_point() or labels.dtype == torch.bool:
-            expected = f"integers [{len(boxes)}]"
-            raise ValueError(f"target {i}: labels must be {expected}, got {labels.dtype} {list(labels.shape)}")
+        inexact = labels.is_floating_point() or labels.is_complex()
+        if tuple(labels.shape) != (len(boxes),) or inexact or labels.dtype == torch.bool:
+            raise ValueError(f"target {i}: labels must be integers [{len(boxes)}], got {_describe(labels)}")
         ignore = _tensor(i, "ignore", target.get("ignore", torch.zeros(len(boxes), dtype=torch.bool, device="cpu")))
         if tuple(ignore.shape) != (len(boxes),) or ignore.dtype != torch.bool:
             expected = f"bool [{len(boxes)}]"

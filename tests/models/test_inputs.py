@@ -43,6 +43,12 @@ def test_unusual_tensors_are_refused_by_name(model, kind):
             model.train()([image(), image()], [box(1.0, 1, 9, 9), target])
 
 
+def test_complex_labels_are_refused(model):
+    target = box(1.0, 1, 9, 9) | {"labels": torch.ones(1, dtype=torch.complex64)}
+    with pytest.raises(ValueError, match=r"^target 0: labels must be integers \[1\], got torch\.complex64"):
+        model.train()([image()], [target])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_images_that_are_not_finite_are_refused(model, dtype, value):
