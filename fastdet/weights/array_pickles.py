@@ -3,11 +3,14 @@
 import operator
 import pickle
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# An object that several contain is counted for each.
+_MOST_OBJECTS = 1 << 20
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -119,33 +122,47 @@ def arrays_to_tensors(value: Any) -> Any:
     """What an unpickler gave, with its arrays as tensors; dicts and lists are changed in place.
 
     Each object is converted once, however many others contain it. Raises UnpicklingError where they are nested deeper
-    than Python calls functions, as no checkpoint is.
+    than Python calls functions, contain themselves, or contain others so often that to go through them takes seconds.
     """
     try:
-        return _convert(value, {})
+        return _convert(value, {}).value
     except RecursionError:
         raise pickle.UnpicklingError("its objects are nested too deep") from None
 
 
-def _convert(value: Any, done: dict[int, Any]) -> Any:
-    """`done`: what has become of the objects that contain others, by their identity."""
+class _Converted(NamedTuple):
+    value: Any
+    # Of objects in it, each counted as often as it is contained.
+    objects: int
+
+
+def _convert(value: Any, done: dict[int, _Converted | None]) -> _Converted:
+    """`done`: what became of the objects that contain others, by their identity; None while it is being found."""
     if isinstance(value, _Array):
         if value.tensor is None:
             raise pickle.UnpicklingError("an array without content")
-        return value.tensor
+        return _Converted(value.tensor, 1)
     if isinstance(value, (_Callable, _Dtype)):
         raise pickle.UnpicklingError("GLOBAL of NumPy that is no array is refused")
     if not isinstance(value, dict | list | tuple):
-        return value
+        return _Converted(value, 1)
     if id(value) in done:
-        return done[id(value)]
-    done[id(value)] = value
+        found = done[id(value)]
+        if found is None:
+            raise pickle.UnpicklingError("one of its objects contains itself")
+        return found
+    identity = id(value)
+    done[identity] = None
+    parts = [_convert(item, done) for item in (value.values() if isinstance(value, dict) else value)]
+    items, count = [part.value for part in parts], 1 + sum(part.objects for part in parts)
+    if count > _MOST_OBJECTS:
+        raise pickle.UnpicklingError(f"it contains more than {_MOST_OBJECTS} objects")
     if isinstance(value, dict):
-        for key, item in value.items():
-            value[key] = _convert(item, done)
+        for key, item in zip(value, items, strict=True):
+            value[key] = item
     elif isinstance(value, list):
-        value[:] = [_convert(item, done) for item in value]
-    else:
-        items = [_convert(item, done) for item in value]
-        done[id(value)] = value if all(map(operator.is_, items, value)) else tuple(items)
-    return done[id(value)]
+        value[:] = items
+    elif not all(map(operator.is_, items, value)):
+        value = tuple(items)
+    done[identity] = converted = _Converted(value, count)
+    return converted

@@ -57,10 +57,11 @@ def read(path: StrPath, *, kind: str = "file of tensors") -> Any:
             if has_header or Path(path).suffix == ".safetensors":
                 from safetensors.torch import load
 
+                limits.check_header(int.from_bytes(start[:8], "little"))
                 data = file.read()
                 _verify_checksum(data)
                 return load(data)
-            limits.check_plain_pickle(file)
+            limits.check_pickle(file)
             # Written by Python 2, the bytes of an array are a string.
             return array_pickles.arrays_to_tensors(array_pickles.ArrayUnpickler(file, encoding="latin1").load())
     except FileNotFoundError:

@@ -1,0 +1,175 @@
+"""What a pickle of tensors, arrays and plain values may call, with the bytes that each call takes.
+
+The functions here get and give stand-ins: nothing is called. They raise UnpicklingError where a call is refused, and an
+error of Python's where it does not have the arguments that it needs.
+"""
+
+import math
+import pickle
+from typing import Any, NamedTuple
+
+import torch
+
+from fastdet.weights.array_pickles import STAND_INS
+from fastdet.weights.pickle_instructions import Data
+
+# Of what is left out, some makes as much of nothing as a number tells it to (bytearray, torch.Tensor).
+_VIEWS = tuple(f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3", "qtensor"))
+_PARAMETER, _SUBCLASS = "torch._utils._rebuild_parameter", "torch._tensor._rebuild_from_type_v2"
+_LAYOUT, _SIZE, _ENCODE = "torch.serialization._get_layout", "torch.Size", "_codecs.encode"
+_PAIRS = "collections.OrderedDict"
+_CONTAINERS = (_PAIRS, "collections.Counter", "builtins.set")
+_CALLABLES = {
+    *(*_VIEWS, _PARAMETER, _SUBCLASS, _LAYOUT, _SIZE, *_CONTAINERS, *STAND_INS),
+    *("torch._utils._rebuild_sparse_tensor", "torch.device", "builtins.complex"),
+}
+# Of a reference, and of an entry of a dict or a set.
+REFERENCE, _ENTRY = 8, 168
+# Bytes of an element of torch's storages whose names begin so, in which pickles give their sizes; of others one.
+_ITEM_SIZES = {
+    **{"ComplexDouble": 16, "Complex": 8, "Double": 8, "Long": 8, "Float": 4, "Int": 4},
+    **{"BFloat16": 2, "Half": 2, "Short": 2},
+}
+_MOST_DIMENSIONS = 64
+_LONGEST_KEY = 16
+
+
+class Name(NamedTuple):
+    """Stands in for a callable or class."""
+
+    full: str
+
+
+class Made(NamedTuple):
+    """Stands in for what a call gives."""
+
+    by: str
+
+
+class Storage(NamedTuple):
+    """Stands in for a storage of torch."""
+
+    kind: str
+    bytes: int
+
+
+class Entries:
+    """Stands in for a dict or a set: the number of its entries."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, keys: list[Any]) -> int:
+        """Add entries; the bytes of them."""
+        for key in keys:
+            _check_key(key)
+        self.count += len(keys)
+        return _ENTRY * len(keys)
+
+
+def name(module: Any, attribute: Any) -> Name:
+    if type(module) is not str or type(attribute) is not str:
+        raise pickle.UnpicklingError("a name in it is none")
+    return Name(f"{'builtins' if module == '__builtin__' else module}.{attribute}")
+
+
+def storage(word: Any, kind: Any, key: Any, location: Any, count: Any, view: Any = None) -> tuple[str, Storage]:
+    """The key of a storage of `count` elements, and the storage. `view`: of which other one older versions made it."""
+    if word != "storage" or type(key) is not str or type(location) is not str or type(count) is not int:
+        raise TypeError
+    if count < 0 or view is not None:
+        raise ValueError
+    return key, Storage(kind.full, count * _item_size(kind.full))
+
+
+def call(function: Any, arguments: Any) -> tuple[Any, int]:
+    """What a call gives, and the bytes that it takes."""
+    if type(function) is not Name or type(arguments) is not tuple:
+        raise TypeError
+    full = function.full
+    if full not in _CALLABLES:
+        raise pickle.UnpicklingError(f"GLOBAL {full} is refused")
+    # Each call can make its arguments anew.
+    cost = sum(map(copied_bytes, arguments))
+    if full in _VIEWS:
+        of, _, sizes, _, *rest = arguments
+        # Its elements can be more than those of the storage: several in one place.
+        cost += _count_elements(sizes) * _item_size(rest[2].full if full.endswith("v3") else of.kind)
+    elif full in _CONTAINERS:
+        made = Entries()
+        return made, cost + sum(_fill(made, full, items) for items in arguments)
+    elif full == _SUBCLASS:
+        inner, _, inner_arguments, _ = arguments
+        if inner.full not in (*_VIEWS, _PARAMETER):
+            raise pickle.UnpicklingError(f"GLOBAL {inner.full} is refused")
+        return call(inner, inner_arguments)
+    elif full == _SIZE:
+        (sizes,) = arguments
+        _count_elements(sizes)
+        return tuple(sizes), cost
+    elif full == _ENCODE:
+        # How bytes are written in protocols that have none. Other encodings take time, or make more.
+        text, encoding = arguments
+        if encoding != "latin1":
+            raise pickle.UnpicklingError("GLOBAL _codecs.encode to another encoding than latin1 is refused")
+        return Data(copied_bytes(text)), cost
+    elif full == _LAYOUT and type(arguments[0]) is not str:
+        raise TypeError
+    return Made(full), cost
+
+
+def build(made: Any, state: Any) -> int:
+    """The bytes of giving something its state.
+
+    Arrays, their dtypes and ordered dicts get one. That of a tensor could have any size, and is refused.
+    """
+    if type(made) is Entries and type(state) is Entries:
+        return _ENTRY * state.count
+    if type(made) is not Made or not made.by.startswith("numpy.") or type(state) is not tuple:
+        raise TypeError
+    return sum(map(copied_bytes, state))
+
+
+def copied_bytes(value: Any) -> int:
+    """Of what is copied where it is used."""
+    if type(value) is Data:
+        return value.size
+    if type(value) in (list, tuple):
+        return REFERENCE * len(value)
+    return len(value) if type(value) is str else 0
+
+
+def _fill(made: Entries, full: str, items: Any) -> int:
+    if type(items) is Entries:
+        made.count += items.count
+        return _ENTRY * items.count
+    if type(items) not in (list, tuple):
+        raise TypeError
+    if full != _PAIRS:
+        return made.add(list(items))
+    # How Python 2 wrote the content of an OrderedDict.
+    if not all(type(pair) in (list, tuple) for pair in items):
+        raise TypeError
+    return made.add([pair[0] for pair in items])
+
+
+def _check_key(key: Any) -> None:
+    """Refuse what takes long to hash, or ends the process: tuples that are nested, which can contain others often."""
+    items = key if type(key) is tuple else (key,)
+    if len(items) > _LONGEST_KEY or any(type(item) in (tuple, list, Entries) for item in items):
+        raise pickle.UnpicklingError("a key in it is nested or long")
+
+
+def _count_elements(sizes: Any) -> int:
+    if len(sizes) > _MOST_DIMENSIONS or not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError
+    return math.prod(sizes)
+
+
+def _item_size(full: str) -> int:
+    """Of a storage or a dtype of torch."""
+    kind = full.rpartition(".")[2]
+    dtype = getattr(torch, kind, None)
+    if isinstance(dtype, torch.dtype):
+        return dtype.itemsize
+    return next((size for start, size in _ITEM_SIZES.items() if kind.startswith(start)), 1)
