@@ -54,14 +54,25 @@ def test_complex_labels_are_refused(model):
 def test_images_that_are_not_finite_are_refused(model, dtype, value):
     bad = image().to(dtype)
     bad[2, 5, 7] = bad[2, 6, 0] = value
-    with pytest.raises(ValueError, match=r"^image 1 has 2 values that are not finite, .* channel 2, row 5, column 7$"):
+    message = r"^image 1 has 2 values that are not finite or above 1e\+09, .* channel 2, row 5, column 7$"
+    with pytest.raises(ValueError, match=message):
         model.eval()([image(), bad])
 
 
-def test_large_finite_values_are_taken(model):
-    """Their sum overflows, but they do not."""
-    model.eval()([image(3e38)])
-    model.eval()([image(6e4).half()])
+@pytest.mark.parametrize("value", [1.1e9, -1.1e9, 3e38])
+def test_values_that_are_no_pixels_are_refused(model, value):
+    """They are finite, and their losses are not."""
+    bad = image()
+    bad[0, 0, 3] = value
+    with pytest.raises(ValueError, match=r"^image 0 has 1 values .*, the first at channel 0, row 0, column 3$"):
+        model.train()([bad], [box(1.0, 1, 9, 9)])
+
+
+def test_large_pixels_have_finite_losses(model):
+    for pixels in (image(1e9), image(-1e9), image(6e4).half()):
+        losses = model.train()([pixels], [box(1.0, 1, 9, 9)])
+        assert all(loss.isfinite() for loss in losses.values()), losses
+    model.eval()([image(1e9)])
 
 
 @pytest.mark.parametrize(("height", "width", "small"), [(45, 3000, "15 x 1000"), (3000, 40, "1000 x 13")])
