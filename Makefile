@@ -40,7 +40,7 @@ fuzz: $(VENV)/.installed
 # Training runs that are killed at random moments and resumed, so often in all.
 KILLS ?= 200
 kills: $(VENV)/.installed
-	KILLS=$(KILLS) $(BIN)/python -m pytest tests/hostile/test_run_folder.py -k killed_runs
+	KILLS=$(KILLS) $(BIN)/python -m pytest tests/hostile/test_run_folder.py -k killed_
 
 # All that needs a GPU, in nine minutes at most, with an interpreter that has torch, triton and pytest: no network.
 gpu-check:

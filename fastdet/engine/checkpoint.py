@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
+from torch.optim import SGD, AdamW, Optimizer
 
 from fastdet import weights
 from fastdet.models.anchors import AnchorGenerator
 from fastdet.models.backbones import NAMED
 from fastdet.models.faster_rcnn import FasterRCNN
+from fastdet.safe_files import printable
 from fastdet.weights import files
 from fastdet.weights.files import TensorFileError, one_line
 
@@ -63,7 +66,7 @@ def require(path: str | Path, content: Mapping[str, Any], names: Iterable[str], 
     for name in names:
         wanted, accepts = _ENTRIES.get(name, ("", lambda _: True))
         if not accepts(content[name]):
-            raise CheckpointError(f"{path}: {name} must be {wanted}, got {content[name]!r:.100}")
+            raise CheckpointError(f"{path}: {name} must be {wanted}, got {printable(repr(content[name]), 100)}")
 
 
 def _is_names(value: Any) -> bool:
@@ -89,9 +92,42 @@ _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model": ("a state dict", lambda x: not files.describe_problem(x)),
     "optimizer": ("the state of an optimizer", lambda x: _is_dict(x, "state", "param_groups")),
     "random": ("the states of generators", lambda x: _is_dict(x, "cpu") and isinstance(x["cpu"], torch.Tensor)),
-    "epoch": ("a whole number", _is_count),
-    "step": ("a whole number", _is_count),
+    **dict.fromkeys(
+        ("epoch", "step", "epochs", "images", "workers", "log_every"),
+        ("a whole number", _is_count),
+    ),
 }
+# What torch's optimizers remember of a parameter: tensors of its shape, and numbers of steps.
+_REMEMBERED: dict[type[Optimizer], set[str]] = {
+    SGD: {"momentum_buffer"},
+    AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}
+
+
+def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Give an optimizer what a checkpoint has of each of its parameters. Its own hyperparameters stay.
+
+    Raises:
+        ValueError: it is not of this optimizer, or has values that no step gives.
+    """
+    own = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own["param_groups"]]:
+        raise ValueError("its optimizer has other groups of parameters")
+    for index, state in saved["state"].items():
+        if type(index) is not int or not 0 <= index < len(parameters):
+            raise ValueError(f"its optimizer has a state of parameter {index!r:.40}, and there are {len(parameters)}")
+        problem = files.describe_problem(state) or files.describe_values(state)
+        if problem or set(state) != _REMEMBERED[type(optimizer)]:
+            raise ValueError(f"its optimizer's state of parameter {index}: {problem or f'it has {list(state)}'}")
+        for name, value in state.items():
+            shape = () if name == "step" else parameters[index].shape
+            # Of these the square root is taken, and a power one step later.
+            is_negative = name in ("step", "exp_avg_sq") and bool((value < 0).any())
+            if value.shape != shape or not value.is_floating_point() or is_negative:
+                found = "values below 0" if is_negative else f"{value.dtype} {list(value.shape)}"
+                raise ValueError(f"its optimizer's {name} of parameter {index} is {found}")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})
 
 
 def describe_anchors(
@@ -144,14 +180,19 @@ def build_model(architecture: Mapping[str, Any], *, weights_backbone: str | None
     # Checkpoints of earlier versions may hold this setting; False is what there is now.
     if settings.pop("mask_padding", False):
         raise ValueError("there is no mask_padding=True any more: use size_buckets, with a single size")
+    if "rpn_anchor_generator" in settings:
+        raise ValueError('an architecture has its anchors as "anchors", not in its settings')
     if "anchors" in architecture:
         settings["rpn_anchor_generator"] = AnchorGenerator(**architecture["anchors"])
+    layers, freezes = architecture.get("trainable_backbone_layers"), architecture.get("freeze_batchnorm")
+    if type(layers) not in (int, NoneType) or type(freezes) not in (bool, NoneType):
+        raise ValueError("trainable_backbone_layers must be a whole number, and freeze_batchnorm True or False")
     return FasterRCNN(
         architecture["backbone"],
         architecture["num_classes"],
         weights_backbone=weights_backbone,
-        trainable_backbone_layers=architecture.get("trainable_backbone_layers"),
-        freeze_batchnorm=architecture.get("freeze_batchnorm"),
+        trainable_backbone_layers=layers,
+        freeze_batchnorm=freezes,
         **settings,
     )
 

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from fastdet import weights
 from fastdet.data import DataError, Item, collate, flip_horizontal
 from fastdet.engine import checkpoint, run_folder
 from fastdet.engine.checkpoint import CheckpointError
 from fastdet.engine.recipes import BatchPlan, TrainSettings, build_optimizer, learning_rate, plan_epoch
 from fastdet.engine.run_folder import Row, Terminated
 from fastdet.models.losses import NAMES as LOSSES
+from fastdet.safe_files import printable
 from fastdet.visualize import plot_losses
 from fastdet.weights import files
 from fastdet.weights.files import one_line
@@ -118,6 +120,8 @@ def _train(
     start, first, rows = 0, 0, []
     if resume:
         start, first = _restore(last, metadata, model, optimizer, device)
+        if first >= steps:
+            raise CheckpointError(f"{last}: step must be below the {steps} of an epoch, got {first}")
         rows = run_folder.read_rows(metrics, last_step=start * steps + first)
     else:
         torch.manual_seed(settings.seed)
@@ -257,14 +261,10 @@ def _restore(
         for name, value in metadata.items():
             if name not in _FREE_ON_RESUME and saved[name] != value:
                 raise CheckpointError(f"{path}: {_first_difference(name, value, saved[name])}")
-        if problem := files.describe_values(saved["model"]):
-            raise CheckpointError(f"{path}: {problem}")
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        for parameter, state in optimizer.state.items():
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
-                    raise ValueError(f"the optimizer's {key} of {list(value.shape)} is for {list(parameter.shape)}")
+        if saved["epoch"] > metadata["epochs"]:
+            raise CheckpointError(f"{path}: it has {saved['epoch']} epochs, more than the {metadata['epochs']} wanted")
+        weights.load(model, saved["model"], name="its model")
+        checkpoint.load_optimizer(optimizer, saved["optimizer"])
         torch.set_rng_state(saved["random"]["cpu"])
         if device.type == "cuda" and "cuda" in saved["random"]:
             torch.cuda.set_rng_state(saved["random"]["cuda"], device)
@@ -282,4 +282,4 @@ def _first_difference(name: str, value: Any, saved: Any) -> str:
         for key in {**value, **saved}:
             if value.get(key) != saved.get(key):
                 return _first_difference(f"{name}, {key}", value.get(key), saved.get(key))
-    return f"{name} is {value!r:.200}, but the run to be resumed has {saved!r:.200}"
+    return f"{name} is {value!r:.200}, but the run to be resumed has {printable(repr(saved), 200)}"

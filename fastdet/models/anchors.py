@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 Size = tuple[int, int]
+# The longest side of an image, in pixels.
+MAX_SIDE = 1 << 14
+# Of sizes and aspect ratios: below, an anchor's side is 0 in float32.
+_LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,15 @@ class AnchorGenerator:
             raise ValueError(f"sizes and aspect_ratios must give at most 1024 anchors a cell, got {most}")
         strides = self.strides
         if strides is not None:
-            if not isinstance(strides, (tuple, list)) or not all(type(x) is int and x > 0 for x in strides):
-                raise ValueError(f"strides must be positive whole numbers, got {strides!r}")
+            if not isinstance(strides, (tuple, list)) or not all(type(x) is int and 0 < x <= MAX_SIDE for x in strides):
+                raise ValueError(f"strides must be whole numbers in 1..{MAX_SIDE}, got {strides!r:.200}")
             if len(strides) != len(sizes):
                 raise ValueError(f"strides has {len(strides)} levels, sizes has {len(sizes)}")
             strides = tuple(strides)
-        if type(self.offset) not in (int, float) or not math.isfinite(self.offset):
-            raise ValueError(f"offset must be a finite number, got {self.offset!r}")
+        if type(self.offset) not in (int, float) or not abs(self.offset) <= MAX_SIDE:
+            raise ValueError(f"offset must be a number of at most {MAX_SIDE}, got {self.offset!r:.200}")
         if not isinstance(self.rounded, bool):
-            raise ValueError(f"rounded must be True or False, got {self.rounded!r}")
+            raise ValueError(f"rounded must be True or False, got {self.rounded!r:.200}")
         for name, value in (("sizes", sizes), ("aspect_ratios", ratios), ("strides", strides)):
             object.__setattr__(self, name, value)
 
@@ -102,12 +106,13 @@ def _per_level(name: str, value: object) -> tuple[tuple[float, ...], ...]:
             levels = ()
             break
     if not levels:
-        raise ValueError(f"{name} must hold for each feature level a tuple of positive numbers, got {value!r}")
+        wanted = f"numbers in {_LEAST}..{MAX_SIDE}"
+        raise ValueError(f"{name} must hold for each feature level a tuple of {wanted}, got {value!r:.200}")
     return tuple(tuple(level) for level in levels)
 
 
 def _positive(number: object) -> bool:
-    return isinstance(number, (int, float)) and type(number) is not bool and math.isfinite(number) and number > 0
+    return isinstance(number, (int, float)) and type(number) is not bool and _LEAST <= number <= MAX_SIDE
 
 
 def grid_anchors(cell: Tensor, grid: Size, stride: Size) -> Tensor:

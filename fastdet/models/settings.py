@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from fastdet.models.anchors import AnchorGenerator
+from fastdet.models.anchors import MAX_SIDE, AnchorGenerator
 from fastdet.weights.names import DETECTRON2_PIXEL_MEAN, DETECTRON2_PIXEL_STD
 
 
@@ -139,8 +139,6 @@ FIXED_FIELDS = (
     *("image_mean", "image_std", "rpn_anchor_generator", "rpn_objectness", "rpn_hidden_channels", "rpn_conv_depth"),
     *("box_pool_size", "box_num_convs", "box_representation_size", "class_weights"),
 )
-# The longest side of an image, in pixels.
-_SIDE = 1 << 14
 
 
 def _to_tuples(value: Any) -> Any:
@@ -157,7 +155,7 @@ def _is_count(value: object, most: int = 2**31 - 1) -> bool:
 
 
 def _is_side(value: object) -> bool:
-    return _is_count(value, _SIDE)
+    return _is_count(value, MAX_SIDE)
 
 
 def _is_sequence_of(accepts: Callable[[Any], bool], value: Any, length: int | None = None) -> bool:
@@ -207,12 +205,13 @@ _RULES = {
     ),
     **_rule(
         "rpn_pre_nms_top_n_train rpn_pre_nms_top_n_test rpn_post_nms_top_n_train rpn_post_nms_top_n_test "
-        "rpn_batch_size_per_image box_batch_size_per_image box_representation_size",
+        "box_representation_size",
         _is_count,
         "a positive whole number of 32 bits",
     ),
     # Larger ones are a mistake, or a file that is to take all memory.
-    **_rule("max_size size_divisible", _is_side, f"a whole number in 1..{_SIDE}"),
+    **_rule("max_size size_divisible", _is_side, f"a whole number in 1..{MAX_SIDE}"),
+    **_rule("rpn_batch_size_per_image box_batch_size_per_image", _is_side, f"a whole number in 1..{MAX_SIDE}"),
     **_rule("rpn_conv_depth box_pool_size", lambda value: _is_count(value, 64), "a whole number in 1..64"),
     **_rule(
         "rpn_hidden_channels box_detections_per_img",
@@ -242,10 +241,10 @@ _RULES = {
     **_rule(
         "size_buckets",
         lambda value: value == () or _is_sequence_of(lambda pair: _is_sequence_of(_is_side, pair, 2), value),
-        f"pairs of height and width in 1..{_SIDE}",
+        f"pairs of height and width in 1..{MAX_SIDE}",
     ),
     **_rule("rpn_anchor_generator", lambda value: isinstance(value, AnchorGenerator), "an AnchorGenerator"),
-    **_rule("min_size", lambda value: _is_side(value) or _is_sequence_of(_is_side, value), f"in 1..{_SIDE}"),
+    **_rule("min_size", lambda value: _is_side(value) or _is_sequence_of(_is_side, value), f"in 1..{MAX_SIDE}"),
     **_rule("image_mean", lambda x: _is_sequence_of(_is_number, x) and len(x) <= 1024, "a number for each channel"),
     **_rule("image_std", lambda x: _is_sequence_of(_is_positive, x), "a positive number for each channel"),
 }

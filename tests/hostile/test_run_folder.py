@@ -1,6 +1,7 @@
 """A run that is killed, asked to end, run twice, or whose folder is damaged, goes on as if nothing had been."""
 
 import csv
+import json
 import math
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 
 import pytest
@@ -19,6 +21,7 @@ from fastdet.cli.main import main
 from fastdet.data import Shapes
 from fastdet.engine import CheckpointError, Terminated, TrainSettings, checkpoint, load_model, run_folder, train
 from fastdet.weights import files
+from tests.helpers.voc import SMALL, write_voc
 
 # `make kills KILLS=200` asks for more.
 KILLS = int(os.environ.get("KILLS", "6"))
@@ -27,6 +30,10 @@ ARCHITECTURE = {"backbone": "small", "num_classes": 5, "settings": {"min_size": 
 ARCHITECTURE["settings"] |= {"box_representation_size": 8, "rpn_post_nms_top_n_train": 20}
 DESCRIPTION = {"architecture": ARCHITECTURE, "class_names": Shapes.class_names}
 STEPS = 5
+# What differs between two runs of one command.
+TIMES = {"minutes_of_training": None}
+# Whether a process has ended, without taking its status.
+DONE = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
 class Drawn(torch.utils.data.Dataset):
@@ -119,6 +126,44 @@ def test_killed_runs_resume_bitwise(tmp_path, straight, kind, workers):
         found = steps_of(out)
         assert found == sorted(set(found))
         assert found[-1] == STEPS * SETTINGS.epochs
+        assert not list(out.glob(".*.tmp"))
+
+
+def test_commands_killed_in_training_or_evaluation_resume_bitwise(tmp_path):
+    """As above through the command, half of the kills once the training is done."""
+    voc = write_voc(tmp_path / "voc", {"trainval": 6, "test": 8})
+    command = ["train", "--data", f"voc:{voc}", "--epochs", "2", *SMALL, "--out"]
+
+    def train_command(out, *options):
+        with (tmp_path / "log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+            os._exit(main([*command, str(out), *options]))
+
+    start = time.perf_counter()
+    assert ended(in_a_child(lambda: train_command(tmp_path / "straight"))) == 0
+    seconds, result = time.perf_counter() - start, json.loads((tmp_path / "straight/result.json").read_text())
+    trained = (tmp_path / "straight/loss.png").stat().st_mtime_ns
+    evaluation = ((tmp_path / "straight/detections.png").stat().st_mtime_ns - trained) / 1e9
+    draw, kills, round_number = random.Random(0), 0, 0
+    while kills < KILLS // 2:
+        round_number += 1
+        out, exitcode = tmp_path / str(round_number), 1
+        while exitcode != 0:
+            options = ["--resume"] if (out / "last.pth").exists() else []
+            (out / "loss.png").unlink(missing_ok=True)
+            child = in_a_child(lambda out=out, options=options: train_command(out, *options))
+            if (round_number + kills) % 2:
+                time.sleep(draw.random() * seconds)
+            else:
+                # It is written, also anew, between training and evaluation.
+                while not (out / "loss.png").exists() and not os.waitid(os.P_PID, child, DONE):
+                    time.sleep(0.001)
+                time.sleep(draw.random() * evaluation)
+            os.kill(child, signal.SIGKILL)
+            exitcode = ended(child)
+            assert exitcode in (0, -signal.SIGKILL), (tmp_path / "log").read_text()[-2000:]
+            kills += exitcode != 0
+        assert_same_weights(tmp_path / "straight", out)
+        assert {**json.loads((out / "result.json").read_text()), **TIMES} == {**result, **TIMES}
         assert not list(out.glob(".*.tmp"))
 
 
@@ -217,6 +262,7 @@ def test_a_full_disk_is_called_that(tmp_path, library):
 
 ODD = [None, -1, True, math.nan, "x", [1], {1: 2}, 10**30, torch.zeros(2)]
 ENTRIES = ["architecture", "class_names", "model", "optimizer", "random", "epoch", "step", "lr", "images", "milestones"]
+ENTRIES += ["epochs", "workers", "log_every"]
 PARTS = ["backbone", "num_classes", "settings", "anchors", "trainable_backbone_layers", "freeze_batchnorm"]
 
 
@@ -235,6 +281,100 @@ def test_odd_entries_of_a_checkpoint_are_errors_of_one_line(tmp_path, straight, 
             except CheckpointError as error:
                 message = str(error)
             assert message is None or ("\n" not in message and len(message) < 700 and str(tmp_path) in message)
+
+
+@pytest.mark.parametrize("part", PARTS[2:])
+def test_odd_parts_of_an_architecture_are_refused(tmp_path, straight, part):
+    content, path = checkpoint.load(straight[0] / "last.pth"), tmp_path / "last.pth"
+    for value in [-1, math.nan, "x", [1], {1: 2}, 10**30, torch.zeros(2)]:
+        checkpoint.save(path, {**content, "architecture": {**content["architecture"], part: value}})
+        with pytest.raises(CheckpointError):
+            load_model(path)
+    settings = {**ARCHITECTURE["settings"], "rpn_anchor_generator": 5}
+    anchors = checkpoint.describe_anchors("small")
+    checkpoint.save(path, {**content, "architecture": {**ARCHITECTURE, "settings": settings, "anchors": anchors}})
+    with pytest.raises(CheckpointError, match=r'has its anchors as "anchors"'):
+        load_model(path)
+
+
+class Image1(Drawn):
+    items = Drawn.items[:1]
+
+
+@pytest.fixture(scope="module", params=["sgd", "adamw"])
+def one_step(request, tmp_path_factory):
+    """Settings, and the checkpoint of a run of one epoch with one step; the run is to have two."""
+    folder = tmp_path_factory.mktemp("one step")
+    settings = replace(SETTINGS, optimizer_name=request.param, epochs=2)
+    run(folder, settings, Image1(), stop_after=1)
+    return settings, checkpoint.load(folder / "last.pth")
+
+
+def change(content, value, *path):
+    """A checkpoint with another value at one place."""
+    if not path:
+        return value
+    return {**content, path[0]: change(content.get(path[0], {}), value, *path[1:])}
+
+
+@pytest.mark.parametrize("value", [*ODD, torch.zeros(2, dtype=torch.complex64), "a\nb", {"a": torch.zeros(2)}])
+def test_odd_states_of_an_optimizer_are_refused(tmp_path, one_step, value):
+    settings, content = one_step
+    names = list(content["optimizer"]["state"][0])
+    for path in ([], ["state"], ["state", 0], ["state", 7000], ["state", "0"], *(["state", 0, name] for name in names)):
+        checkpoint.save(tmp_path / "last.pth", change(content, value, "optimizer", *path))
+        with pytest.raises(CheckpointError) as caught:
+            run(tmp_path, settings, Image1(), resume=True)
+        assert str(caught.value).isprintable(), path
+        assert len(str(caught.value)) < 700, path
+
+
+def test_values_that_no_step_gives_are_refused(tmp_path, one_step):
+    settings, content = one_step
+    state = content["optimizer"]["state"][0]
+    for name, value in state.items():
+        for bad in (math.inf, math.nan, *([-1.0] if name in ("step", "exp_avg_sq") else [])):
+            changed = value.clone()
+            changed.view(-1)[0] = bad
+            checkpoint.save(tmp_path / "last.pth", change(content, changed, "optimizer", "state", 0, name))
+            with pytest.raises(CheckpointError, match=rf"optimizer's .*{name}"):
+                run(tmp_path, settings, Image1(), resume=True)
+    weights = {name: value.to(torch.complex64) for name, value in content["model"].items()}
+    checkpoint.save(tmp_path / "last.pth", {**content, "model": weights})
+    with pytest.raises(CheckpointError, match=r"holds torch\.complex64 in place of torch\.float32"):
+        run(tmp_path, settings, Image1(), resume=True)
+
+
+def test_hyperparameters_of_a_file_are_not_taken(tmp_path, one_step):
+    """Those of the run are its settings."""
+    settings, content = one_step
+    checkpoint.save(tmp_path / "straight/last.pth", content)
+    run(tmp_path / "straight", settings, Image1(), resume=True)
+    groups = [{**group, "weight_decay": 1e6, "maximize": True} for group in content["optimizer"]["param_groups"]]
+    checkpoint.save(tmp_path / "changed/last.pth", change(content, groups, "optimizer", "param_groups"))
+    run(tmp_path / "changed", settings, Image1(), resume=True)
+    assert_same_weights(tmp_path / "straight", tmp_path / "changed")
+
+
+def test_epochs_and_steps_beyond_the_run_are_refused(tmp_path, one_step):
+    settings, content = one_step
+    for entry, value, message in (("epoch", 3, "3 epochs, more than the 2 wanted"), ("step", 1, "below the 1 of an")):
+        checkpoint.save(tmp_path / "last.pth", {**content, entry: value})
+        with pytest.raises(CheckpointError, match=message):
+            run(tmp_path, settings, Image1(), resume=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"sizes": ((12.0, 1e300),)}, {"sizes": ((1e-9,),)}, {"strides": (2**62,)}, {"offset": 1e30}],
+    ids=lambda change: next(iter(change)),
+)
+def test_anchors_beyond_any_image_are_refused(tmp_path, straight, change):
+    content = checkpoint.load(straight[0] / "last.pth")
+    anchors = {**checkpoint.describe_anchors("small"), **change}
+    checkpoint.save(tmp_path / "last.pth", {**content, "architecture": {**ARCHITECTURE, "anchors": anchors}})
+    with pytest.raises(CheckpointError, match=next(iter(change))):
+        load_model(tmp_path / "last.pth")
 
 
 @pytest.mark.parametrize("entry", ["architecture", "class_names", "model"])
