@@ -15,7 +15,7 @@ from onnx import TensorProto
 from onnx.helper import make_tensor
 from onnxscript import opset18
 
-from fastdet.ops.nms import round_threshold_down
+from fastdet.ops.cpu.nms import round_threshold_down
 from fastdet.ops.roi_align import level_edges
 
 # A value in the graph, which Python has no type for.

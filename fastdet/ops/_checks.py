@@ -2,9 +2,11 @@
 
 import math
 import numbers
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
@@ -72,6 +74,18 @@ def same_device(**tensors: Tensor | None) -> None:
             first_name, device = name, value.device
         elif value.device != device:
             raise ValueError(f"{name} is on {value.device}, but {first_name} is on {device}")
+
+
+def group_arrays(boxes: Tensor, scores: Tensor, idxs: Tensor) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None:
+    """Boxes fp32 [N, 4], scores [N] and groups [N] as arrays that share their memory; None if they are no such ones."""
+    try:
+        arrays = boxes.numpy(), scores.numpy(), idxs.numpy()
+    # On other devices, in other layouts, with a gradient.
+    except (RuntimeError, TypeError):
+        return None
+    count = arrays[0].shape[0] if arrays[0].ndim else 0
+    fits = [array.shape for array in arrays] == [(count, 4), (count,), (count,)]
+    return arrays if fits and arrays[1].dtype == np.float32 and arrays[2].dtype == np.int64 else None
 
 
 def number(name: str, value: object) -> float:

@@ -10,12 +10,12 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, float32, strided
+from torch import Tensor, float32
 from torch.overrides import handle_torch_function
 
 from fastdet.ops import _checks
 from fastdet.ops._library import define, find_proxies
-from fastdet.ops.cpu.nms import batched_nms_cpu, nms_cpu, plain_nms_cpu, round_threshold_down, torchvision_nms
+from fastdet.ops.cpu import nms as cpu
 
 
 class Kept(NamedTuple):
@@ -70,7 +70,7 @@ def _suppress_by(
         kept=boxes.new_empty(groups, max_keep, 4),
         index=index,
         count=count,
-        iou_threshold=round_threshold_down(iou_threshold),
+        iou_threshold=cpu.round_threshold_down(iou_threshold),
         config=config,
     )
     if scores is not None:
@@ -86,7 +86,7 @@ def nms_fake(boxes: Tensor, valid: Tensor, iou_threshold: float, max_keep: int, 
 define(
     # Without `scores` the rows are in descending order of priority.
     "nms(Tensor boxes, Tensor valid, float iou_threshold, SymInt max_keep, Tensor? scores=None) -> (Tensor, Tensor)",
-    cpu=nms_cpu,
+    cpu=cpu.nms_cpu,
     cuda=nms_cuda,
     fake=nms_fake,
 )
@@ -131,9 +131,9 @@ def nms_padded(
 def _nms_indices(boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int | None) -> Tensor:
     """`nms` of arguments that are checked: boxes and scores of one dtype, fp32 or float64."""
     if not _is_implemented(boxes, iou_threshold):
-        return _finite_nms(boxes, scores, iou_threshold)[:limit]
+        return cpu.finite_nms(boxes, scores, iou_threshold)[:limit]
     if boxes.is_cpu:
-        return plain_nms_cpu(boxes, scores, iou_threshold, limit)
+        return cpu.plain_nms_cpu(boxes, scores, iou_threshold, limit)
     most = len(boxes) if limit is None else min(limit, len(boxes))
     index, count = nms_padded(boxes[None], scores[None], iou_threshold, most)
     return index[0, : int(count[0])]
@@ -145,16 +145,17 @@ def _batched_nms_indices(
     """`batched_nms` of arguments that are checked, and whole numbers `idxs`."""
     if boxes.shape[0] == 0:
         return torch.zeros(0, dtype=torch.int64, device=boxes.device)
-    limit = len(boxes) if limit is None else limit
     implemented = _is_implemented(boxes, iou_threshold)
     if boxes.is_cpu and implemented:
-        return batched_nms_cpu(boxes, scores, idxs, iou_threshold, limit)
+        corners, values, ids = (cpu.plain(given).numpy() for given in (boxes, scores, idxs))
+        return cpu.batched_nms_cpu(corners, values, ids, iou_threshold, limit)
+    limit = len(boxes) if limit is None else limit
     order = scores.argsort(descending=True, stable=True)
     keep = torch.zeros_like(order, dtype=torch.bool)
     groups, group, sizes = torch.unique(idxs[order], return_inverse=True, return_counts=True)
     if not implemented:
         for rows in (order[group == each] for each in range(len(groups))):
-            keep[rows[_finite_nms(boxes[rows], scores[rows], iou_threshold)]] = True
+            keep[rows[cpu.finite_nms(boxes[rows], scores[rows], iou_threshold)]] = True
         return order[keep[order]][:limit]
     by_group = group.argsort(stable=True)
     first = sizes.cumsum(0) - sizes
@@ -173,12 +174,6 @@ def _batched_nms_indices(
 def _is_implemented(boxes: Tensor, iou_threshold: float) -> bool:
     """Whether our implementations take it: the rest is so rare that torchvision's operator serves it."""
     return boxes.dtype == float32 and 0.0 <= iou_threshold <= 1.0
-
-
-def _finite_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """By torchvision's operator, among the finite boxes: below a threshold of 0 the others too would suppress."""
-    finite = boxes.isfinite().all(1).nonzero()[:, 0]
-    return finite[torchvision_nms(boxes[finite], scores[finite], iou_threshold)]
 
 
 def _kept_fake(boxes: Tensor, *_: object) -> Tensor:
@@ -219,8 +214,12 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | Non
     Raises:
         TypeError, ValueError: an argument of another type, shape, range or device; the message names it.
     """
-    if max_keep is None and _are_plain(boxes, scores, iou_threshold):
-        return plain_nms_cpu(boxes, scores, iou_threshold)
+    if max_keep is None and _are_usual(boxes, scores, iou_threshold) and boxes.numel() <= 4 * cpu.MANY:
+        try:
+            return cpu.few_nms_cpu(boxes, scores, iou_threshold)
+        # What the operator does not take is named below.
+        except RuntimeError:
+            pass
     if proxies := find_proxies((boxes, scores)):
         return handle_torch_function(nms, proxies, boxes, scores, iou_threshold, max_keep)
     boxes, scores, iou_threshold, max_keep = _check(boxes, scores, iou_threshold, max_keep)
@@ -249,10 +248,13 @@ def batched_nms(
     Raises:
         TypeError, ValueError: an argument of another type, shape, range or device; the message names it.
     """
-    if max_keep is not None or not _are_plain(boxes, scores, iou_threshold) or type(idxs) is not Tensor:
-        if proxies := find_proxies((boxes, scores, idxs)):
-            return handle_torch_function(batched_nms, proxies, boxes, scores, idxs, iou_threshold, max_keep)
-        boxes, scores, iou_threshold, max_keep = _check(boxes, scores, iou_threshold, max_keep)
+    if max_keep is None and _are_usual(boxes, scores, iou_threshold) and type(idxs) is Tensor:
+        arrays = _checks.group_arrays(boxes, scores, idxs)
+        if arrays is not None:
+            return cpu.batched_nms_cpu(*arrays, iou_threshold)
+    if proxies := find_proxies((boxes, scores, idxs)):
+        return handle_torch_function(batched_nms, proxies, boxes, scores, idxs, iou_threshold, max_keep)
+    boxes, scores, iou_threshold, max_keep = _check(boxes, scores, iou_threshold, max_keep)
     idxs = _checks.tensor("idxs", idxs, (boxes.shape[0],))
     _checks.same_device(boxes=boxes, idxs=idxs)
     if idxs.dtype not in _checks.INTEGERS:
@@ -268,16 +270,12 @@ for _function in (nms, batched_nms):
     torch.jit.ignore(_function)
 
 
-def _are_plain(boxes: object, scores: object, iou_threshold: object) -> bool:
+def _are_usual(boxes: object, scores: object, iou_threshold: object) -> bool:
     """Whether these are as they mostly are: of some hundred boxes the checks would take a tenth of the time."""
     return (
         type(boxes) is type(scores) is Tensor
-        and boxes.dtype is scores.dtype is float32
+        and boxes.dtype is float32
         and boxes.is_cpu
-        and scores.is_cpu
-        and boxes.layout is scores.layout is strided
-        and scores.ndim == 1
-        and boxes.shape == (scores.numel(), 4)
         and type(iou_threshold) is float
         and 0.0 <= iou_threshold <= 1.0
         and not _checks.is_recording()

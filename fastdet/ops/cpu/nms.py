@@ -1,6 +1,7 @@
 """Suppression on the CPU, in one thread; how depends on the number of groups and of boxes in a group."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdet.ops.cpu.nms_tiles import suppress_tiles
-from fastdet.ops.cpu.overlap import TILE, few_ious, few_planes, iou, reset_invalid, to_planes, valid_planes
+from fastdet.ops.cpu.overlap import TILE, few_ious, few_planes, iou, reset_invalid, scale_apart, to_planes, valid_planes
 from fastdet.ops.cpu.sorting import Index, argsort_descending
 
 # Groups of at most so many boxes are compared pair by pair, all groups at once.
@@ -18,6 +19,9 @@ _FEW = 64
 _FEW_IN_ALL = 160
 # Above so many boxes tiles of near boxes are faster than torchvision's operator.
 MANY = 2500
+# In few groups of so many boxes each group is suppressed by itself; in between, all at once, scaled apart.
+_MANY_A_GROUP = 56
+_LEAST_SCALED, _MOST_SCALED, _GROUPS_SCALED = 110, 320, 8
 # In between: how many groups it takes for suppressing them side by side to beat torchvision's operator on each.
 _MIN_GROUPS = 12
 # Side by side: how many boxes of a group are compared before those removed are dropped for the first time.
@@ -57,49 +61,84 @@ def nms_cpu(
     return index, number
 
 
+def few_nms_cpu(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """The indices of the boxes [N, 4] that are kept, of one group, by torchvision's operator."""
+    kept: Tensor = torchvision_nms(boxes, scores, iou_threshold)
+    # It keeps a box that is not finite in any case, and removes none by it.
+    if math.isfinite(boxes.sum().item()):
+        return kept
+    return torch.from_numpy(_finite_rows(plain(boxes).numpy(), kept.numpy()))
+
+
 def plain_nms_cpu(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | None = None) -> Tensor:
-    """The indices of the boxes [N, 4] that are kept, of one group: of few by torchvision's operator."""
+    """The indices of the boxes [N, 4] that are kept, of one group."""
     if boxes.shape[0] > MANY:
         most = len(boxes) if max_keep is None else min(max_keep, len(boxes))
         valid = torch.ones(1, len(boxes), dtype=torch.bool, device="cpu")
-        index, number = nms_cpu(_plain(boxes)[None], valid, iou_threshold, most, _plain(scores)[None])
+        index, number = nms_cpu(plain(boxes)[None], valid, iou_threshold, most, plain(scores)[None])
         return index[0, : int(number)]
-    kept: Tensor = torchvision_nms(boxes, scores, iou_threshold)
-    # It keeps a box that is not finite in any case, and removes none by it.
-    if not math.isfinite(boxes.sum().item()):
-        kept = torch.from_numpy(_finite_rows(_plain(boxes).numpy(), kept.numpy()))
-    return kept if max_keep is None else kept[:max_keep]
+    return few_nms_cpu(boxes, scores, iou_threshold)[:max_keep]
 
 
-@np.errstate(all="ignore")
-def batched_nms_cpu(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, max_keep: int) -> Tensor:
-    corners, values, ids = (_plain(given).numpy() for given in (boxes, scores, idxs))
+def batched_nms_cpu(
+    corners: Corners, scores: NDArray[np.float32], ids: NDArray[Any], iou_threshold: float, max_keep: int | None = None
+) -> Tensor:
+    """The indices of the boxes `corners` [N, 4] that are kept in the groups `ids` [N]."""
     count = len(ids)
     groups = set(ids.tolist()) if _FEW // 2 < count <= MANY else set()
     if len(groups) == 1:
-        return plain_nms_cpu(boxes, scores, iou_threshold, max_keep)
-    order = argsort_descending(values)
+        return plain_nms_cpu(torch.from_numpy(corners), torch.from_numpy(scores), iou_threshold, max_keep)
+    if _LEAST_SCALED < count <= _MOST_SCALED and len(groups) <= _GROUPS_SCALED:
+        scaled = scale_apart(corners, ids, sorted(groups), iou_threshold)
+        if scaled is not None:
+            return torchvision_nms(torch.from_numpy(scaled), torch.from_numpy(scores), iou_threshold)[:max_keep]
+    if count > _MANY_A_GROUP * len(groups) > 0:
+        kept = _suppress_one_by_one(corners, scores, ids, iou_threshold)
+    else:
+        kept = _suppress_groups(corners, scores, ids, iou_threshold, max_keep)
+    return torch.from_numpy(kept[:max_keep])
+
+
+def _suppress_one_by_one(
+    corners: Corners, scores: NDArray[np.float32], ids: NDArray[Any], iou_threshold: float
+) -> Index:
+    """By torchvision's operator on each group."""
+    by_group = np.argsort(ids, kind="stable")
+    ends = (np.flatnonzero(np.diff(ids.take(by_group))) + 1).tolist()
+    boxes = torch.from_numpy(corners.take(by_group, axis=0)).tensor_split(ends)
+    values = torch.from_numpy(scores.take(by_group)).tensor_split(ends)
+    kept = [torchvision_nms(*group, iou_threshold).numpy() for group in zip(boxes, values, strict=True)]
+    for group, first in zip(kept[1:], ends, strict=True):
+        group += first
+    rows = _finite_rows(corners, np.sort(by_group.take(np.concatenate(kept))))
+    return rows.take(argsort_descending(scores.take(rows)))
+
+
+@np.errstate(all="ignore")
+def _suppress_groups(
+    corners: Corners, scores: NDArray[np.float32], ids: NDArray[Any], iou_threshold: float, max_keep: int | None
+) -> Index:
+    order, count = argsort_descending(scores), len(ids)
     if count <= _FEW_IN_ALL:
         threshold = round_threshold_down(iou_threshold)
         kept = order.compress(_suppress_all_pairs(corners.take(order, axis=0), ids.take(order), threshold))
-        return torch.from_numpy(_finite_rows(corners, kept)[:max_keep])
+        return _finite_rows(corners, kept)
     keep = np.zeros(count, np.bool_)
-    if groups and count > _FEW * len(groups):
-        for group in groups:
-            rows = np.flatnonzero(ids == group)
-            members = torch.from_numpy(corners.take(rows, axis=0)), torch.from_numpy(values.take(rows))
-            keep[_finite_rows(corners, rows.take(torchvision_nms(*members, iou_threshold).numpy()))] = True
-    else:
-        rows = _finite_rows(corners, order.take(np.argsort(ids.take(order), kind="stable")))
-        keep[rows.compress(_suppress_sorted(corners.take(rows, axis=0), ids.take(rows), iou_threshold, max_keep))] = (
-            True
-        )
-    return torch.from_numpy(order.compress(keep.take(order))[:max_keep])
+    rows = _finite_rows(corners, order.take(np.argsort(ids.take(order), kind="stable")))
+    most = count if max_keep is None else max_keep
+    keep[rows.compress(_suppress_sorted(corners.take(rows, axis=0), ids.take(rows), iou_threshold, most))] = True
+    return order.compress(keep.take(order))
 
 
-def _plain(given: Tensor) -> Tensor:
+def plain(given: Tensor) -> Tensor:
     """Without a gradient, and no view that negates: such as NumPy can share."""
-    return given.detach().resolve_neg()
+    return given.detach().resolve_neg() if given.requires_grad or given.is_neg() else given
+
+
+def finite_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """By torchvision's operator, among the finite boxes: below a threshold of 0 the others too would suppress."""
+    finite = boxes.isfinite().all(1).nonzero()[:, 0]
+    return finite[torchvision_nms(boxes[finite], scores[finite], iou_threshold)]
 
 
 def _finite_rows(corners: Corners, rows: Index) -> Index:

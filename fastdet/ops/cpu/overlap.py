@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor
 # Pairs of a tile: few enough for a core's cache, and for torch to run an operator on one thread, without the cost of
 # synchronizing threads.
 TILE = 32 * 1024 - 1
+# Exponents of the sides of boxes that can be scaled apart, before and after it: no area, nor a part of one as small as
+# the least threshold, is beyond fp32's normal numbers.
+_LOW, _HIGH = -40, 60
+_LEAST_THRESHOLD = 2.0**-20
 
 Planes = Sequence[Tensor]  # x1, y1, x2, y2 and area, apart
 Scratch = Sequence[Tensor]  # three tensors of the shape of the result
@@ -117,3 +122,26 @@ def _ratio_or_zero(numerator: Array, denominator: Array) -> Array:
     """0 where it is negative or undefined."""
     ratio = numerator / np.maximum(denominator, np.finfo(np.float32).tiny)
     return np.where((ratio >= 0) & (denominator > 0), ratio, np.float32(0))
+
+
+@np.errstate(all="ignore")
+def scale_apart(corners: Array, ids: NDArray[Any], groups: list[Any], threshold: float) -> Array | None:
+    """The boxes [N, 4], each group multiplied by a power of two of its own, so that no two of them overlap by more than
+    `threshold`; None if there are no such powers, or a box without area or not finite.
+
+    Within a group no overlap changes by a bit: a power of two only changes exponents. Of two groups the overlap is at
+    most the ratio of the smaller box's area to the larger one's.
+    """
+    sizes = corners[:, 2:] - corners[:, :2]
+    least, most = float(sizes.min()), float(sizes.max())
+    if not (least >= 2.0**_LOW and most < 2.0**_HIGH and threshold >= _LEAST_THRESHOLD):
+        return None
+    low, high = math.frexp(least)[1], math.frexp(most)[1]
+    # Between two groups: areas are in the ratio of 2 ** (2 * (high - low + 1)) at most.
+    step = high - low + 2 + (1 - math.frexp(threshold)[1]) // 2
+    first = _LOW - low + 1
+    last = first + step * (len(groups) - 1)
+    if high + last > _HIGH:
+        return None
+    factors = np.array([2.0**exponent for exponent in range(first, last + 1, step)], np.float32)
+    return corners * factors.take(np.searchsorted(groups, ids))[:, None]
