@@ -1,4 +1,4 @@
-"""The detector in torch's wrappers for several devices, here one process: nothing that they need is missing."""
+"""The detector in torch's wrappers for several devices, here in one process and in two."""
 
 import copy
 from collections.abc import Iterator
@@ -24,10 +24,14 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def gradients_of(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Losses, and the gradients of the parameters that train."""
+def gradients_of(
+    model: torch.nn.Module, image: int | None = None
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Losses, and the gradients of the parameters that train, of all images or of one."""
     torch.manual_seed(0)
-    losses = model.train()(*small_scene())
+    images, targets = small_scene()
+    chosen = slice(None) if image is None else slice(image, image + 1)
+    losses = model.train()(images[chosen], targets[chosen])
     sum(losses.values()).backward()
     found = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     return losses, [each.full_tensor() if hasattr(each, "full_tensor") else each for each in found]
@@ -49,6 +53,23 @@ def test_steps_are_those_of_the_model(wrapper):
     images, _ = small_scene()
     with torch.no_grad():
         torch.testing.assert_close(wrapped.eval()(images), model.eval()(images))
+
+
+def steps_on_halves_of_a_batch(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    model = small_detector()
+    first, second = (gradients_of(copy.deepcopy(model), image)[1] for image in range(2))
+    expected = [(one + other) / 2 for one, other in zip(first, second, strict=True)]
+    replicated = DistributedDataParallel(copy.deepcopy(model))
+    torch.testing.assert_close(gradients_of(replicated, rank)[1], expected)
+    sharded = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    torch.testing.assert_close(gradients_of(sharded, rank)[1], expected)
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_mean_of_their_gradients(tmp_path):
+    torch.multiprocessing.spawn(steps_on_halves_of_a_batch, (str(tmp_path / "store"),), nprocs=2)
 
 
 def test_a_distributed_checkpoint_fills_a_model_from_the_meta_device(tmp_path):
