@@ -10,6 +10,13 @@ from typing import BinaryIO
 StrPath = str | os.PathLike[str]
 
 
+class FileError(ValueError):
+    """An error about a file of tensors. The message is one line also where names have control characters, and is cut."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, 2000))
+
+
 def open_regular(path: StrPath) -> BinaryIO:
     """Open a regular file to be read, or a link to one.
 

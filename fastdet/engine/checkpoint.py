@@ -14,12 +14,12 @@ from fastdet import weights
 from fastdet.models.anchors import AnchorGenerator
 from fastdet.models.backbones import NAMED
 from fastdet.models.faster_rcnn import FasterRCNN
-from fastdet.safe_files import printable
+from fastdet.safe_files import FileError, printable
 from fastdet.weights import files
 from fastdet.weights.files import TensorFileError, one_line
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FileError):
     """A checkpoint cannot be read, written or used; the message is one line naming the file."""
 
 

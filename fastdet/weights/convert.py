@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastdet.safe_files import FileError, StrPath
 from fastdet.weights import files
 from fastdet.weights import names as tables
-from fastdet.weights.files import StrPath
 from fastdet.weights.names import DETECTRON2_PIXEL_MEAN, DETECTRON2_PIXEL_STD, PREDICTOR, TRACKED, rename_former
 
 # How simple-faster-rcnn-pytorch feeds its models, as settings of `fastdet.FasterRCNN`: those that began with
@@ -34,7 +34,7 @@ State = Mapping[str, Tensor]
 Misshapen = tuple[str, tuple[int, ...], tuple[int, ...]]  # name, shape found, shape wanted
 
 
-class WeightsError(ValueError):
+class WeightsError(FileError):
     """A state dict does not fit. The message is one line: how many mismatches of each kind, and the first of them.
 
     Attributes:

@@ -1,10 +1,8 @@
 """Files of tensors, in and out: read without ever running what is in them, written whole or not at all."""
 
-import errno
 import math
 import pickle
 import re
-import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,8 +11,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fastdet.safe_files import StrPath, open_regular, replace_file
-from fastdet.weights import array_pickles, limits
+from fastdet.safe_files import FileError, StrPath, open_regular, replace_file
+from fastdet.weights import limits, torch_files
 
 # How torch's files begin: the newer are zip archives, the older have this number in their first bytes.
 _ZIP = b"PK\x03\x04"
@@ -25,15 +23,16 @@ _OLD_TORCH = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 _CHECKSUM, _NO_CHECKSUM = "fastdet.crc32", "00000000"
 
 
-class TensorFileError(ValueError):
+class TensorFileError(FileError):
     """A file of tensors cannot be read or written; the message is one line naming the file."""
 
 
 def read(path: StrPath, *, kind: str = "file of tensors") -> Any:
     """Read a file of tensors and plain values onto the CPU. Nothing in the file can run code.
 
-    It may be a file of torch (`weights_only=True`), of safetensors, or a plain pickle of NumPy arrays, which become
-    tensors. The content decides which of them it is; the name only where it ends in .safetensors.
+    It may be a file of torch, of safetensors, or a plain pickle of NumPy arrays, which become tensors. The content
+    decides which of them it is; the name only where it ends in .safetensors. Tensors are dense, and have no gradient,
+    hooks or attributes; ordered dicts and the options that a script has parsed become dicts.
 
     Args:
         path: the file.
@@ -44,32 +43,23 @@ def read(path: StrPath, *, kind: str = "file of tensors") -> Any:
     """
     try:
         with open_regular(path) as file:
-            start = file.read(32)
-            file.seek(0)
-            if start.startswith(_ZIP):
-                limits.check_archive(file)
-                return array_pickles.arrays_to_tensors(_load_torch(path))
-            if _OLD_TORCH in start:
-                limits.check_old_archive(file)
-                return array_pickles.arrays_to_tensors(_load_torch(path))
-            # They begin with the length of the header, of at most the format's 100 MB, and the header's brace.
-            has_header = int.from_bytes(start[:8], "little") <= 100_000_000 and start[8:9] == b"{"
-            if has_header or Path(path).suffix == ".safetensors":
-                from safetensors.torch import load
+            data = file.read()
+        if data.startswith(_ZIP):
+            return torch_files.read_archive(data)
+        if _OLD_TORCH in data[:32]:
+            return torch_files.read_old_archive(data)
+        # They begin with the length of the header, of at most the format's 100 MB, and the header's brace.
+        header = int.from_bytes(data[:8], "little")
+        if (header <= 100_000_000 and data[8:9] == b"{") or Path(path).suffix == ".safetensors":
+            from safetensors.torch import load
 
-                limits.check_header(int.from_bytes(start[:8], "little"))
-                data = file.read()
-                _verify_checksum(data)
-                return load(data)
-            limits.check_pickle(file)
-            # Written by Python 2, the bytes of an array are a string.
-            return array_pickles.arrays_to_tensors(array_pickles.ArrayUnpickler(file, encoding="latin1").load())
+            limits.check_list(header, "header")
+            _verify_checksum(data)
+            return load(data)
+        return torch_files.read_pickle(data)
     except FileNotFoundError:
         raise TensorFileError(f"{path}: no such {kind}") from None
     except OSError as error:
-        if error.errno == errno.EINVAL:
-            # torch's reader, where the file ends before it should.
-            raise TensorFileError(f"{path}: not a {kind}, or cut short") from error
         raise TensorFileError(f"{path}: the {kind} cannot be read: {error.strerror or one_line(error)}") from error
     except limits.OutOfProportion as error:
         raise TensorFileError(f"{path}: not a {kind}: {error}, out of proportion to its size") from error
@@ -218,12 +208,3 @@ def _unshare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         separate[name] = contiguous.clone() if pointer in pointers else contiguous
         pointers.add(pointer)
     return separate
-
-
-def _load_torch(path: StrPath) -> Any:
-    # Checkpoints with a metric beside the weights have it as a number of NumPy.
-    stand_ins: list[Any] = [(value, name) for name, value in array_pickles.STAND_INS.items()]
-    with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
-        # torch warns of foreign files before it refuses them.
-        warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)

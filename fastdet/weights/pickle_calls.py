@@ -6,32 +6,21 @@ error of Python's where it does not have the arguments that it needs.
 
 import math
 import pickle
+from types import NoneType
 from typing import Any, NamedTuple
 
-import torch
-
-from fastdet.weights.array_pickles import STAND_INS
 from fastdet.weights.pickle_instructions import Data
+from fastdet.weights.tensor_pickles import NAMESPACE, STAND_INS, STORAGES, dtype_of, full
 
-# Of what is left out, some makes as much of nothing as a number tells it to (bytearray, torch.Tensor).
-_VIEWS = tuple(f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3", "qtensor"))
-_PARAMETER, _SUBCLASS = "torch._utils._rebuild_parameter", "torch._tensor._rebuild_from_type_v2"
-_LAYOUT, _SIZE, _ENCODE = "torch.serialization._get_layout", "torch.Size", "_codecs.encode"
+_VIEWS = tuple(f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3"))
+_SUBCLASS = "torch._tensor._rebuild_from_type_v2"
+_INNER = (*_VIEWS, "torch._utils._rebuild_parameter")
 _PAIRS = "collections.OrderedDict"
-_CONTAINERS = (_PAIRS, "collections.Counter", "builtins.set")
-_CALLABLES = {
-    *(*_VIEWS, _PARAMETER, _SUBCLASS, _LAYOUT, _SIZE, *_CONTAINERS, *STAND_INS),
-    *("torch._utils._rebuild_sparse_tensor", "torch.device", "builtins.complex"),
-}
+_CONTAINERS = (_PAIRS, NAMESPACE, "collections.Counter", "builtins.set", "builtins.frozenset")
 # Of a reference, and of an entry of a dict or a set.
 REFERENCE, _ENTRY = 8, 168
-# Bytes of an element of torch's storages whose names begin so, in which pickles give their sizes; of others one.
-_ITEM_SIZES = {
-    **{"ComplexDouble": 16, "Complex": 8, "Double": 8, "Long": 8, "Float": 4, "Int": 4},
-    **{"BFloat16": 2, "Half": 2, "Short": 2},
-}
 _MOST_DIMENSIONS = 64
-_LONGEST_KEY = 16
+_LONGEST_KEY, _LARGEST_KEY = 16, 1 << 31
 
 
 class Name(NamedTuple):
@@ -50,7 +39,11 @@ class Storage(NamedTuple):
     """Stands in for a storage of torch."""
 
     kind: str
-    bytes: int
+    elements: int
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * _item_size(self.kind)
 
 
 class Entries:
@@ -70,7 +63,7 @@ class Entries:
 def name(module: Any, attribute: Any) -> Name:
     if type(module) is not str or type(attribute) is not str:
         raise pickle.UnpicklingError("a name in it is none")
-    return Name(f"{'builtins' if module == '__builtin__' else module}.{attribute}")
+    return Name(full(module, attribute))
 
 
 def storage(word: Any, kind: Any, key: Any, location: Any, count: Any, view: Any = None) -> tuple[str, Storage]:
@@ -79,43 +72,41 @@ def storage(word: Any, kind: Any, key: Any, location: Any, count: Any, view: Any
         raise TypeError
     if count < 0 or view is not None:
         raise ValueError
-    return key, Storage(kind.full, count * _item_size(kind.full))
+    return key, Storage(kind.full, count)
 
 
 def call(function: Any, arguments: Any) -> tuple[Any, int]:
     """What a call gives, and the bytes that it takes."""
     if type(function) is not Name or type(arguments) is not tuple:
         raise TypeError
-    full = function.full
-    if full not in _CALLABLES:
-        raise pickle.UnpicklingError(f"GLOBAL {full} is refused")
+    called = function.full
+    if called not in (NAMESPACE, *STAND_INS):
+        raise pickle.UnpicklingError(f"GLOBAL {called} is refused")
     # Each call can make its arguments anew.
     cost = sum(map(copied_bytes, arguments))
-    if full in _VIEWS:
+    if called in _VIEWS:
         of, _, sizes, _, *rest = arguments
         # Its elements can be more than those of the storage: several in one place.
-        cost += _count_elements(sizes) * _item_size(rest[2].full if full.endswith("v3") else of.kind)
-    elif full in _CONTAINERS:
+        cost += _count_elements(sizes) * _item_size(rest[2].full if called.endswith("v3") else of.kind)
+    elif called in _CONTAINERS:
         made = Entries()
-        return made, cost + sum(_fill(made, full, items) for items in arguments)
-    elif full == _SUBCLASS:
+        return made, cost + sum(_fill(made, called, items) for items in arguments)
+    elif called == _SUBCLASS:
         inner, _, inner_arguments, _ = arguments
-        if inner.full not in (*_VIEWS, _PARAMETER):
+        if inner.full not in _INNER:
             raise pickle.UnpicklingError(f"GLOBAL {inner.full} is refused")
         return call(inner, inner_arguments)
-    elif full == _SIZE:
+    elif called == "torch.Size":
         (sizes,) = arguments
         _count_elements(sizes)
         return tuple(sizes), cost
-    elif full == _ENCODE:
+    elif called == "_codecs.encode":
         # How bytes are written in protocols that have none. Other encodings take time, or make more.
         text, encoding = arguments
         if encoding != "latin1":
             raise pickle.UnpicklingError("GLOBAL _codecs.encode to another encoding than latin1 is refused")
         return Data(copied_bytes(text)), cost
-    elif full == _LAYOUT and type(arguments[0]) is not str:
-        raise TypeError
-    return Made(full), cost
+    return Made(called), cost
 
 
 def build(made: Any, state: Any) -> int:
@@ -139,13 +130,13 @@ def copied_bytes(value: Any) -> int:
     return len(value) if type(value) is str else 0
 
 
-def _fill(made: Entries, full: str, items: Any) -> int:
+def _fill(made: Entries, called: str, items: Any) -> int:
     if type(items) is Entries:
         made.count += items.count
         return _ENTRY * items.count
     if type(items) not in (list, tuple):
         raise TypeError
-    if full != _PAIRS:
+    if called != _PAIRS:
         return made.add(list(items))
     # How Python 2 wrote the content of an OrderedDict.
     if not all(type(pair) in (list, tuple) for pair in items):
@@ -154,10 +145,12 @@ def _fill(made: Entries, full: str, items: Any) -> int:
 
 
 def _check_key(key: Any) -> None:
-    """Refuse what takes long to hash, or ends the process: tuples that are nested, which can contain others often."""
+    """Refuse what takes long to hash: tuples that are nested, which can contain others often; and what can be made to
+    have the hash of others, such as numbers of many digits."""
     items = key if type(key) is tuple else (key,)
-    if len(items) > _LONGEST_KEY or any(type(item) in (tuple, list, Entries) for item in items):
-        raise pickle.UnpicklingError("a key in it is nested or long")
+    is_short = len(items) <= _LONGEST_KEY and all(type(item) in (str, int, float, bool, NoneType) for item in items)
+    if not is_short or any(type(item) is int and abs(item) > _LARGEST_KEY for item in items):
+        raise pickle.UnpicklingError("a key in it is nested, long or of another kind than names and numbers")
 
 
 def _count_elements(sizes: Any) -> int:
@@ -166,10 +159,9 @@ def _count_elements(sizes: Any) -> int:
     return math.prod(sizes)
 
 
-def _item_size(full: str) -> int:
+def _item_size(kind: str) -> int:
     """Of a storage or a dtype of torch."""
-    kind = full.rpartition(".")[2]
-    dtype = getattr(torch, kind, None)
-    if isinstance(dtype, torch.dtype):
-        return dtype.itemsize
-    return next((size for start, size in _ITEM_SIZES.items() if kind.startswith(start)), 1)
+    dtype = STORAGES.get(kind) or dtype_of(kind)
+    if dtype is None:
+        raise pickle.UnpicklingError(f"GLOBAL {kind} is refused")
+    return dtype.itemsize

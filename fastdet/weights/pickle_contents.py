@@ -4,12 +4,12 @@ A pickle is a program for a machine with a stack and a memo. Nothing in it is ru
 memory.
 """
 
-import mmap
 import pickle
 import pickletools
 from typing import Any, NamedTuple
 
 from fastdet.weights import pickle_calls
+from fastdet.weights.limits import OutOfProportion
 from fastdet.weights.pickle_calls import REFERENCE, Entries, Storage, copied_bytes
 from fastdet.weights.pickle_instructions import instructions
 
@@ -31,27 +31,23 @@ _CONSTANTS = {
 _VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
-class OutOfProportion(pickle.UnpicklingError):
-    """Reading a file would take much more memory than the file has."""
-
-
 class Contents(NamedTuple):
     """What a pickle has.
 
     Attributes:
         value: its object, of stand-ins.
-        storages: bytes of the storages of torch that it refers to, by key.
+        storages: the storages of torch that it refers to, by key.
         cost: bytes that it would take.
         end: the position after it.
     """
 
     value: Any
-    storages: dict[str, int]
+    storages: dict[str, Storage]
     cost: int
     end: int
 
 
-def examine(program: bytes | mmap.mmap, allowance: int, start: int = 0) -> Contents:
+def examine(program: bytes, allowance: int, start: int = 0) -> Contents:
     """Follow the pickle that begins at `start`.
 
     Raises:
@@ -72,8 +68,7 @@ def examine(program: bytes | mmap.mmap, allowance: int, start: int = 0) -> Conte
         if machine.cost > allowance:
             raise OutOfProportion(f"reading it would take more than {allowance >> 20} MB")
         if name == "STOP":
-            sizes = {key: storage.bytes for key, storage in machine.storages.items()}
-            return Contents(machine.stack[-1], sizes, machine.cost, end)
+            return Contents(machine.stack[-1], machine.storages, machine.cost, end)
     raise pickle.UnpicklingError("it ends before it should")
 
 

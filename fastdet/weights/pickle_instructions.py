@@ -1,6 +1,5 @@
 """The instructions of a pickle, with their arguments: as `pickletools.genops`, without copies of long arguments."""
 
-import mmap
 import pickle
 import pickletools
 import sys
@@ -30,14 +29,14 @@ def _old_text(content: bytes) -> str | Data:
 
 
 def _signed(content: bytes) -> int | Data:
-    return int.from_bytes(content, "little", signed=True) if len(content) <= 8 else Data(len(content))
+    return int.from_bytes(content, "little", signed=True) if len(content) <= 16 else Data(len(content))
 
 
 def _decimal(content: bytes) -> int | Data:
     if len(content) > _MOST_DIGITS:
         raise pickle.UnpicklingError(f"a number in it has more than {_MOST_DIGITS} digits")
     number = int(content.rstrip(b"L\n"))
-    return number if abs(number) < 1 << 63 else Data(len(content))
+    return number if abs(number) < 1 << 127 else Data(len(content))
 
 
 # What an argument is made into, by the name that pickletools gives its kind. Others are bytes, of which the number is
@@ -70,7 +69,7 @@ def _describe(opcode: pickletools.OpcodeInfo) -> tuple[str, int, int, Callable[[
 _INSTRUCTIONS = {ord(opcode.code): _describe(opcode) for opcode in pickletools.opcodes}
 
 
-def instructions(program: bytes | mmap.mmap, position: int) -> Iterator[tuple[str, Any, int]]:
+def instructions(program: bytes, position: int) -> Iterator[tuple[str, Any, int]]:
     """Names, arguments, and the positions behind them."""
     length = len(program)
     while position < length:

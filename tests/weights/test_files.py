@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from fastdet.weights import array_pickles, files
+from fastdet.weights import files, tensor_pickles
 from fastdet.weights.files import TensorFileError
 
 STATE = {
@@ -210,23 +210,23 @@ def test_other_objects_are_refused_and_nothing_runs(tmp_path, way, kind):
         b"cnumpy\nload\n(X\x03\x00\x00\x00/etctR",
         b"cnumpy.core.multiarray\nfromfile\n(X\x03\x00\x00\x00/etctR",
         b"ccollections\nOrderedDict\n(cnumpy\ndtype\ntR",
-        b"cfastdet.weights.array_pickles\nSTAND_INS\n",
+        b"cfastdet.weights.tensor_pickles\nSTAND_INS\n",
         b"Q",
         b"X\x01\x00\x00\x00aQ",
     ],
 )
 def test_what_is_no_array_is_refused(tmp_path, data):
-    before = {name: (value, getattr(value, "__dict__", None)) for name, value in array_pickles.STAND_INS.items()}
-    attributes = {name: set(vars(value)) for name, value in vars(array_pickles).items() if isinstance(value, type)}
+    before = {name: (value, getattr(value, "__dict__", None)) for name, value in tensor_pickles.STAND_INS.items()}
+    attributes = {name: set(vars(value)) for name, value in vars(tensor_pickles).items() if isinstance(value, type)}
     path = tmp_path / "bad.pkl"
     path.write_bytes(b"\x80\x02" + data + b".")
     with pytest.raises(TensorFileError) as caught:
         files.read(path)
     assert_one_line_about(path, caught)
-    after = {name: (value, getattr(value, "__dict__", None)) for name, value in array_pickles.STAND_INS.items()}
+    after = {name: (value, getattr(value, "__dict__", None)) for name, value in tensor_pickles.STAND_INS.items()}
     assert before == after
     assert attributes == {
-        name: set(vars(value)) for name, value in vars(array_pickles).items() if isinstance(value, type)
+        name: set(vars(value)) for name, value in vars(tensor_pickles).items() if isinstance(value, type)
     }
 
 

@@ -1,26 +1,88 @@
-"""Pickles of NumPy arrays, read without NumPy's constructors: they can name nothing but the stand-ins below."""
+"""Pickles of tensors and arrays, read without the constructors of torch and NumPy: they can name nothing but the
+stand-ins below."""
 
 import operator
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# An object that several contain is counted for each.
-_MOST_OBJECTS = 1 << 20
+# An object that several contain is counted for each, and so many characters of a text as one.
+_MOST_OBJECTS, _CHARACTERS = 1 << 20, 16
+NAMESPACE = "argparse.Namespace"
+# The storages of torch, which pickles refer to, and what they are made of.
+STORAGES = {
+    **{
+        f"torch.{kind}Storage": dtype
+        for kind, dtype in {
+            "Double": torch.float64,
+            "Float": torch.float32,
+            "Half": torch.float16,
+            "BFloat16": torch.bfloat16,
+            "Long": torch.int64,
+            "Int": torch.int32,
+            "Short": torch.int16,
+            "Char": torch.int8,
+            "Byte": torch.uint8,
+            "Bool": torch.bool,
+            "ComplexDouble": torch.complex128,
+            "ComplexFloat": torch.complex64,
+        }.items()
+    },
+    "torch.storage.UntypedStorage": torch.uint8,
+}
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads plain values and NumPy arrays, for `arrays_to_tensors` to convert. Other names raise UnpicklingError."""
+class TensorUnpickler(pickle.Unpickler):
+    """Reads plain values, arrays of NumPy and tensors, for `arrays_to_tensors` to convert. Other names raise
+    UnpicklingError.
+
+    Args:
+        program: a pickle that `pickle_contents.examine` has let through.
+        read_storage: the bytes, uint8 [N], of the storage that has a key.
+    """
+
+    def __init__(self, program: bytes, read_storage: Callable[[str], Tensor] | None = None) -> None:
+        # Written by Python 2, the bytes of an array are a string.
+        super().__init__(BytesIO(program), encoding="latin1")
+        self._read_storage, self._storages = read_storage, dict[str, Tensor]()
 
     def find_class(self, module: str, name: str) -> Any:
-        full_name = f"{module}.{name}"
-        if full_name not in STAND_INS:
-            raise pickle.UnpicklingError(f"GLOBAL {full_name} is refused")
-        return _Callable(STAND_INS[full_name])
+        full_name = full(module, name)
+        if full_name == NAMESPACE:
+            return _Namespace
+        if full_name in STAND_INS:
+            return _Callable(STAND_INS[full_name])
+        if full_name in STORAGES:
+            return STORAGES[full_name]
+        if (dtype := dtype_of(full_name)) is not None:
+            return dtype
+        raise pickle.UnpicklingError(f"GLOBAL {full_name} is refused")
+
+    def persistent_load(self, reference: Any) -> Tensor:
+        """The elements of a storage, by ("storage", dtype, key, ...)."""
+        if self._read_storage is None:
+            raise pickle.UnpicklingError("a storage of torch in a plain pickle")
+        _, dtype, key, *_ = reference
+        if key not in self._storages:
+            self._storages[key] = self._read_storage(key).view(dtype)
+        return self._storages[key]
+
+
+def full(module: str, name: str) -> str:
+    """The full name of what a pickle names; of Python 2's builtins their later one."""
+    return f"{'builtins' if module == '__builtin__' else module}.{name}"
+
+
+def dtype_of(full_name: str) -> torch.dtype | None:
+    """The dtype of torch that has this name, if it is one."""
+    found = getattr(torch, full_name.removeprefix("torch."), None) if full_name.startswith("torch.") else None
+    return found if isinstance(found, torch.dtype) else None
 
 
 class _Callable:
@@ -39,9 +101,26 @@ class _Callable:
 
 
 class _Dict(dict[Any, Any]):
-    """Stands in for OrderedDict. Its attributes, in which a state dict has its modules' versions, are dropped."""
+    """Stands in for OrderedDict. Attributes, in which a state dict has its modules' versions, are dropped: they could
+    hide methods."""
 
     __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Namespace(dict[str, Any]):
+    """Stands in for the options that a script has parsed, which torchvision's write beside the weights."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        self.update(state)
+
+
+class _Counter(Counter[Any]):
+    """Stands in for Counter, likewise."""
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -103,14 +182,52 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _view(storage: Tensor, offset: int, sizes: Sequence[int], strides: Sequence[int], *_: Any) -> Tensor:
+    """Stands in for torch's functions that rebuild a tensor: a part of a storage. Hooks and attributes are dropped."""
+    tensor = storage.as_strided(tuple(sizes), tuple(strides), offset)
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    # Several elements in one place could not be written to.
+    return tensor.clone(memory_format=torch.contiguous_format) if tensor.numel() > max(reach, 0) else tensor
+
+
+def _view_as(
+    storage: Tensor, offset: int, sizes: Sequence[int], strides: Sequence[int], _: Any, __: Any, dtype: Any, *___: Any
+) -> Tensor:
+    return _view(storage.view(dtype), offset, sizes, strides)
+
+
+def _parameter(tensor: Tensor, *_: Any) -> Tensor:
+    return tensor
+
+
+def _subclass(rebuild: Callable[..., Tensor], _: Any, arguments: Sequence[Any], __: Any) -> Tensor:
+    return rebuild(*arguments)
+
+
+def _not_called(*_: Any) -> None:
+    raise pickle.UnpicklingError("a class is called that stands only for itself")
+
+
 # What a file names -> what it gets.
 STAND_INS: dict[str, Any] = {
     "collections.OrderedDict": _Dict,
+    "collections.Counter": _Counter,
+    "builtins.set": set,
+    "builtins.frozenset": frozenset,
+    "builtins.complex": complex,
+    "torch.Size": torch.Size,
+    "torch.device": torch.device,
+    "torch._utils._rebuild_tensor": _view,
+    "torch._utils._rebuild_tensor_v2": _view,
+    "torch._utils._rebuild_tensor_v3": _view_as,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _subclass,
+    **dict.fromkeys(("torch.Tensor", "torch.nn.parameter.Parameter"), _not_called),
     "numpy.ndarray": _Array,
     "numpy.dtype": _Dtype,
     "_codecs.encode": _encode,
     # Pickles of an old protocol call the class for empty bytes.
-    **dict.fromkeys(("builtins.bytes", "__builtin__.bytes"), lambda: b""),
+    "builtins.bytes": lambda: b"",
     # NumPy 2 renamed `core`.
     **{f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray.scalar": _make_scalar for core in ("core", "_core")},
@@ -144,6 +261,8 @@ def _convert(value: Any, done: dict[int, _Converted | None]) -> _Converted:
         return _Converted(value.tensor, 1)
     if isinstance(value, (_Callable, _Dtype)):
         raise pickle.UnpicklingError("GLOBAL of NumPy that is no array is refused")
+    if isinstance(value, str | bytes | bytearray):
+        return _Converted(value, 1 + len(value) // _CHARACTERS)
     if not isinstance(value, dict | list | tuple):
         return _Converted(value, 1)
     if id(value) in done:
@@ -160,6 +279,7 @@ def _convert(value: Any, done: dict[int, _Converted | None]) -> _Converted:
     if isinstance(value, dict):
         for key, item in zip(value, items, strict=True):
             value[key] = item
+        value = {_Dict: dict, _Namespace: dict, _Counter: Counter}.get(type(value), lambda same: same)(value)
     elif isinstance(value, list):
         value[:] = items
     elif not all(map(operator.is_, items, value)):
