@@ -11,7 +11,7 @@ StrPath = str | os.PathLike[str]
 
 
 class FileError(ValueError):
-    """An error about a file of tensors. The message is one line also where names have control characters, and is cut."""
+    """An error about a file of tensors, of one line: control characters of names are escaped, and long ones cut."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message, 2000))
