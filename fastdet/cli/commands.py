@@ -34,10 +34,10 @@ from fastdet.weights.files import read
 def run_train(options: argparse.Namespace) -> None:
     require_pycocotools()
     device, settings = _device(options), _train_settings(options)
-    data = VOC(options.data, options.train_split, options.classes, options.max_pixels)
+    data = _open_data(options, options.train_split, options.classes)
     if not data.class_names:
         raise UserError(f"--data: {data.root} ({data.split}): no annotation has an object")
-    held_out = VOC(options.data, options.val_split, data.class_names, options.max_pixels)
+    held_out = _open_data(options, options.val_split, data.class_names)
     architecture = _architecture(options, len(data.class_names) + 1)
     with raise_user_errors("--seed"):
         torch.manual_seed(settings.seed)
@@ -70,7 +70,7 @@ def run_train(options: argparse.Namespace) -> None:
 def run_eval(options: argparse.Namespace) -> None:
     require_pycocotools()
     model, class_names = load_model(options.weights)
-    data = VOC(options.data, options.split, class_names, options.max_pixels)
+    data = _open_data(options, options.split, class_names)
     _evaluate(options, model.to(_device(options)), data, class_names, {"weights": str(options.weights)})
 
 
@@ -148,6 +148,11 @@ def _evaluate(
         summary, predictions = evaluation.summary(), evaluation.predictions
         write_report(options.out, summary, predictions, class_names, dataset, metadata=metadata)
     print(evaluation.table())
+
+
+def _open_data(options: argparse.Namespace, split: str, class_names: tuple[str, ...] | None) -> VOC:
+    how = {"zero_based": options.zero_based, "orientation": options.orientation}
+    return VOC(options.data, split, class_names, options.max_pixels, **how)
 
 
 def _limit(data: VOC, options: argparse.Namespace) -> Any:

@@ -53,6 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
             added.add_argument("--weights", type=Path, required=True, help="last.pth of a run")
         if name in ("train", "eval"):
             added.add_argument("--data", type=_voc, required=True, metavar="voc:PATH", help="folder in the VOC layout")
+            added.add_argument("--zero-based", action="store_true", help="its corners are counted from 0, not from 1")
+            turned = "turn images as EXIF tells: as the annotated sizes fit (auto), all (applied), or none (stored)"
+            added.add_argument("--orientation", choices=("auto", "applied", "stored"), default="auto", help=turned)
             added.add_argument("--limit", type=_positive, metavar="N", help="only the first N images of each split")
             added.add_argument("--workers", type=_not_negative, default=0, help="processes that load images (0)")
         return added

@@ -1,17 +1,23 @@
 """Image files as tensors."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from fastdet.safe_files import open_regular
 
 # What is decoded, by content. Others of Pillow's formats run programs, such as Ghostscript, or are rarely looked at.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+# The endings of names of such files.
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".avif", ".avifs")
+)
 # 8192 x 8192: some kilobytes can be a picture of billions of pixels.
 MAX_PIXELS = 1 << 26
 
@@ -20,14 +26,43 @@ class DataError(ValueError):
     """A file of data is missing, unreadable or holds something impossible; the message is one line naming it."""
 
 
-def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """Decode an image file to RGB.
+class Header(NamedTuple):
+    """What an image file has before its pixels: width and height as they are stored, and how EXIF turns them (1..8)."""
 
-    The pixels come as they are stored: an EXIF orientation is not applied, since annotations count stored pixels.
+    width: int
+    height: int
+    orientation: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) as stored."""
+        return self.width, self.height
+
+    @property
+    def turned_size(self) -> tuple[int, int]:
+        """(width, height) with the orientation applied: from 5 on the sides change places."""
+        return (self.height, self.width) if self.orientation >= 5 else self.size
+
+
+def read_header(path: str | Path) -> Header:
+    """The size and orientation of an image file, without decoding it.
+
+    Raises:
+        DataError: the file is missing, or is not an image.
+    """
+    with _open_image(path) as picture:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        known = orientation if type(orientation) is int and 1 <= orientation <= 8 else 1
+        return Header(picture.width, picture.height, known)
+
+
+def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, *, apply_exif_orientation: bool = False) -> torch.Tensor:
+    """Decode an image file to RGB.
 
     Args:
         path: a file in one of `FORMATS`, of an animation the first picture.
         max_pixels: larger images are refused before they are decoded.
+        apply_exif_orientation: turn the pixels as viewers show them; by default they come as they are stored.
 
     Returns:
         float32 [3, H, W] in 0..1.
@@ -35,18 +70,27 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     Raises:
         DataError: the file is missing, is not an image, has too many pixels, or is damaged or cut short.
     """
+    with _open_image(path) as picture:
+        if (pixels := picture.width * picture.height) > max_pixels:
+            size = f"{picture.width} x {picture.height}"
+            raise DataError(f"{path}: the image has {size} = {pixels} pixels, above max_pixels = {max_pixels}")
+        turned = ImageOps.exif_transpose(picture) if apply_exif_orientation else picture
+        if turned.mode.startswith("I;16"):
+            # Pillow's own conversion would cut off at 255 what reaches to 65535.
+            gray = np.array(turned).astype(np.float32) / 65535
+            return torch.from_numpy(gray).expand(3, -1, -1).contiguous()
+        if turned.mode in ("I", "F"):
+            raise DataError(f"{path}: the image's pixels (Pillow's mode {turned.mode!r}) have no known range")
+        decoded = np.array(turned.convert("RGB"))
+    return torch.from_numpy(decoded).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+@contextmanager
+def _open_image(path: str | Path) -> Iterator[Image.Image]:
+    """An image file, of which whatever a decoder raises is one line."""
     try:
         with open_regular(path) as file, _open(file) as picture:
-            if (pixels := picture.width * picture.height) > max_pixels:
-                size = f"{picture.width} x {picture.height}"
-                raise DataError(f"{path}: the image has {size} = {pixels} pixels, above max_pixels = {max_pixels}")
-            if picture.mode.startswith("I;16"):
-                # Pillow's own conversion would cut off at 255 what reaches to 65535.
-                gray = np.array(picture).astype(np.float32) / 65535
-                return torch.from_numpy(gray).expand(3, -1, -1).contiguous()
-            if picture.mode in ("I", "F"):
-                raise DataError(f"{path}: the image's pixels (Pillow's mode {picture.mode!r}) have no known range")
-            decoded = np.array(picture.convert("RGB"))
+            yield picture
     except FileNotFoundError:
         raise DataError(f"{path}: no such image file") from None
     except DataError:
@@ -55,7 +99,6 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(f"{path}: the image cannot be decoded: {reason}") from error
-    return torch.from_numpy(decoded).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def _open(file: BinaryIO) -> Image.Image:

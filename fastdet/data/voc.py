@@ -1,61 +1,43 @@
-"""Datasets in the folder layout of Pascal VOC."""
+"""Data sets in the folder layout of Pascal VOC."""
 
-import difflib
 import math
 import os
-import warnings
+import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, ParseError
 
-import numpy as np
-import torch
-from torch.utils.data import Dataset
-
-from fastdet.data.images import MAX_PIXELS, DataError, read_image
-from fastdet.data.transforms import Item
+from fastdet.data.images import MAX_PIXELS, SUFFIXES, DataError
+from fastdet.data.records import AnnotatedImages, Box, Orientation, Record, warn_of
 from fastdet.safe_files import open_regular
 
-_SUFFIXES = (".jpg", ".jpeg", ".png")
-_REPORTED = 5
 # Beyond anything that people annotate.
 _MAX_BYTES, _MAX_OBJECTS, _MAX_DEPTH = 64 << 20, 1 << 16, 32
 
 
-class _Object(NamedTuple):
-    name: str
-    corners: tuple[float, ...]  # as in the file: 1-based, both ends inside the box
-    difficult: bool
-
-
-class _Annotation(NamedTuple):
-    path: Path
-    filename: str
-    width: float  # infinite where the file does not give it
-    height: float
-    objects: list[_Object]
-
-
-class VOC(Dataset[Item]):
-    """A split of a dataset in the VOC layout.
+class VOC(AnnotatedImages):
+    """A split of a data set in the VOC layout.
 
     `root/ImageSets/Main/{split}.txt` lists the stems, one a line; `root/Annotations` holds their XML and
-    `root/JPEGImages` the images: the file that the XML names if it is there, else the stem with .jpg, .jpeg or .png.
+    `root/JPEGImages` the images. The list may be one of VOC's own for a class (a stem and 1 or -1), and have names with
+    suffixes and folders, in UTF-8 or UTF-16. An image is the file with the annotation's own stem and the suffix of any
+    format that is read; else the one that the XML names, of whatever folder. Sizes and `difficult` in the XML that are
+    blank or nothing that is known are as if absent.
 
     The file's corners are 1-based pixels, both ends inside the box; an item's boxes are continuous:
-    (xmin - 1, ymin - 1, xmax, ymax). Boxes that reach over the image's border stay as they are. Boxes with
-    xmax <= xmin or ymax <= ymin in the file, that are not finite, or that lie wholly outside the image are left out;
-    one warning gives their number and the first of them.
-
-    An item is `(image, target)`: image float32 [3, H, W] in 0..1, decoded on access; target "boxes" float32 [N, 4]
-    x1, y1, x2, y2 in pixels, "labels" int64 [N] from 1 (0 is background), "ignore" bool [N], VOC's `difficult`.
+    (xmin - 1, ymin - 1, xmax, ymax). Boxes that reach over the image's border stay as they are; those with
+    xmax <= xmin or ymax <= ymin in the file are empty. "ignore" is VOC's `difficult`. Items, the image's size and
+    orientation, and which boxes are left out: as of `AnnotatedImages`.
 
     Args:
         root: the folder with Annotations, ImageSets and JPEGImages.
         split: name of a file in ImageSets/Main, without .txt.
         class_names: label k is `class_names[k - 1]`; when None, the sorted names that the split's XML uses.
         max_pixels: of an image, as of `read_image`.
+        zero_based: the file's corners are continuous already, counted from 0, as some tools write them.
+        orientation: as of `AnnotatedImages`.
 
     Attributes:
         class_names: the names of labels 1, 2, ...
@@ -63,7 +45,7 @@ class VOC(Dataset[Item]):
 
     Raises:
         DataError: a folder, split, annotation or image is missing, the split is empty, an annotation does not parse
-            or lacks a field, or a class is not among `class_names`; on access, an image that cannot be decoded.
+            or lacks a name or a box, or a class is not among `class_names`; on access, an image that cannot be decoded.
     """
 
     def __init__(
@@ -72,49 +54,45 @@ class VOC(Dataset[Item]):
         split: str,
         class_names: Sequence[str] | None = None,
         max_pixels: int = MAX_PIXELS,
+        *,
+        zero_based: bool = False,
+        orientation: Orientation = "auto",
     ) -> None:
-        self.root, self.split, self.max_pixels = Path(root), split, max_pixels
-        self.ids = _read_split(self.root, split)
-        annotations = [_read_annotation(self.root / "Annotations" / f"{stem}.xml") for stem in self.ids]
-        if class_names is None:
-            class_names = sorted({item.name for annotation in annotations for item in annotation.objects})
-        self.class_names = tuple(class_names)
-        if len(set(self.class_names)) < len(self.class_names):
-            raise DataError(f"class_names repeats a name: {', '.join(self.class_names)}")
-        labels = {name: k for k, name in enumerate(self.class_names, start=1)}
-
-        dropped: list[str] = []
-        # NumPy, not tensors: each tensor of a dataset costs a file descriptor when it is sent to a loader's worker.
-        self._records = [
-            (_find_image(self.root / "JPEGImages", stem, annotation), _make_target(annotation, labels, dropped))
-            for stem, annotation in zip(self.ids, annotations, strict=True)
-        ]
-        if dropped:
-            shown = ", ".join(dropped[:_REPORTED]) + (", ..." if len(dropped) > _REPORTED else "")
-            message = f"{len(dropped)} box(es) left out, empty, not finite or outside the image: {shown}"
-            warnings.warn(f"{self.root} ({split}): {message}", stacklevel=2)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Item:
-        path, target = self._records[index]
-        image = read_image(path, self.max_pixels)
-        # What the size in the XML did not show to lie outside the image.
-        height, width = image.shape[-2:]
-        x1, y1, x2, y2 = target["boxes"].T
-        outside = (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0)
-        if outside.any():
-            corners = ", ".join(f"{x:g}" for x in target["boxes"][outside.argmax()])
-            raise DataError(f"{path}: a box lies outside its {height} x {width} pixels: ({corners})")
-        return image, {name: torch.from_numpy(values.copy()) for name, values in target.items()}
-
-    def image_path(self, index: int) -> Path:
-        """The image file of item `index`."""
-        return self._records[index][0]
+        self.root, self.split = Path(root), split
+        title, images = f"{self.root} ({split})", _find_images(self.root / "JPEGImages")
+        chosen: list[str] = []
+        records = []
+        for stem in _read_split(self.root, split):
+            annotation = _read_annotation(self.root / "Annotations" / f"{stem}.xml")
+            image = _choose_image(self.root / "JPEGImages", stem, annotation, images, chosen)
+            boxes = [_to_box(item, zero_based) for item in annotation.objects]
+            records.append(Record(stem, image, str(annotation.path), annotation.size, boxes))
+        warn_of(title, "image(s) taken of several with one stem", chosen)
+        super().__init__(title, records, class_names, orientation=orientation, max_pixels=max_pixels)
 
 
-def _read_split(root: Path, split: str) -> tuple[str, ...]:
+class _Object(NamedTuple):
+    name: str
+    corners: tuple[float, ...]  # as in the file
+    difficult: bool
+
+
+class _Annotation(NamedTuple):
+    path: Path
+    filename: str
+    size: tuple[float, float] | None
+    objects: list[_Object]
+
+
+def _to_box(item: _Object, zero_based: bool) -> Box:
+    xmin, ymin, xmax, ymax = item.corners
+    is_empty = not (xmin < xmax and ymin < ymax)
+    first = 0 if zero_based or is_empty else 1
+    shown = ", ".join(f"{x:g}" for x in item.corners)
+    return Box(item.name, (xmin - first, ymin - first, xmax, ymax), item.difficult, shown)
+
+
+def _read_split(root: Path, split: str) -> list[str]:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
     folder = root / "ImageSets" / "Main"
@@ -126,13 +104,33 @@ def _read_split(root: Path, split: str) -> tuple[str, ...]:
         raise DataError(f"{path}: no such split; the folder has: {found}")
     try:
         with open_regular(path) as file:
-            text = file.read().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+            content = file.read()
+        # PowerShell writes UTF-16.
+        is_utf16 = content.startswith((BOM_UTF16_LE, BOM_UTF16_BE))
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except (OSError, UnicodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    stems = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not stems:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
         raise DataError(f"{path}: the split is empty")
-    return stems
+    # VOC's lists of a class: whether an image has it. Its images are those of the split all the same.
+    if all(re.search(r"\s(1|-1|0)$", line) for line in lines):
+        lines = [line.rsplit(maxsplit=1)[0] for line in lines]
+    stems = [_stem(line) for line in lines]
+    repeated = sorted({stem for stem in stems if stems.count(stem) > 1}) if len(set(stems)) < len(stems) else []
+    warn_of(str(path), "name(s) more than once, taken once", repeated)
+    return list(dict.fromkeys(stems))
+
+
+def _base_name(path: str) -> str:
+    """Without folders, of any system."""
+    return re.split(r"[\\/]", path)[-1]
+
+
+def _stem(name: str) -> str:
+    name = _base_name(name)
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in SUFFIXES | {".xml"} else name
 
 
 def _read_annotation(path: Path) -> _Annotation:
@@ -151,15 +149,19 @@ def _read_annotation(path: Path) -> _Annotation:
     # ValueError covers forbidden entities (defusedxml) and encodings that expat does not support.
     except (ParseError, ValueError, LookupError, OSError) as error:
         raise DataError(f"{path}: the XML does not parse: {error}") from error
-    size = root.find("size")
-    width, height = (0.0, 0.0) if size is None else (_read_number(size, field, path) for field in ("width", "height"))
-    if not (width > 0 and height > 0):
-        width = height = math.inf
     elements = root.findall("object")
     if len(elements) > _MAX_OBJECTS:
         raise DataError(f"{path}: the annotation has {len(elements)} objects, more than {_MAX_OBJECTS}")
     objects = [_read_object(element, path) for element in elements]
-    return _Annotation(path, (root.findtext("filename") or "").strip(), width, height, objects)
+    return _Annotation(path, (root.findtext("filename") or "").strip(), _read_size(root), objects)
+
+
+def _read_size(root: Element) -> tuple[float, float] | None:
+    try:
+        width, height = (float(root.findtext(f"size/{side}") or 0) for side in ("width", "height"))
+    except ValueError:
+        return None
+    return (width, height) if 0 < width < math.inf and 0 < height < math.inf else None
 
 
 def _parse(events: Any, path: Path) -> Element:
@@ -182,8 +184,15 @@ def _read_object(element: Element, path: Path) -> _Object:
     if box is None:
         raise DataError(f"{path}: an object '{name}' has no <bndbox>")
     corners = tuple(_read_number(box, field, path) for field in ("xmin", "ymin", "xmax", "ymax"))
-    difficult = element.find("difficult") is not None and _read_number(element, "difficult", path) != 0
-    return _Object(name, corners, difficult)
+    return _Object(name, corners, _is_true(element.findtext("difficult") or ""))
+
+
+def _is_true(text: str) -> bool:
+    """A number other than 0, or a word for it; what is nothing that is known is as if absent."""
+    try:
+        return float(text) != 0
+    except ValueError:
+        return text.strip().lower() in ("true", "yes")
 
 
 def _read_number(parent: Element, field: str, path: Path) -> float:
@@ -196,40 +205,27 @@ def _read_number(parent: Element, field: str, path: Path) -> float:
         raise DataError(f"{path}: <{field}> is not a number: {text.strip()!r:.100}") from None
 
 
-def _find_image(folder: Path, stem: str, annotation: _Annotation) -> Path:
-    name = annotation.filename
-    # Only a bare name: a path written on another machine means nothing here, and must not lead out of the folder.
-    names = [name] if Path(name).name == name else []
-    for path in (folder / name for name in (*names, *(stem + suffix for suffix in _SUFFIXES))):
-        if path.is_file():
-            return path
-    raise DataError(f"{folder / stem}: no image with {', '.join(_SUFFIXES)}, for {annotation.path}")
+def _find_images(folder: Path) -> dict[str, list[str]]:
+    """The names of the image files in a folder, by their stems."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in SUFFIXES:
+            found.setdefault(stem, []).append(name)
+    return found
 
 
-def _make_target(annotation: _Annotation, labels: dict[str, int], dropped: list[str]) -> dict[str, np.ndarray]:
-    """The target of an item, as NumPy arrays; descriptions of the boxes left out are appended to `dropped`."""
-    kept: list[_Object] = []
-    for item in annotation.objects:
-        if item.name not in labels:
-            raise DataError(_describe_unknown(item.name, labels, annotation.path))
-        xmin, ymin, xmax, ymax = item.corners
-        valid = all(map(math.isfinite, item.corners)) and 0 < xmax > xmin and 0 < ymax > ymin
-        if valid and xmin - 1 < annotation.width and ymin - 1 < annotation.height:
-            kept.append(item)
-        else:
-            dropped.append(f"{annotation.path.name} {item.name} ({', '.join(f'{x:g}' for x in item.corners)})")
-    boxes = np.array([item.corners for item in kept], dtype=np.float32).reshape(-1, 4)
-    return {
-        "boxes": boxes - np.array([1, 1, 0, 0], dtype=np.float32),
-        "labels": np.array([labels[item.name] for item in kept], dtype=np.int64),
-        "ignore": np.array([item.difficult for item in kept], dtype=np.bool_),
-    }
-
-
-def _describe_unknown(name: str, labels: dict[str, int], path: Path) -> str:
-    name = name[:100]
-    similar = (
-        difflib.get_close_matches(name, labels) or [known for known in labels if known.lower() == name.lower()][-1:]
-    )
-    hint = f"similar: {', '.join(similar)}" if similar else f"known: {', '.join(labels)}"
-    return f"{path}: class '{name}' is not among the {len(labels)} class names ({hint})"
+def _choose_image(
+    folder: Path, stem: str, annotation: _Annotation, images: dict[str, list[str]], chosen: list[str]
+) -> Path:
+    """The image of an annotation; where several have its stem and none is named, the first, appended to `chosen`."""
+    # A path was written on another machine: it means nothing here, and must not lead out of the folder.
+    named = _base_name(annotation.filename)
+    names = images.get(stem) or images.get(_stem(named), [])
+    if not names:
+        raise DataError(f"{folder / stem}: no image with {', '.join(sorted(SUFFIXES))}, for {annotation.path}")
+    if named in names:
+        return folder / named
+    if len(names) > 1:
+        chosen.append(f"{names[0]} of {', '.join(names)}")
+    return folder / names[0]

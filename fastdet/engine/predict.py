@@ -19,8 +19,8 @@ class ImageDetections(NamedTuple):
     """Detections in an image file; all tensors on the CPU."""
 
     path: Path
-    image: Tensor  # float32 [3, H, W] in 0..1
-    boxes: Tensor  # float32 [N, 4], x1, y1, x2, y2 in pixels of the file
+    image: Tensor  # float32 [3, H, W] in 0..1, turned as its EXIF orientation tells
+    boxes: Tensor  # float32 [N, 4], x1, y1, x2, y2 in pixels of the image
     labels: Tensor  # int64 [N], from 1
     scores: Tensor  # float32 [N], falling
 
@@ -41,7 +41,7 @@ def detect(
     """
     remaining = iter(paths)
     while batch := [Path(path) for path in islice(remaining, batch_size)]:
-        images = [read_image(path, max_pixels) for path in batch]
+        images = [read_image(path, max_pixels, apply_exif_orientation=True) for path in batch]
         for path, image, found in zip(batch, images, detect_in_batch(model, images), strict=True):
             yield ImageDetections(path, image, found["boxes"], found["labels"], found["scores"])
 

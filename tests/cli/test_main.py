@@ -16,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+from fastdet.cli import commands
 from fastdet.cli.main import main
-from fastdet.data import Shapes
+from fastdet.data import VOC, Shapes
 from fastdet.engine import checkpoint, detect
 from fastdet.engine.evaluate import evaluate
 from tests.helpers.voc import SMALL, write_voc
@@ -120,6 +121,40 @@ def test_detect_draws_pictures(trained, tmp_path, capsys):
         assert line.endswith(f"-> {tmp_path / 'drawn' / name}")
     with Image.open(tmp_path / "drawn" / "test_0_2.png") as picture:
         assert picture.size == (90, 50)
+
+
+def test_detect_turns_photos_as_viewers_show_them(trained, tmp_path):
+    _, run = trained
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 40)).save(tmp_path / "photo.jpg", exif=exif)
+    command = [
+        "detect",
+        str(tmp_path / "photo.jpg"),
+        "--weights",
+        str(run / "last.pth"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(command) == 0
+    (drawn,) = (tmp_path / "out").iterdir()
+    width, height = Image.open(drawn).size
+    assert width < height
+
+
+def test_options_of_the_data_reach_the_data_set(trained, monkeypatch):
+    tree, run = trained
+    found = {}
+
+    class Recorded(VOC):
+        def __init__(self, *arguments, **options):
+            found.update(options)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(commands, "VOC", Recorded)
+    command = ["eval", "--data", f"voc:{tree}", "--weights", str(run / "last.pth"), "--zero-based", "--orientation"]
+    assert main([*command, "stored"]) == 0
+    assert found == {"zero_based": True, "orientation": "stored"}
 
 
 def test_detect_and_evaluate_leave_the_model_as_it_was(trained):

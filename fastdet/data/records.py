@@ -1,0 +1,200 @@
+"""Images with annotations of any format as one kind of data set: what the image's own header has decides.
+
+Each format has a reader that gives `Record`s. What follows from an image (its size, its orientation, which boxes lie in
+it) is decided here, for all formats alike.
+"""
+
+import difflib
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from fastdet.data.images import MAX_PIXELS, DataError, Header, read_header, read_image
+from fastdet.data.transforms import Item
+
+Orientation = Literal["auto", "applied", "stored"]
+_REPORTED = 5
+
+
+class Box(NamedTuple):
+    """An annotated object.
+
+    Attributes:
+        name: of its class.
+        corners: x1, y1, x2, y2 in continuous pixels.
+        ignore: it is neither to be found nor background.
+        shown: the box as its file has it, for messages.
+    """
+
+    name: str
+    corners: tuple[float, float, float, float]
+    ignore: bool
+    shown: str
+
+
+class Record(NamedTuple):
+    """An image and its annotation.
+
+    Attributes:
+        name: the item's id.
+        image: the image file.
+        source: the annotation's path in messages, and what of it.
+        size: (width, height) as annotated; None if it is not.
+        boxes: the objects.
+    """
+
+    name: str
+    image: Path
+    source: str
+    size: tuple[float, float] | None
+    boxes: list[Box]
+
+
+class AnnotatedImages(Dataset[Item]):
+    """A data set of records.
+
+    An item is `(image, target)`: image float32 [3, H, W] in 0..1, decoded on access; target "boxes" float32 [N, 4]
+    x1, y1, x2, y2 in pixels, "labels" int64 [N] from 1 (0 is background), "ignore" bool [N].
+
+    The image's header is read at once, and is right where the annotation has another size. An EXIF orientation is
+    applied where the annotated size fits the turned image, and not where it fits the stored pixels. Where it fits both
+    or neither, it is done as for most of the images for which it decides, and applied if there are none. Boxes that are
+    empty, not finite or wholly outside the image are left out. Each of these is a warning with the number and the first
+    few.
+
+    Args:
+        title: what warnings call the data set.
+        records: in the order of the items.
+        class_names: label k is `class_names[k - 1]`; when None, the sorted names of all boxes.
+        orientation: "applied" or "stored" decides it for all images.
+        max_pixels: of an image, as of `fastdet.data.read_image`.
+
+    Attributes:
+        class_names: the names of labels 1, 2, ...
+        ids: the names of the records.
+
+    Raises:
+        DataError: an image is missing or has no readable header, or a class is not among `class_names`; on access, an
+            image that cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        records: Sequence[Record],
+        class_names: Sequence[str] | None = None,
+        *,
+        orientation: Orientation = "auto",
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        if orientation not in ("auto", "applied", "stored"):
+            raise ValueError(f"orientation must be 'auto', 'applied' or 'stored', got {orientation!r:.100}")
+        if class_names is None:
+            class_names = sorted({box.name for record in records for box in record.boxes})
+        self.class_names = tuple(class_names)
+        if len(set(self.class_names)) < len(self.class_names):
+            raise DataError(f"class_names repeats a name: {', '.join(self.class_names)}")
+        self.ids, self.max_pixels = tuple(record.name for record in records), max_pixels
+        labels = {name: k for k, name in enumerate(self.class_names, start=1)}
+        headers = [read_header(record.image) for record in records]
+        turned = _decide_orientation(records, headers, orientation)
+
+        sizes, dropped = [], list[str]()
+        # NumPy, not tensors: each tensor of a data set costs a file descriptor when it is sent to a loader's worker.
+        self._items = []
+        for record, header, is_turned in zip(records, headers, turned, strict=True):
+            width, height = header.turned_size if is_turned else header.size
+            if record.size not in (None, (width, height)):
+                written = " x ".join(f"{side:g}" for side in record.size or ())
+                sizes.append(f"{Path(record.source).name} {written}, {record.image.name} {width} x {height}")
+            target = _make_target(record, width, height, labels, dropped)
+            self._items.append((record.image, is_turned, target))
+        shared = [path.name for path, count in Counter(record.image for record in records).items() if count > 1]
+        warn_of(title, "image(s) with several annotations", shared)
+        warn_of(title, "annotation(s) of another size than the image, which is right", sizes)
+        warn_of(title, "box(es) left out, empty, not finite or outside the image", dropped)
+        oriented = [header.orientation != 1 for header in headers]
+        if any(oriented):
+            applied = sum(turned)
+            warnings.warn(
+                f"{title}: of {sum(oriented)} image(s) with an EXIF orientation it is applied to {applied} and not to "
+                f"{sum(oriented) - applied}, by the annotated sizes; orientation fixes it for all",
+                stacklevel=2,
+            )
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Item:
+        path, is_turned, target = self._items[index]
+        image = read_image(path, self.max_pixels, apply_exif_orientation=is_turned)
+        return image, {name: torch.from_numpy(values.copy()) for name, values in target.items()}
+
+    def image_path(self, index: int) -> Path:
+        """The image file of item `index`."""
+        return self._items[index][0]
+
+
+def _decide_orientation(records: Sequence[Record], headers: Sequence[Header], orientation: Orientation) -> list[bool]:
+    """Whether each image's EXIF orientation is applied."""
+    if orientation != "auto":
+        return [header.orientation != 1 and orientation == "applied" for header in headers]
+    fits: list[bool | None] = []
+    for record, header in zip(records, headers, strict=True):
+        stored, applied = record.size == header.size, record.size == header.turned_size
+        fits.append(None if stored == applied else applied)
+    decided = [fit for fit in fits if fit is not None]
+    usual = 2 * sum(decided) >= len(decided)
+    return [
+        header.orientation != 1 and (usual if fit is None else fit) for header, fit in zip(headers, fits, strict=True)
+    ]
+
+
+def _make_target(
+    record: Record, width: int, height: int, labels: dict[str, int], dropped: list[str]
+) -> dict[str, np.ndarray]:
+    """The target of an item, as NumPy arrays; descriptions of the boxes left out are appended to `dropped`."""
+    kept: list[Box] = []
+    for box in record.boxes:
+        if box.name not in labels:
+            raise DataError(f"{record.source}: {_describe_unknown(box.name, labels)}")
+        x1, y1, x2, y2 = box.corners
+        if (
+            all(map(math.isfinite, box.corners))
+            and x1 < x2
+            and y1 < y2
+            and min(x2, y2) > 0
+            and x1 < width
+            and y1 < height
+        ):
+            kept.append(box)
+        else:
+            dropped.append(f"{Path(record.source).name} {box.name} ({box.shown})")
+    return {
+        "boxes": np.array([box.corners for box in kept], dtype=np.float32).reshape(-1, 4),
+        "labels": np.array([labels[box.name] for box in kept], dtype=np.int64),
+        "ignore": np.array([box.ignore for box in kept], dtype=np.bool_),
+    }
+
+
+def _describe_unknown(name: str, labels: Iterable[str]) -> str:
+    name, labels = name[:100], list(labels)
+    similar = (
+        difflib.get_close_matches(name, labels) or [known for known in labels if known.lower() == name.lower()][-1:]
+    )
+    hint = f"similar: {', '.join(similar)}" if similar else f"known: {', '.join(labels)}"
+    return f"class '{name}' is not among the {len(labels)} class names ({hint})"
+
+
+def warn_of(title: str, what: str, found: Sequence[str]) -> None:
+    """One warning of everything `found`, with the first few."""
+    if found:
+        shown = "; ".join(found[:_REPORTED]) + ("; ..." if len(found) > _REPORTED else "")
+        warnings.warn(f"{title}: {len(found)} {what}: {shown}", stacklevel=3)
