@@ -87,7 +87,7 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, *, apply_exif_ori
 
 @contextmanager
 def _open_image(path: str | Path) -> Iterator[Image.Image]:
-    """An image file, of which whatever a decoder raises is one line."""
+    """An image file, of which any error of a decoder is one line."""
     try:
         with open_regular(path) as file, _open(file) as picture:
             yield picture

@@ -23,7 +23,7 @@ class VOC(AnnotatedImages):
     `root/ImageSets/Main/{split}.txt` lists the stems, one a line; `root/Annotations` holds their XML and
     `root/JPEGImages` the images. The list may be one of VOC's own for a class (a stem and 1 or -1), and have names with
     suffixes and folders, in UTF-8 or UTF-16. An image is the file with the annotation's own stem and the suffix of any
-    format that is read; else the one that the XML names, of whatever folder. Sizes and `difficult` in the XML that are
+    format that is read; else the one that the XML names, of any folder. Sizes and `difficult` in the XML that are
     blank or nothing that is known are as if absent.
 
     The file's corners are 1-based pixels, both ends inside the box; an item's boxes are continuous:

@@ -211,7 +211,7 @@ _RULES = {
     ),
     # Larger ones are a mistake, or a file that is to take all memory.
     **_rule("max_size size_divisible", _is_side, f"a whole number in 1..{MAX_SIDE}"),
-    **_rule("rpn_batch_size_per_image box_batch_size_per_image", _is_side, f"a whole number in 1..{MAX_SIDE}"),
+    **_rule("rpn_batch_size_per_image box_batch_size_per_image", lambda x: _is_count(x, 1 << 20), "in 1..2**20"),
     **_rule("rpn_conv_depth box_pool_size", lambda value: _is_count(value, 64), "a whole number in 1..64"),
     **_rule(
         "rpn_hidden_channels box_detections_per_img",

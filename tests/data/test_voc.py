@@ -97,7 +97,7 @@ def test_voc_image_without_objects_found_by_its_stem(root: Path) -> None:
     ],
 )
 def test_voc_finds_the_image_of_an_annotation(root: Path, file: str, written: str) -> None:
-    """By its own stem, else by the name in the XML without folders; whatever exists for another is not taken."""
+    """By its own stem, else by the name in the XML without folders; one that exists for another is not taken."""
     (root / "JPEGImages/b.png").unlink()
     Image.new("RGB", (40, 30)).save(root / "JPEGImages" / file)
     path = root / "Annotations/b.xml"
@@ -185,13 +185,13 @@ def test_blank_fields_are_as_if_absent(root: Path, extent: str, difficult: str, 
 
 
 def photo(root: Path, stem: str, orientation: int) -> None:
-    """A picture seen 40 wide and 60 high with a red block, stored as a camera with this orientation stores it."""
-    seen = Image.new("RGB", (40, 60), (90, 90, 90))
-    seen.paste((230, 40, 40), (5, 30, 25, 50))
+    """A picture shown 40 wide and 60 high with a red block, stored as a camera with this orientation stores it."""
+    upright = Image.new("RGB", (40, 60), (90, 90, 90))
+    upright.paste((230, 40, 40), (5, 30, 25, 50))
     turns = {1: None, 3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
     turn, exif = turns[orientation], Image.Exif()
     exif[0x0112] = orientation
-    (seen if turn is None else seen.transpose(turn)).save(root / f"JPEGImages/{stem}.png", exif=exif)
+    (upright if turn is None else upright.transpose(turn)).save(root / f"JPEGImages/{stem}.png", exif=exif)
 
 
 def red_share(data: VOC, index: int) -> float:
