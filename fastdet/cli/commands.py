@@ -18,8 +18,9 @@ from torch.utils.data import Subset
 
 from fastdet import export, weights
 from fastdet.cli import demo, doctor
-from fastdet.cli.options import UserError, raise_user_errors
-from fastdet.data import VOC
+from fastdet.cli.options import DataPlace, UserError, raise_user_errors
+from fastdet.data import COCO, VOC
+from fastdet.data.records import AnnotatedImages
 from fastdet.engine import RECIPES, TrainSettings, build_model, describe_anchors, detect, load_model, train
 from fastdet.engine.checkpoint import require
 from fastdet.engine.evaluate import evaluate
@@ -34,10 +35,12 @@ from fastdet.weights.files import read
 def run_train(options: argparse.Namespace) -> None:
     require_pycocotools()
     device, settings = _device(options), _train_settings(options)
-    data = _open_data(options, options.train_split, options.classes)
+    data = _open_data(options, options.data, options.train_split, options.classes)
     if not data.class_names:
-        raise UserError(f"--data: {data.root} ({data.split}): no annotation has an object")
-    held_out = _open_data(options, options.val_split, data.class_names)
+        raise UserError(f"--data: {options.data.folder}: no annotation has an object")
+    if options.data.annotations and not options.val_data:
+        raise UserError("--val-data: a data set in COCO's format has no split to evaluate on")
+    held_out = _open_data(options, options.val_data or options.data, options.val_split, data.class_names)
     architecture = _architecture(options, len(data.class_names) + 1)
     with raise_user_errors("--seed"):
         torch.manual_seed(settings.seed)
@@ -70,7 +73,7 @@ def run_train(options: argparse.Namespace) -> None:
 def run_eval(options: argparse.Namespace) -> None:
     require_pycocotools()
     model, class_names = load_model(options.weights)
-    data = _open_data(options, options.split, class_names)
+    data = _open_data(options, options.data, options.split, class_names)
     _evaluate(options, model.to(_device(options)), data, class_names, {"weights": str(options.weights)})
 
 
@@ -138,7 +141,11 @@ COMMANDS = {
 
 
 def _evaluate(
-    options: argparse.Namespace, model: nn.Module, data: VOC, class_names: tuple[str, ...], metadata: Mapping[str, Any]
+    options: argparse.Namespace,
+    model: nn.Module,
+    data: AnnotatedImages,
+    class_names: tuple[str, ...],
+    metadata: Mapping[str, Any],
 ) -> None:
     """Print the average precision, and write the report where there is a folder for it."""
     dataset = _limit(data, options)
@@ -150,12 +157,16 @@ def _evaluate(
     print(evaluation.table())
 
 
-def _open_data(options: argparse.Namespace, split: str, class_names: tuple[str, ...] | None) -> VOC:
-    how = {"zero_based": options.zero_based, "orientation": options.orientation}
-    return VOC(options.data, split, class_names, options.max_pixels, **how)
+def _open_data(
+    options: argparse.Namespace, place: DataPlace, split: str, class_names: tuple[str, ...] | None
+) -> AnnotatedImages:
+    how = {"max_pixels": options.max_pixels, "orientation": options.orientation}
+    if place.annotations:
+        return COCO(place.folder, place.annotations, class_names, **how)
+    return VOC(place.folder, split, class_names, zero_based=options.zero_based, **how)
 
 
-def _limit(data: VOC, options: argparse.Namespace) -> Any:
+def _limit(data: AnnotatedImages, options: argparse.Namespace) -> Any:
     return data if options.limit is None else Subset(data, range(min(options.limit, len(data))))
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from fastdet.data import DataError
 from fastdet.data.images import MAX_PIXELS
@@ -52,8 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
         if name in ("eval", "detect", "export"):
             added.add_argument("--weights", type=Path, required=True, help="last.pth of a run")
         if name in ("train", "eval"):
-            added.add_argument("--data", type=_voc, required=True, metavar="voc:PATH", help="folder in the VOC layout")
-            added.add_argument("--zero-based", action="store_true", help="its corners are counted from 0, not from 1")
+            places = (
+                "voc:PATH, a folder in the VOC layout; or coco:IMAGES,FILE, a folder and a JSON file in COCO's format"
+            )
+            added.add_argument("--data", type=_data, required=True, metavar="FORMAT:PATH", help=places)
+            added.add_argument("--zero-based", action="store_true", help="VOC's corners are counted from 0, not from 1")
             turned = "turn images as EXIF tells: as the annotated sizes fit (auto), all (applied), or none (stored)"
             added.add_argument("--orientation", choices=("auto", "applied", "stored"), default="auto", help=turned)
             added.add_argument("--limit", type=_positive, metavar="N", help="only the first N images of each split")
@@ -64,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, required=True, help="folder for last.pth, metrics.csv, result.json, images")
     train.add_argument("--train-split", default="trainval", help="name of a file in ImageSets/Main (trainval)")
     train.add_argument("--val-split", default="test", help="likewise, to evaluate on (test)")
+    train.add_argument("--val-data", type=_data, metavar="FORMAT:PATH", help="to evaluate on, if not a split of --data")
     train.add_argument("--classes", type=_names, help="names, by commas; those of the training split otherwise")
     _add_model_options(train)
     _add_recipe_options(train)
@@ -169,11 +173,21 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _voc(text: str) -> Path:
+class DataPlace(NamedTuple):
+    """Where a data set is: a folder in the VOC layout; or of COCO's format the folder of images, and the JSON file."""
+
+    folder: Path
+    annotations: Path | None
+
+
+def _data(text: str) -> DataPlace:
     kind, _, path = text.partition(":")
-    if kind != "voc" or not path:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form voc:PATH")
-    return Path(path)
+    folder, _, annotations = path.rpartition(",")
+    if kind == "voc" and path:
+        return DataPlace(Path(path), None)
+    if kind == "coco" and folder and annotations:
+        return DataPlace(Path(folder), Path(annotations))
+    raise argparse.ArgumentTypeError(f"{text!r} is neither of the form voc:PATH nor coco:IMAGES,FILE")
 
 
 def _model_file(text: str) -> Path:

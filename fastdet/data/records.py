@@ -6,6 +6,8 @@ it) is decided here, for all formats alike.
 
 import difflib
 import math
+import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fastdet.data.images import MAX_PIXELS, DataError, Header, read_header, read_image
+from fastdet.data.images import MAX_PIXELS, SUFFIXES, DataError, Header, read_header, read_image
 from fastdet.data.transforms import Item
 
 Orientation = Literal["auto", "applied", "stored"]
@@ -198,3 +200,25 @@ def warn_of(title: str, what: str, found: Sequence[str]) -> None:
     if found:
         shown = "; ".join(found[:_REPORTED]) + ("; ..." if len(found) > _REPORTED else "")
         warnings.warn(f"{title}: {len(found)} {what}: {shown}", stacklevel=3)
+
+
+def find_images(folder: Path) -> dict[str, list[str]]:
+    """The names of the image files in a folder, by their stems."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in SUFFIXES:
+            found.setdefault(stem, []).append(name)
+    return found
+
+
+def base_name(path: str) -> str:
+    """The name of a file without folders, of any system."""
+    return re.split(r"[\\/]", path)[-1]
+
+
+def stem_of(name: str) -> str:
+    """The name of a file without folders, and without the suffix of an image or an annotation."""
+    name = base_name(name)
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in SUFFIXES | {".xml"} else name

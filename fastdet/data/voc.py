@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, ParseError
 
 from fastdet.data.images import MAX_PIXELS, SUFFIXES, DataError
-from fastdet.data.records import AnnotatedImages, Box, Orientation, Record, warn_of
+from fastdet.data.records import (
+    AnnotatedImages,
+    Box,
+    Orientation,
+    Record,
+    base_name,
+    find_images,
+    stem_of,
+    warn_of,
+)
 from fastdet.safe_files import open_regular
 
 # Beyond anything that people annotate.
@@ -59,7 +68,7 @@ class VOC(AnnotatedImages):
         orientation: Orientation = "auto",
     ) -> None:
         self.root, self.split = Path(root), split
-        title, images = f"{self.root} ({split})", _find_images(self.root / "JPEGImages")
+        title, images = f"{self.root} ({split})", find_images(self.root / "JPEGImages")
         chosen: list[str] = []
         records = []
         for stem in _read_split(self.root, split):
@@ -116,21 +125,10 @@ def _read_split(root: Path, split: str) -> list[str]:
     # VOC's lists of a class: whether an image has it. Its images are those of the split all the same.
     if all(re.search(r"\s(1|-1|0)$", line) for line in lines):
         lines = [line.rsplit(maxsplit=1)[0] for line in lines]
-    stems = [_stem(line) for line in lines]
+    stems = [stem_of(line) for line in lines]
     repeated = sorted({stem for stem in stems if stems.count(stem) > 1}) if len(set(stems)) < len(stems) else []
     warn_of(str(path), "name(s) more than once, taken once", repeated)
     return list(dict.fromkeys(stems))
-
-
-def _base_name(path: str) -> str:
-    """Without folders, of any system."""
-    return re.split(r"[\\/]", path)[-1]
-
-
-def _stem(name: str) -> str:
-    name = _base_name(name)
-    stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in SUFFIXES | {".xml"} else name
 
 
 def _read_annotation(path: Path) -> _Annotation:
@@ -205,23 +203,13 @@ def _read_number(parent: Element, field: str, path: Path) -> float:
         raise DataError(f"{path}: <{field}> is not a number: {text.strip()!r:.100}") from None
 
 
-def _find_images(folder: Path) -> dict[str, list[str]]:
-    """The names of the image files in a folder, by their stems."""
-    found: dict[str, list[str]] = {}
-    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in SUFFIXES:
-            found.setdefault(stem, []).append(name)
-    return found
-
-
 def _choose_image(
     folder: Path, stem: str, annotation: _Annotation, images: dict[str, list[str]], chosen: list[str]
 ) -> Path:
     """The image of an annotation; where several have its stem and none is named, the first, appended to `chosen`."""
     # A path was written on another machine: it means nothing here, and must not lead out of the folder.
-    named = _base_name(annotation.filename)
-    names = images.get(stem) or images.get(_stem(named), [])
+    named = base_name(annotation.filename)
+    names = images.get(stem) or images.get(stem_of(named), [])
     if not names:
         raise DataError(f"{folder / stem}: no image with {', '.join(sorted(SUFFIXES))}, for {annotation.path}")
     if named in names:

@@ -19,6 +19,7 @@ from PIL import Image
 from fastdet.cli import commands
 from fastdet.cli.main import main
 from fastdet.data import VOC, Shapes
+from fastdet.data.images import MAX_PIXELS
 from fastdet.engine import checkpoint, detect
 from fastdet.engine.evaluate import evaluate
 from tests.helpers.voc import SMALL, write_voc
@@ -123,6 +124,26 @@ def test_detect_draws_pictures(trained, tmp_path, capsys):
         assert picture.size == (90, 50)
 
 
+def test_a_run_on_a_data_set_in_cocos_format(tree, tmp_path, capsys):
+    voc = VOC(tree, "trainval")
+    images = [{"id": index, "file_name": voc.image_path(index).name} for index in range(len(voc))]
+    boxes = [(index, box) for index in range(len(voc)) for box in voc[index][1]["boxes"].tolist()]
+    categories = [{"id": 1, "name": "shape"}]
+    annotations = [
+        {"image_id": index, "category_id": 1, "bbox": [x1, y1, x2 - x1, y2 - y1]} for index, (x1, y1, x2, y2) in boxes
+    ]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    data = f"coco:{tree / 'JPEGImages'},{tmp_path / 'all.json'}"
+    run = ["train", "--data", data, "--out", str(tmp_path / "run"), "--epochs", "1", *SMALL]
+    fails(capsys, run, "--val-data", "no split")
+    assert main([*run, "--val-data", data]) == 0
+    assert checkpoint.load_model(tmp_path / "run/last.pth")[1] == ("shape",)
+    capsys.readouterr()
+    assert main(["eval", "--data", data, "--weights", str(tmp_path / "run/last.pth")]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[0] == "shape"
+
+
 def test_detect_turns_photos_as_viewers_show_them(trained, tmp_path):
     _, run = trained
     exif = Image.Exif()
@@ -154,7 +175,7 @@ def test_options_of_the_data_reach_the_data_set(trained, monkeypatch):
     monkeypatch.setattr(commands, "VOC", Recorded)
     command = ["eval", "--data", f"voc:{tree}", "--weights", str(run / "last.pth"), "--zero-based", "--orientation"]
     assert main([*command, "stored"]) == 0
-    assert found == {"zero_based": True, "orientation": "stored"}
+    assert found == {"zero_based": True, "orientation": "stored", "max_pixels": MAX_PIXELS}
 
 
 def test_detect_and_evaluate_leave_the_model_as_it_was(trained):

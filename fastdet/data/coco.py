@@ -1,0 +1,164 @@
+"""Data sets in COCO's format: a folder of images, and one JSON file of instances."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from fastdet.data.images import MAX_PIXELS, DataError
+from fastdet.data.records import AnnotatedImages, Box, Orientation, Record, base_name, find_images, stem_of, warn_of
+from fastdet.safe_files import open_regular, printable
+
+# COCO's own of 118,000 images has 450 MB.
+_MAX_BYTES = 1 << 30
+
+
+class COCO(AnnotatedImages):
+    """Images with the instances of a JSON file in COCO's format.
+
+    The file has "images" (id, file_name; width and height where they are known), "annotations" (image_id, category_id,
+    bbox as x, y, width, height in continuous pixels; iscrowd) and "categories" (id, name). An image is the file of its
+    file_name in the folder, without following a path out of it; else the one of the same stem, with any suffix.
+    Crowds are to be ignored. Items, the image's size and orientation, and which boxes are left out: as of
+    `AnnotatedImages`.
+
+    Args:
+        images: the folder.
+        annotations: the JSON file.
+        class_names: label k is `class_names[k - 1]`; when None, the names of the categories in the order of their ids.
+        max_pixels: of an image, as of `read_image`.
+        orientation: as of `AnnotatedImages`.
+
+    Attributes:
+        class_names: the names of labels 1, 2, ...
+        ids: the names of the image files, in the order of the JSON file.
+
+    Raises:
+        DataError: the file or an image is missing, an entry lacks what it needs, ids or names are repeated, or a class
+            is not among `class_names`; on access, an image that cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        images: str | Path,
+        annotations: str | Path,
+        class_names: Sequence[str] | None = None,
+        max_pixels: int = MAX_PIXELS,
+        *,
+        orientation: Orientation = "auto",
+    ) -> None:
+        folder, path = Path(images), Path(annotations)
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder")
+        content = _read(path)
+        names = _read_categories(path, content)
+        listed = _index(path, content, "images", "id")
+        boxes: dict[Any, list[Box]] = {key: [] for key in listed}
+        strangers = []
+        for place, entry in _entries(path, content, "annotations"):
+            image, category = (_get(path, place, entry, key, (int, str)) for key in ("image_id", "category_id"))
+            if category not in names:
+                raise DataError(f"{path}: {place}: category_id {category!r:.100} is not among the categories")
+            box = _to_box(path, place, entry, names[category])
+            if image in boxes:
+                boxes[image].append(box)
+            else:
+                strangers.append(f"{place} of {image!r:.100}")
+        found = find_images(folder)
+        records = [_to_record(path, place, entry, folder, found, boxes[key]) for key, (place, entry) in listed.items()]
+        title = f"{path}"
+        warn_of(title, "annotation(s) of images that are not listed, left out", strangers)
+        ordered = [names[key] for key in sorted(names, key=lambda key: (isinstance(key, str), key))]
+        names_of_labels = ordered if class_names is None else class_names
+        super().__init__(title, records, names_of_labels, orientation=orientation, max_pixels=max_pixels)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with open_regular(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > _MAX_BYTES:
+                raise DataError(f"{path}: the annotations have {size >> 20} MB, more than {_MAX_BYTES >> 20}")
+            content = json.load(file)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file of annotations") from None
+    except DataError:
+        raise
+    except (ValueError, RecursionError, OSError) as error:
+        raise DataError(f"{path}: the JSON does not parse: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: not in COCO's format: it is a {type(content).__name__}, not an object")
+    return content
+
+
+def _entries(path: Path, content: dict[str, Any], name: str) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a list, each with its place in the file."""
+    entries = content.get(name)
+    if not isinstance(entries, list):
+        raise DataError(f"{path}: not in COCO's format: it has no list {name!r}")
+    placed = [(f"{name}[{k}]", entry) for k, entry in enumerate(entries)]
+    for place, entry in placed:
+        if not isinstance(entry, dict):
+            raise DataError(f"{path}: {place} is a {type(entry).__name__}, not an object")
+    return placed
+
+
+def _get(path: Path, place: str, entry: dict[str, Any], key: str, kinds: tuple[type, ...]) -> Any:
+    if key not in entry:
+        raise DataError(f"{path}: {place} has no {key!r}")
+    value = entry[key]
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise DataError(f"{path}: {place}: {key} is {value!r:.100}")
+    return value
+
+
+def _index(path: Path, content: dict[str, Any], name: str, key: str) -> dict[Any, tuple[str, dict[str, Any]]]:
+    """The objects of a list by a key that none shares."""
+    indexed: dict[Any, tuple[str, dict[str, Any]]] = {}
+    for place, entry in _entries(path, content, name):
+        value = _get(path, place, entry, key, (int, str))
+        if value in indexed:
+            raise DataError(f"{path}: {place} has the {key} of {indexed[value][0]}, {value!r:.100}")
+        indexed[value] = (place, entry)
+    return indexed
+
+
+def _read_categories(path: Path, content: dict[str, Any]) -> dict[Any, str]:
+    """The names of the categories by their ids."""
+    _index(path, content, "categories", "name")
+    return {
+        key: _get(path, place, entry, "name", (str,))
+        for key, (place, entry) in _index(path, content, "categories", "id").items()
+    }
+
+
+def _to_box(path: Path, place: str, entry: dict[str, Any], name: str) -> Box:
+    bbox = _get(path, place, entry, "bbox", (list,))
+    if len(bbox) != 4 or not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in bbox):
+        raise DataError(f"{path}: {place}: bbox is {bbox!r:.100}, not four numbers")
+    # A whole number can be larger than a float.
+    x, y, width, height = (float(value) if abs(value) < 1e300 else math.nan for value in bbox)
+    shown = ", ".join(f"{value:g}" for value in (x, y, width, height))
+    return Box(name, (x, y, x + width, y + height), bool(entry.get("iscrowd", 0)), shown)
+
+
+def _to_record(
+    path: Path, place: str, entry: dict[str, Any], folder: Path, found: dict[str, list[str]], boxes: list[Box]
+) -> Record:
+    name = _get(path, place, entry, "file_name", (str,))
+    width, height = entry.get("width"), entry.get("height")
+    size = (float(width), float(height)) if _is_side(width) and _is_side(height) else None
+    image = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or not os.path.isfile(image):
+        # Of another machine, or with another suffix.
+        names, base = found.get(stem_of(name), []), base_name(name)
+        if base not in names and len(names) != 1:
+            problem = f"several of {', '.join(names)} fit" if names else "no image fits"
+            raise DataError(f"{path}: {place}: {problem} {printable(name, 200)} in {folder}")
+        image = folder / (base if base in names else names[0])
+    return Record(name, image, f"{path} {place}", size, boxes)
+
+
+def _is_side(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and 0 < value < 1e300

@@ -1,0 +1,176 @@
+"""COCO's format: what it gives, and what it reports of files that are wrong."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from fastdet.data import COCO, VOC, DataError
+from tests.helpers.voc import write_voc
+
+Content = dict[str, Any]
+
+
+def annotation(image: Any, category: int, bbox: list[Any], **more: Any) -> Content:
+    return {"image_id": image, "category_id": category, "bbox": bbox, **more}
+
+
+@pytest.fixture
+def content(tmp_path: Path) -> Content:
+    """Two images: `a` with a cat, a dog and a crowd of dogs, `b`, in a folder of its own, with nothing."""
+    (tmp_path / "images/part").mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(tmp_path / "images/a.jpg")
+    Image.new("RGB", (40, 30)).save(tmp_path / "images/part/b.png")
+    return {
+        "images": [
+            {"id": 7, "file_name": "a.jpg", "width": 40, "height": 30},
+            {"id": 3, "file_name": "part/b.png", "width": 40, "height": 30},
+        ],
+        "categories": [{"id": 9, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 5, "name": "horse"}],
+        "annotations": [
+            annotation(7, 9, [10, 5, 10, 10]),
+            annotation(7, 2, [0.5, 0, 39.5, 30], iscrowd=0),
+            annotation(7, 2, [1, 2, 3, 4], iscrowd=1),
+        ],
+    }
+
+
+def open_coco(root: Path, content: object, **options: Any) -> COCO:
+    (root / "instances.json").write_text(json.dumps(content))
+    return COCO(root / "images", root / "instances.json", **options)
+
+
+def test_items(tmp_path: Path, content: Content) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = open_coco(tmp_path, content)
+    assert data.class_names == ("dog", "horse", "cat")
+    assert data.ids == ("a.jpg", "part/b.png")
+    image, target = data[0]
+    assert image.shape == (3, 30, 40)
+    assert target["boxes"].tolist() == [[10, 5, 20, 15], [0.5, 0, 40, 30], [1, 2, 4, 6]]
+    assert target["labels"].tolist() == [3, 1, 1]
+    assert target["ignore"].tolist() == [False, False, True]
+    assert data[1][1]["boxes"].shape == (0, 4)
+    assert data.image_path(1) == tmp_path / "images/part/b.png"
+    assert open_coco(tmp_path, content, class_names=["cat", "dog"])[0][1]["labels"].tolist() == [1, 2, 2]
+    with pytest.raises(DataError, match=r"instances\.json images\[0\]: class 'dog' is not among"):
+        open_coco(tmp_path, content, class_names=["cat"])
+
+
+def test_one_data_set_in_two_formats_is_the_same(tmp_path: Path) -> None:
+    voc = VOC(write_voc(tmp_path / "voc", {"train": 5}), "train")
+    images, annotations = [], []
+    for index in range(len(voc)):
+        images.append({"id": index, "file_name": voc.image_path(index).name})
+        for box, label in zip(*(voc[index][1][name].tolist() for name in ("boxes", "labels")), strict=True):
+            annotations.append(annotation(index, label, [*box[:2], box[2] - box[0], box[3] - box[1]]))
+    categories = [{"id": label, "name": name} for label, name in enumerate(voc.class_names, start=1)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "voc.json").write_text(json.dumps(content))
+    coco = COCO(tmp_path / "voc/JPEGImages", tmp_path / "voc.json")
+    assert coco.class_names == voc.class_names
+    for index in range(len(voc)):
+        torch.testing.assert_close(coco[index], voc[index], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("file", "written"),
+    [("a.JPG", "a.jpg"), ("a.png", "C:\\pictures\\a.jpg"), ("a.jpg", "/home/me/a.jpg"), ("a.jpg", "../../a.jpg")],
+)
+def test_images_are_found_in_the_folder_alone(tmp_path: Path, content: Content, file: str, written: str) -> None:
+    (tmp_path / "images/a.jpg").rename(tmp_path / "images" / file)
+    content["images"][0]["file_name"] = written
+    assert open_coco(tmp_path, content).image_path(0) == tmp_path / "images" / file
+
+
+def test_images_that_are_not_there_or_not_one(tmp_path: Path, content: Content) -> None:
+    content["images"][0]["file_name"] = "c\x1b.jpg"
+    with pytest.raises(DataError, match=r"images\[0\]: no image fits c\\x1b\.jpg in") as caught:
+        open_coco(tmp_path, content)
+    assert str(caught.value).isprintable()
+    content["images"][0]["file_name"] = "a.bmp"
+    Image.new("RGB", (40, 30)).save(tmp_path / "images/a.png")
+    with pytest.raises(DataError, match=r"several of a\.jpg, a\.png fit a\.bmp"):
+        open_coco(tmp_path, content)
+    content["images"][0]["file_name"] = "x" * 100_000
+    with pytest.raises(DataError, match="no image fits x"):
+        open_coco(tmp_path, content)
+    with pytest.raises(DataError, match="no such folder"):
+        COCO(tmp_path / "nowhere", tmp_path / "instances.json")
+    with pytest.raises(DataError, match="no such file of annotations"):
+        COCO(tmp_path, tmp_path / "nowhere.json")
+
+
+def test_what_does_not_fit_is_counted(tmp_path: Path, content: Content) -> None:
+    content["images"][0].update(width=30, height=40)
+    content["images"][1].pop("width")
+    bad = [[50, 0, 3, 3], [0, 0, 0, 9], [0, 0, 5, -5], [float("nan"), 0, 5, 5], [0, 0, 10**400, 5], [-9, 0, 9, 5]]
+    content["annotations"] += [annotation(7, 2, box) for box in bad] + [annotation(99, 2, [0, 0, 5, 5])]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = open_coco(tmp_path, content)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == 3
+    assert "1 annotation(s) of images that are not listed, left out: annotations[9] of 99" in messages[0]
+    assert "1 annotation(s) of another size than the image" in messages[1]
+    assert "instances.json images[0] 30 x 40, a.jpg 40 x 30" in messages[1]
+    assert "6 box(es) left out" in messages[2]
+    assert len(data[0][1]["boxes"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: [], "it is a list, not an object"),
+        (lambda c: {**c, "images": {}}, "it has no list 'images'"),
+        (lambda c: {k: v for k, v in c.items() if k != "categories"}, "it has no list 'categories'"),
+        (lambda c: {**c, "annotations": [5]}, r"annotations\[0\] is a int, not an object"),
+        (lambda c: {**c, "annotations": [{"image_id": 7, "category_id": 9}]}, r"annotations\[0\] has no 'bbox'"),
+        (lambda c: {**c, "annotations": [annotation(7, 9, [1, 2, 3])]}, "bbox is .*, not four numbers"),
+        (lambda c: {**c, "annotations": [annotation(7, 9, [1, 2, 3, "x"])]}, "bbox is .*, not four numbers"),
+        (lambda c: {**c, "annotations": [annotation(7, 1, [1, 2, 3, 4])]}, "category_id 1 is not among"),
+        (lambda c: {**c, "annotations": [annotation([], 1, [1, 2, 3, 4])]}, r"image_id is \[\]"),
+        (lambda c: {**c, "images": [{"id": 7}]}, r"images\[0\] has no 'file_name'"),
+        (lambda c: {**c, "images": [{"id": 7, "file_name": 5}]}, r"images\[0\]: file_name is 5"),
+        (lambda c: {**c, "images": c["images"] * 2}, r"images\[2\] has the id of images\[0\], 7"),
+        (lambda c: {**c, "categories": [{"id": 9, "name": "x"}, {"id": 2, "name": "x"}]}, "has the name of"),
+    ],
+)
+def test_entries_that_are_wrong_are_named(tmp_path: Path, content: Content, change: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        open_coco(tmp_path, change(content))
+    assert str(caught.value).startswith(str(tmp_path / "instances.json"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00", '{"images": [1e999999]', '"' + "x" * 10_000])
+def test_files_that_are_no_json_are_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "instances.json").write_text(text)
+    with pytest.raises(DataError, match=r"instances\.json: the JSON does not parse") as caught:
+        COCO(tmp_path, tmp_path / "instances.json")
+    assert len(str(caught.value)) < 600
+
+
+def test_files_too_large_are_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "instances.json").open("wb") as file:
+        file.truncate(2 << 30)
+    with pytest.raises(DataError, match="have 2048 MB, more than 1024"):
+        COCO(tmp_path, tmp_path / "instances.json")
+
+
+@pytest.mark.shared
+def test_images_of_coco(shared_dir: Path) -> None:
+    folder = shared_dir / "data" / "coco_micro"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = COCO(folder / "images", folder / "instances.json")
+    targets = [data[index][1] for index in range(len(data))]
+    assert (len(data), len(data.class_names)) == (11, 80)
+    assert sum(len(target["boxes"]) for target in targets) == 115
+    assert sum(bool(target["ignore"].any()) for target in targets) == 3
+    assert sum(len(target["boxes"]) == 0 for target in targets) == 1
