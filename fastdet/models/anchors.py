@@ -1,6 +1,8 @@
 """Anchors: boxes of a few sizes and shapes around every cell of a feature map (Ren et al. 2015, section 3.1.1)."""
 
+import functools
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -128,6 +130,30 @@ def inside(anchors: Tensor, sizes: Tensor) -> Tensor:
     height, width = sizes[:, 0, None], sizes[:, 1, None]
     x1, y1, x2, y2 = anchors.unbind(-1)
     return (x1 >= 0) & (y1 >= 0) & (x2 <= width) & (y2 <= height)
+
+
+@functools.lru_cache(maxsize=1024)
+def _has_anchor_inside(generator: AnchorGenerator, size: Size) -> bool:
+    """Whether an anchor lies wholly inside an image of this (height, width), in the first cell in which it can."""
+    height, width = size
+    for cell, stride in zip(generator.cell_anchors(), generator.strides or (), strict=True):
+        for x1, y1, x2, y2 in cell.tolist():
+            right, lower = (end + stride * math.ceil(max(-start, 0) / stride) for start, end in ((x1, x2), (y1, y2)))
+            if right <= width and lower <= height:
+                return True
+    return False
+
+
+def warn_of_images_without_anchors(generator: AnchorGenerator, sizes: Sequence[Size]) -> None:
+    """Warn of images, of these (height, width) after resizing, inside which no anchor lies where only such train."""
+    for i, size in enumerate(sizes if generator.strides else ()):
+        if not _has_anchor_inside(generator, size):
+            warnings.warn(
+                f"image {i} of {size[0]} x {size[1]} pixels after resizing has no anchor inside, so that region "
+                "proposals learn nothing of it: smaller sizes in rpn_anchor_generator, a larger min_size or "
+                "rpn_anchors_inside_only=False would give it some",
+                stacklevel=5,
+            )
 
 
 def spatial_scale(stride: int) -> float:

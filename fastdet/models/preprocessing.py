@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdet import ops
-from fastdet.models.anchors import Size
+from fastdet.models.anchors import Size, warn_of_images_without_anchors
 from fastdet.models.settings import Settings
 from fastdet.structures import Batch, Detections, Targets
 
@@ -68,13 +68,8 @@ def check_images(images: Any, channels: int) -> list[Tensor]:
         if not isinstance(image, Tensor):
             raise ValueError(f"image {i} must be a tensor, got {type(image).__name__}")
         number = image.is_floating_point() or image.dtype == torch.uint8
-        if (
-            not _is_dense(image)
-            or image.ndim != 3
-            or image.shape[0] not in (channels, 1)
-            or 0 in image.shape
-            or not number
-        ):
+        has_shape = image.ndim == 3 and image.shape[0] in (channels, 1) and 0 not in image.shape
+        if not (number and has_shape and _is_dense(image)):
             shape = f"{channels} x H x W, or 1 x H x W (as image_mean has {channels})"
             raise ValueError(f"image {i} must be a floating-point or uint8 tensor of {shape}, got {_describe(image)}")
         if image.is_cpu and image.is_floating_point() and not (ops.is_recorded(image) or _are_pixels(image)):
@@ -178,6 +173,8 @@ def make_batch(
     original_sizes = [(image.shape[-2], image.shape[-1]) for image in images]
     sizes, scales = _resize(original_sizes, settings, training, least_side)
     padded = None if targets is None else _batch_targets(targets, original_sizes, sizes, mean.device)
+    if training and targets is not None and settings.rpn_anchors_inside_only:
+        warn_of_images_without_anchors(settings.rpn_anchor_generator, sizes)
     pixels = _batch_images(images, sizes, settings, mean, std, dtype)
     host = _host_values_to(sizes, mean.device), _host_values_to(scales, mean.device, torch.float32)
     return Batch(pixels, *host), padded, original_sizes

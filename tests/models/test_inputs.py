@@ -1,11 +1,15 @@
 """What the detector's entry point refuses, by name and before any work."""
 
+import random
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
+import fastdet
 from fastdet import FasterRCNN
-from fastdet.models import backbones
+from fastdet.models import anchors, backbones
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +144,38 @@ def test_a_box_that_vanishes_when_resized_is_refused(model):
         assert all(loss.isfinite() for loss in losses.values())
         assert message is None or message.startswith("target 0: box 0 has no area after resizing: [6")
     assert 0 < refused < 40
+
+
+@pytest.mark.parametrize(("sizes", "min_size", "warned"), [((64.0,), 120, False), ((128.0, 256.0), 120, True)])
+def test_images_without_an_anchor_inside_are_warned_of(sizes, min_size, warned):
+    """Their losses of region proposals would be 0 for a whole run without a word."""
+    generator = fastdet.AnchorGenerator((sizes,), offset=8.0, rounded=False)
+    model = FasterRCNN("small", 2, rpn_anchor_generator=generator, min_size=min_size, max_size=160)
+    batch = [torch.rand(3, 120, 160)], [box(20.0, 20, 80, 90)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        inside = model.train().inspect(*batch)["anchors_inside"]
+        model.eval().inspect(*batch)
+    messages = [str(warning.message) for warning in caught]
+    assert bool(inside.any()) != warned
+    assert len(messages) == warned
+    assert all(message.startswith("image 0 of 120 x 160 pixels after resizing has no anchor") for message in messages)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whether_an_anchor_lies_inside_is_what_the_anchors_show(seed):
+    draw = random.Random(seed)
+    levels = draw.choice([1, 3])
+    sizes = tuple((draw.uniform(5, 90),) for _ in range(levels))
+    strides = tuple(draw.choice([4, 8, 16]) for _ in range(levels))
+    generator = fastdet.AnchorGenerator(sizes, strides=strides, offset=draw.choice([0, 8]), rounded=draw.random() < 0.5)
+    height, width = draw.randint(8, 120), draw.randint(8, 120)
+    grids = [(-(-height // stride), -(-width // stride)) for stride in strides]
+    every = torch.cat(
+        [
+            anchors.grid_anchors(cell, grid, (stride, stride))
+            for cell, grid, stride in zip(generator.cell_anchors(), grids, strides, strict=True)
+        ]
+    )
+    expected = bool(anchors.inside(every, torch.tensor([[height, width]])).any())
+    assert anchors._has_anchor_inside(generator, (height, width)) == expected
