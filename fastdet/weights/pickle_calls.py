@@ -14,13 +14,13 @@ from fastdet.weights.tensor_pickles import NAMESPACE, STAND_INS, STORAGES, dtype
 
 _VIEWS = tuple(f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3"))
 _SUBCLASS = "torch._tensor._rebuild_from_type_v2"
-_INNER = (*_VIEWS, "torch._utils._rebuild_parameter")
+_PARAMETER = "torch._utils._rebuild_parameter"
 _PAIRS = "collections.OrderedDict"
 _CONTAINERS = (_PAIRS, NAMESPACE, "collections.Counter", "builtins.set", "builtins.frozenset")
 # Of a reference, and of an entry of a dict or a set.
 REFERENCE, _ENTRY = 8, 168
 _MOST_DIMENSIONS = 64
-_LONGEST_KEY, _LARGEST_KEY = 16, 1 << 31
+_LARGEST_KEY = 1 << 31
 
 
 class Name(NamedTuple):
@@ -85,15 +85,17 @@ def call(function: Any, arguments: Any) -> tuple[Any, int]:
     # Each call can make its arguments anew.
     cost = sum(map(copied_bytes, arguments))
     if called in _VIEWS:
-        of, _, sizes, _, *rest = arguments
-        # Its elements can be more than those of the storage: several in one place.
-        cost += _count_elements(sizes) * _item_size(rest[2].full if called.endswith("v3") else of.kind)
+        cost += _view_bytes(called, *arguments)
     elif called in _CONTAINERS:
         made = Entries()
         return made, cost + sum(_fill(made, called, items) for items in arguments)
+    elif called == _PARAMETER:
+        # Of what is given, its cost is known by its kind: it is a tensor.
+        if type(arguments[0]) is not Made or arguments[0].by not in _VIEWS:
+            raise TypeError
     elif called == _SUBCLASS:
         inner, _, inner_arguments, _ = arguments
-        if inner.full not in _INNER:
+        if inner.full not in (*_VIEWS, _PARAMETER):
             raise pickle.UnpicklingError(f"GLOBAL {inner.full} is refused")
         return call(inner, inner_arguments)
     elif called == "torch.Size":
@@ -106,7 +108,11 @@ def call(function: Any, arguments: Any) -> tuple[Any, int]:
         if encoding != "latin1":
             raise pickle.UnpicklingError("GLOBAL _codecs.encode to another encoding than latin1 is refused")
         return Data(copied_bytes(text)), cost
-    return Made(called), cost
+    elif called == "numpy.dtype" and type(arguments[0]) is not str:
+        raise TypeError
+    elif called.endswith("_frombuffer"):
+        _count_elements(arguments[2])
+    return Made(_VIEWS[0] if called == _SUBCLASS else called), cost
 
 
 def build(made: Any, state: Any) -> int:
@@ -116,7 +122,11 @@ def build(made: Any, state: Any) -> int:
     """
     if type(made) is Entries and type(state) is Entries:
         return _ENTRY * state.count
-    if type(made) is not Made or not made.by.startswith("numpy.") or type(state) is not tuple:
+    if type(made) is not Made or type(state) is not tuple:
+        raise TypeError
+    if made.by.endswith(("_reconstruct", ".ndarray")):
+        _count_elements(state[-4])
+    elif made.by != "numpy.dtype":
         raise TypeError
     return sum(map(copied_bytes, state))
 
@@ -145,15 +155,27 @@ def _fill(made: Entries, called: str, items: Any) -> int:
 
 
 def _check_key(key: Any) -> None:
-    """Refuse what takes long to hash: tuples that are nested, which can contain others often; and what can be made to
-    have the hash of others, such as numbers of many digits."""
-    items = key if type(key) is tuple else (key,)
-    is_short = len(items) <= _LONGEST_KEY and all(type(item) in (str, int, float, bool, NoneType) for item in items)
-    if not is_short or any(type(item) is int and abs(item) > _LARGEST_KEY for item in items):
-        raise pickle.UnpicklingError("a key in it is nested, long or of another kind than names and numbers")
+    """Refuse what takes long to hash, or can be made to have the hash of others: long numbers, fractions, tuples."""
+    if type(key) not in (str, int, bool, NoneType) or (type(key) is int and abs(key) > _LARGEST_KEY):
+        raise pickle.UnpicklingError("a key in it is neither a short text nor a small whole number")
+
+
+def _view_bytes(
+    called: str, storage: Any, offset: Any, sizes: Any, strides: Any, _: Any = False, __: Any = None, *more: Any
+) -> int:
+    """The bytes of a tensor. Its elements can be more than those of the storage: several in one place."""
+    dtype = more[0].full if called.endswith("v3") else storage.kind
+    elements = _count_elements(sizes)
+    _count_elements(strides)
+    reach = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) + 1
+    if type(offset) is not int or offset < 0 or (elements and reach * _item_size(dtype) > storage.bytes):
+        raise pickle.UnpicklingError("a tensor in it reaches beyond its storage")
+    return elements * _item_size(dtype)
 
 
 def _count_elements(sizes: Any) -> int:
+    if type(sizes) not in (tuple, list):
+        raise TypeError
     if len(sizes) > _MOST_DIMENSIONS or not all(type(size) is int and size >= 0 for size in sizes):
         raise ValueError
     return math.prod(sizes)

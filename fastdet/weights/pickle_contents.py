@@ -55,9 +55,14 @@ def examine(program: bytes, allowance: int, start: int = 0) -> Contents:
         UnpicklingError: it is damaged, or calls what is no part of tensors, arrays and plain values.
     """
     machine = _Machine()
+    position = frame_end = start
     for number, (name, argument, end) in enumerate(instructions(program, start)):
         if number >= _MOST_INSTRUCTIONS:
             raise OutOfProportion(f"its pickle has more than {_MOST_INSTRUCTIONS} instructions")
+        # Where an instruction crosses the end of a frame, Python's reader goes on from another byte.
+        if position < frame_end and (end > frame_end or name == "FRAME"):
+            raise pickle.UnpicklingError(f"its instruction {number}, {name}, crosses the end of a frame")
+        position, frame_end = end, end + argument if name == "FRAME" else frame_end
         # The memo is a list as long as its largest index.
         if name in _PUTS and argument > 2 * number + 1024:
             raise OutOfProportion(f"its memo has an index of {argument}")

@@ -133,7 +133,7 @@ class _Dtype:
 
     def __init__(self, code: str, *flags: Any) -> None:
         if code not in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"):
-            raise pickle.UnpicklingError(f"GLOBAL numpy.dtype({code!r}) is refused")
+            raise pickle.UnpicklingError(f"GLOBAL numpy.dtype({code:.20}) is refused")
         self._code = code
         self._order: Any = "="
 
@@ -160,7 +160,7 @@ class _Array:
 def _make_tensor(data: bytes | str, dtype: _Dtype, shape: Iterable[int], order: Any) -> Tensor:
     content, sizes = data.encode("latin1") if isinstance(data, str) else data, tuple(shape)
     if any(size < 0 for size in sizes):
-        raise pickle.UnpicklingError(f"an array of shape {sizes}")
+        raise pickle.UnpicklingError("an array with a size below 0")
     array = np.frombuffer(content, dtype.numpy()).reshape(sizes, order=order)
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
 

@@ -16,7 +16,7 @@ from fastdet.weights.limits import allowed, check_list
 from fastdet.weights.pickle_contents import examine
 from fastdet.weights.tensor_pickles import TensorUnpickler, arrays_to_tensors
 
-_END, _END_64 = b"PK\x05\x06", b"PK\x06\x06"
+_END, _END_64, _END_64_LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 
 
 def read_archive(data: bytes) -> Any:
@@ -26,10 +26,10 @@ def read_archive(data: bytes) -> Any:
         UnpicklingError: a checksum is wrong, a storage has another size than the pickle gives it, or as `examine`.
         zipfile.BadZipFile, ...: it is damaged otherwise.
     """
-    check_list(_directory_bytes(data), "directory")
+    _check_end(data)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         records = {record.filename: record for record in archive.infolist()}
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records.values()):
+        if any(r.compress_type != zipfile.ZIP_STORED or r.compress_size != r.file_size for r in records.values()):
             raise pickle.UnpicklingError("its records are compressed")
         if sum(record.file_size for record in records.values()) > len(data):
             raise pickle.UnpicklingError("its records have more bytes than the file")
@@ -53,15 +53,16 @@ def read_archive(data: bytes) -> Any:
         return arrays_to_tensors(TensorUnpickler(content, read_storage).load())
 
 
-def _directory_bytes(data: bytes) -> int:
-    """The length of an archive's directory, as its end gives it; after it is at most a comment."""
-    end = data.rfind(_END, max(len(data) - (1 << 16), 0))
-    length = int.from_bytes(data[end + 12 : end + 16], "little")
-    if length < 0xFFFFFFFF:
-        return length
-    # An archive of more than 4 GB.
-    end = data.rfind(_END_64, max(end - 1024, 0), end)
-    return int.from_bytes(data[end + 40 : end + 48], "little")
+def _check_end(data: bytes) -> None:
+    """Check the end of an archive, which has the length of its directory: the directory is read whole."""
+    if data[-22:-18] != _END or data[-2:] != bytes(2):
+        raise pickle.UnpicklingError("its end is missing, or has a comment")
+    check_list(int.from_bytes(data[-10:-6], "little") % 0xFFFFFFFF, "directory")
+    # Of an archive of more than 4 GB its length is in a record before that, to which another points.
+    if data[-42:-38] == _END_64_LOCATOR:
+        if int.from_bytes(data[-34:-26], "little") != len(data) - 98 or data[-98:-94] != _END_64:
+            raise pickle.UnpicklingError("its end is not where it should be")
+        check_list(int.from_bytes(data[-58:-50], "little"), "directory")
 
 
 def read_old_archive(data: bytes) -> Any:
@@ -77,7 +78,7 @@ def read_old_archive(data: bytes) -> Any:
         raise pickle.UnpicklingError("it is big-endian")
     (program, storages), keys = pieces[3], contents.value
     # A storage that is not listed would have no values.
-    if type(keys) is not list or sorted(map(str, keys)) != sorted(storages):
+    if type(keys) is not list or not all(type(key) is str for key in keys) or sorted(keys) != sorted(storages):
         raise pickle.UnpicklingError("its list of storages is not that of its object")
     places = {}
     for key in keys:

@@ -344,7 +344,7 @@ def contents_of_checkpoints():
     tagged.note = "x"
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5])
     plain = [
-        {(1, "a"): 2},
+        {1: 2, "a": True, None: 3},
         {1, "b"},
         frozenset([3]),
         argparse.Namespace(lr=0.1, data="x"),
@@ -465,3 +465,50 @@ def test_mutated_files_are_read_or_refused(tmp_path, kind):
             changed[place : place + draw.choice([0, length])] = new
         mutated.write_bytes(changed)
         read_or_message(mutated)
+
+
+def in_a_frame(content: bytes) -> bytes:
+    """A text whose length begins in a frame of three bytes and ends behind it: Python's reader takes the length from the
+    four bytes behind, and runs what others take for the text."""
+    length = struct.pack("<I", 0)
+    return (
+        b"\x80\x04\x95" + struct.pack("<Q", 3) + b"B" + struct.pack("<H", len(content) + 2) + length + content + b"0N."
+    )
+
+
+def array_of_given(call: bytes, times: int) -> bytes:
+    """Arrays of bytes that a call has given back."""
+    reconstruct = b"cnumpy.core.multiarray\n_reconstruct\n)R"
+    data = b"B" + struct.pack("<I", 1 << 20) + bytes(1 << 20)
+    start = b"\x80\x02" + call + data + b"\x85Rq\x010cnumpy\ndtype\n" + text("u1") + b"\x85Rq\x020]("
+    return start + (reconstruct + b"(K\x01J\x00\x00\x10\x00\x85h\x02\x89h\x01tb") * times + b"e."
+
+
+EQUAL = b"](K\x01K\x01eq\x0a0" + b"".join(
+    b"](" + b"h" + bytes([k]) * 1 + b"h" + bytes([k]) + b"eq" + bytes([k + 1]) + b"0" for k in range(10, 60)
+)
+MORE = {
+    "an instruction across the end of a frame": in_a_frame(b"0" + text("other") + b"."),
+    "bytes that a call gives back": array_of_given(b"ctorch._utils\n_rebuild_parameter\n", 200),
+    "a dtype that is a list": b"\x80\x02" + EQUAL + b"cnumpy\ndtype\nh\x3c\x85R.",
+    "an old file whose keys are lists": old_torch(b"\x80\x02}.", [], b"")[:-6] + EQUAL + b"](h\x3ce.",
+    "sizes that are bytes": torch_archive(
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n("
+        + tensor(2, 2, 1).partition(b"(")[2].partition(b"K\x00")[0]
+        + b"K\x00B\x02\x00\x00\x00\xff\xffB\x02\x00\x00\x00\x01\x01\x89NtR.",
+        **{"data/0": bytes(8)},
+    ),
+    "a tensor beyond its storage": torch_archive(state_dict(tensor(2, 3, 1)), **{"data/0": bytes(8)}),
+    "keys of one hash in tuples": b"\x80\x02}(K\x01K\x02\x86NK\x03K\x04\x86Nu.",
+    "fractions as keys": b"\x80\x02}G" + bytes(8) + b"Ns.",
+    "an archive with a comment": torch_archive(state_dict())[:-2] + b"\x01\x00x",
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_what_two_readers_would_take_differently_is_refused(tmp_path, name):
+    path = tmp_path / "file"
+    path.write_bytes(MORE[name])
+    (line,) = limited([path], seconds=20)
+    assert "not a file of tensors" in line
+    assert float(line.split(" s: ")[0]) < 5
