@@ -468,8 +468,8 @@ def test_mutated_files_are_read_or_refused(tmp_path, kind):
 
 
 def in_a_frame(content: bytes) -> bytes:
-    """A text whose length begins in a frame of three bytes and ends behind it: Python's reader takes the length from the
-    four bytes behind, and runs what others take for the text."""
+    """Bytes whose length begins in a frame and ends behind it: Python's reader takes the four bytes behind for the
+    length, and runs what others take for the bytes."""
     length = struct.pack("<I", 0)
     return (
         b"\x80\x04\x95" + struct.pack("<Q", 3) + b"B" + struct.pack("<H", len(content) + 2) + length + content + b"0N."
