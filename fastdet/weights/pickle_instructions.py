@@ -1,5 +1,6 @@
 """The instructions of a pickle, with their arguments: as `pickletools.genops`, without copies of long arguments."""
 
+import codecs
 import pickle
 import pickletools
 import sys
@@ -28,6 +29,16 @@ def _old_text(content: bytes) -> str | Data:
     return content.decode("latin1") if len(content) <= _LONGEST_NAME else Data(len(content))
 
 
+def _escaped_text(line: bytes) -> str | Data:
+    text = str(line[:-1], "raw-unicode-escape")
+    return text if len(text) <= _LONGEST_NAME else Data(sys.getsizeof(text))
+
+
+def _quoted_text(line: bytes) -> str | Data:
+    """Of Python 2, likewise escaped."""
+    return _old_text(codecs.escape_decode(line[1:-2])[0])
+
+
 def _signed(content: bytes) -> int | Data:
     return int.from_bytes(content, "little", signed=True) if len(content) <= 16 else Data(len(content))
 
@@ -47,11 +58,9 @@ _READERS: dict[str, Callable[[bytes], Any]] = {
     **dict.fromkeys(("decimalnl_short", "decimalnl_long"), _decimal),
     **dict.fromkeys(("float8", "floatnl"), lambda content: 0.0),
     **dict.fromkeys(("unicodestring1", "unicodestring4", "unicodestring8"), _text),
-    # Escaped: a byte makes at most a character.
-    "unicodestringnl": lambda line: Data(4 * len(line)) if len(line) > _LONGEST_NAME else _old_text(line[:-1]),
+    "unicodestringnl": _escaped_text,
     **dict.fromkeys(("string1", "string4"), _old_text),
-    # In quotes.
-    "stringnl": lambda content: _old_text(content[1:-2]),
+    "stringnl": _quoted_text,
     **dict.fromkeys(("stringnl_noescape", "stringnl_noescape_pair"), lambda content: _old_text(content[:-1])),
 }
 _LINE = pickletools.UP_TO_NEWLINE

@@ -38,6 +38,13 @@ STORAGES = {
 }
 
 
+_DTYPES = {
+    *STORAGES.values(),
+    *(torch.uint16, torch.uint32, torch.uint64),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+}
+
+
 class TensorUnpickler(pickle.Unpickler):
     """Reads plain values, arrays of NumPy and tensors, for `arrays_to_tensors` to convert. Other names raise
     UnpicklingError.
@@ -71,7 +78,10 @@ class TensorUnpickler(pickle.Unpickler):
         _, dtype, key, *_ = reference
         if key not in self._storages:
             self._storages[key] = self._read_storage(key).view(dtype)
-        return self._storages[key]
+        storage = self._storages[key]
+        if storage.dtype != dtype:
+            raise pickle.UnpicklingError("a storage is referred to as two different ones")
+        return storage
 
 
 def full(module: str, name: str) -> str:
@@ -80,9 +90,9 @@ def full(module: str, name: str) -> str:
 
 
 def dtype_of(full_name: str) -> torch.dtype | None:
-    """The dtype of torch that has this name, if it is one."""
+    """The dtype of torch that has this name, if it is one of dense tensors."""
     found = getattr(torch, full_name.removeprefix("torch."), None) if full_name.startswith("torch.") else None
-    return found if isinstance(found, torch.dtype) else None
+    return found if isinstance(found, torch.dtype) and found in _DTYPES else None
 
 
 class _Callable:
@@ -185,9 +195,13 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
 def _view(storage: Tensor, offset: int, sizes: Sequence[int], strides: Sequence[int], *_: Any) -> Tensor:
     """Stands in for torch's functions that rebuild a tensor: a part of a storage. Hooks and attributes are dropped."""
     tensor = storage.as_strided(tuple(sizes), tuple(strides), offset)
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-    # Several elements in one place could not be written to.
-    return tensor.clone(memory_format=torch.contiguous_format) if tensor.numel() > max(reach, 0) else tensor
+    reach = 0
+    for stride, size in sorted(zip(strides, sizes, strict=True)):
+        if size > 1 and stride <= reach:
+            # Several elements in one place could not be written to.
+            return tensor.clone(memory_format=torch.contiguous_format)
+        reach += (size - 1) * stride if size > 1 else 0
+    return tensor
 
 
 def _view_as(

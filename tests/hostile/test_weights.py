@@ -305,6 +305,10 @@ def test_attributes_in_a_file_hide_no_method(tmp_path, name):
 def test_elements_in_one_place_become_elements_of_their_own(tmp_path):
     path = tmp_path / "state.pth"
     torch.save({"w": torch.zeros(1).expand(3, 2), "v": torch.arange(5.0).as_strided((3, 3), (1, 1))}, path)
+    with_gaps = {"w": torch.zeros(14).as_strided((4, 3), (0, 6)), "v": torch.zeros(30).as_strided((2, 2, 3), (3, 1, 9))}
+    torch.save(with_gaps, tmp_path / "gaps.pth")
+    assert read(tmp_path / "gaps.pth")["w"].is_contiguous()
+    assert read(tmp_path / "gaps.pth")["v"].stride() == (3, 1, 9)
     found = read(path)
     for value in found.values():
         assert value.is_contiguous()
@@ -501,6 +505,18 @@ MORE = {
     "a tensor beyond its storage": torch_archive(state_dict(tensor(2, 3, 1)), **{"data/0": bytes(8)}),
     "keys of one hash in tuples": b"\x80\x02}(K\x01K\x02\x86NK\x03K\x04\x86Nu.",
     "fractions as keys": b"\x80\x02}G" + bytes(8) + b"Ns.",
+    # The name of a storage of 16 bytes, and one that is the same once it is decoded.
+    "one storage by two texts": torch_archive(
+        b"\x80\x02]("
+        + tensor(4, 4, 1)
+        + tensor(1, 1 << 24, 0).replace(text("0"), b"V\\u0030\n").replace(b"FloatStorage", b"ByteStorage")
+        + b"e.",
+        **{"data/0": bytes(16), "data/\\u0030": bytes(1)},
+    ),
+    "a quantized dtype": torch_archive(
+        state_dict(tensor(2, 2, 1)).replace(b"FloatStorage", b"quint8"), **{"data/0": bytes(2)}
+    ),
+    "bits": torch_archive(state_dict(tensor(2, 2, 1)).replace(b"FloatStorage", b"bits8"), **{"data/0": bytes(2)}),
     "an archive with a comment": torch_archive(state_dict())[:-2] + b"\x01\x00x",
 }
 
