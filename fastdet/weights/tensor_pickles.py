@@ -17,27 +17,21 @@ _MOST_OBJECTS, _CHARACTERS = 1 << 20, 16
 NAMESPACE = "argparse.Namespace"
 # The storages of torch, which pickles refer to, and what they are made of.
 STORAGES = {
-    **{
-        f"torch.{kind}Storage": dtype
-        for kind, dtype in {
-            "Double": torch.float64,
-            "Float": torch.float32,
-            "Half": torch.float16,
-            "BFloat16": torch.bfloat16,
-            "Long": torch.int64,
-            "Int": torch.int32,
-            "Short": torch.int16,
-            "Char": torch.int8,
-            "Byte": torch.uint8,
-            "Bool": torch.bool,
-            "ComplexDouble": torch.complex128,
-            "ComplexFloat": torch.complex64,
-        }.items()
-    },
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+    "torch.ComplexDoubleStorage": torch.complex128,
+    "torch.ComplexFloatStorage": torch.complex64,
     "torch.storage.UntypedStorage": torch.uint8,
 }
-
-
+# Those of dense tensors; of others torch has no arithmetic.
 _DTYPES = {
     *STORAGES.values(),
     *(torch.uint16, torch.uint32, torch.uint64),
