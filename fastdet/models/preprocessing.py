@@ -173,7 +173,7 @@ def make_batch(
     original_sizes = [(image.shape[-2], image.shape[-1]) for image in images]
     sizes, scales = _resize(original_sizes, settings, training, least_side)
     padded = None if targets is None else _batch_targets(targets, original_sizes, sizes, mean.device)
-    if training and targets is not None and settings.rpn_anchors_inside_only:
+    if training and targets is not None and settings.rpn_anchors_inside_only and not ops.is_recorded(mean):
         warn_of_images_without_anchors(settings.rpn_anchor_generator, sizes)
     pixels = _batch_images(images, sizes, settings, mean, std, dtype)
     host = _host_values_to(sizes, mean.device), _host_values_to(scales, mean.device, torch.float32)

@@ -112,7 +112,7 @@ def call(function: Any, arguments: Any) -> tuple[Any, int]:
         raise TypeError
     elif called.endswith("_frombuffer"):
         _count_elements(arguments[2])
-    return Made(_VIEWS[0] if called == _SUBCLASS else called), cost
+    return Made(called), cost
 
 
 def build(made: Any, state: Any) -> int:

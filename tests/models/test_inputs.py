@@ -9,7 +9,7 @@ from torch import nn
 
 import fastdet
 from fastdet import FasterRCNN
-from fastdet.models import anchors, backbones
+from fastdet.models import anchors, backbones, preprocessing
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +179,15 @@ def test_whether_an_anchor_lies_inside_is_what_the_anchors_show(seed):
     )
     expected = bool(anchors.inside(every, torch.tensor([[height, width]])).any())
     assert anchors._has_anchor_inside(generator, (height, width)) == expected
+
+
+def test_anchors_are_not_looked_at_where_a_program_is_recorded(monkeypatch):
+    """Their values are not there."""
+    calls = []
+    monkeypatch.setattr(preprocessing, "warn_of_images_without_anchors", lambda *_: calls.append(1))
+    model = FasterRCNN("small", 2, min_size=64, max_size=64).train()
+    batch = [torch.rand(3, 64, 64)], [box(4.0, 4, 40, 40)]
+    model.preprocess(*batch)
+    monkeypatch.setattr(preprocessing.ops, "is_recorded", lambda _: True)
+    model.preprocess(*batch)
+    assert calls == [1]
