@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torchvision
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import Dataset
 from torchvision.models.detection import FasterRCNN as TheirFasterRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -25,7 +25,7 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 import fastdet
-from fastdet.data import VOC
+from fastdet.data import VOC, Item
 from fastdet.engine import TrainSettings, train
 
 SIZES = ((24,), (48,), (96,), (192,))
@@ -39,6 +39,20 @@ SETTINGS: dict[str, Any] = {
     "box_batch_size_per_image": 128,
     "box_detections_per_img": 60,
 }
+
+
+class UnitRange(Dataset[Item]):
+    """The first items of a data set with images in 0..1, as torchvision's detectors take them."""
+
+    def __init__(self, data: Dataset[Item], length: int) -> None:
+        self.data, self.length = data, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Item:
+        image, target = self.data[index]
+        return image / 255, target
 
 
 def build_fastdet(num_classes: int, weights: str | None) -> nn.Module:
@@ -75,7 +89,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     data = VOC(options.data, "trainval")
-    images = Subset(data, range(min(options.images or len(data), len(data))))
+    images = UnitRange(data, min(options.images or len(data), len(data)))
     ours = build_fastdet(len(data.class_names) + 1, options.weights_backbone)
     theirs = build_torchvision(len(data.class_names) + 1)
     theirs.load_state_dict(ours.state_dict())

@@ -15,6 +15,7 @@ from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.models.fuse import fuse
 from fastdet.models.settings import DETECTRON2, TORCHVISION, VGG16, Settings
 from fastdet.structures import Detections, Proposals, Samples, Targets
+from fastdet.version import VERSION as __version__
 
 __all__ = [
     "DETECTRON2",
@@ -27,6 +28,7 @@ __all__ = [
     "Samples",
     "Settings",
     "Targets",
+    "__version__",
     "accelerate",
     "data",
     "export",

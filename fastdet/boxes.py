@@ -4,11 +4,24 @@ fp16 and bf16 are widened to fp32. No function has a host sync, and shapes depen
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Weights = tuple[float, float, float, float]
+
+
+def to_corners(boxes: Any) -> Any:
+    """Boxes as a plain tensor x1, y1, x2, y2: torchvision's `BoundingBoxes` by their format, others as given."""
+    if type(boxes) is Tensor:
+        return boxes
+    from torchvision import tv_tensors
+    from torchvision.transforms.v2 import functional
+
+    if isinstance(boxes, tv_tensors.BoundingBoxes):
+        boxes = functional.convert_bounding_box_format(boxes, new_format=tv_tensors.BoundingBoxFormat.XYXY)
+    return boxes.as_subclass(Tensor) if isinstance(boxes, tv_tensors.TVTensor) else boxes
 
 
 def encode(reference: Tensor, boxes: Tensor, weights: Weights = (1.0, 1.0, 1.0, 1.0)) -> Tensor:

@@ -14,67 +14,87 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import nn
-from torch.utils.data import Subset
+from tqdm import tqdm
 
 from fastdet import export, weights
-from fastdet.cli import demo, doctor
-from fastdet.cli.options import DataPlace, UserError, raise_user_errors
-from fastdet.data import COCO, VOC
-from fastdet.data.records import AnnotatedImages
-from fastdet.engine import RECIPES, TrainSettings, build_model, describe_anchors, detect, load_model, train
-from fastdet.engine.checkpoint import require
+from fastdet.cli import demo, doctor, lint
+from fastdet.cli.data import open_data, open_training_data
+from fastdet.cli.plan import describe_run, plan_detector, warn_of_random_weights
+from fastdet.cli.values import UserError, raise_user_errors
+from fastdet.data import JoinedImages
+from fastdet.data.convert import write_coco
+from fastdet.engine import RECIPES, TrainSettings, build_model, detect, load_model, train
 from fastdet.engine.evaluate import evaluate
 from fastdet.metrics import require_pycocotools
-from fastdet.models.backbones import NAMED
 from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.safe_files import printable
 from fastdet.visualize import draw_detections, write_report
-from fastdet.weights.files import read
 
 
 def run_train(options: argparse.Namespace) -> None:
     require_pycocotools()
     device, settings = _device(options), _train_settings(options)
-    data = _open_data(options, options.data, options.train_split, options.classes)
+    data, held_out = open_training_data(options)
+    if held_out is None:
+        raise UserError("--val-data: --data has no split to evaluate on; or --val-share keeps some of its images apart")
     if not data.class_names:
-        raise UserError(f"--data: {options.data.folder}: no annotation has an object")
-    if options.data.annotations and not options.val_data:
-        raise UserError("--val-data: a data set in COCO's format has no split to evaluate on")
-    held_out = _open_data(options, options.val_data or options.data, options.val_split, data.class_names)
-    architecture = _architecture(options, len(data.class_names) + 1)
+        raise UserError(f"--data: {', '.join(place.path for place in options.data)}: no annotation has an object")
+    plan = plan_detector(options, data)
+    if options.replace_predictor and not options.weights:
+        raise UserError("--replace-predictor: it goes with --weights")
+    warn_of_random_weights(options)
     with raise_user_errors("--seed"):
         torch.manual_seed(settings.seed)
     with raise_user_errors("the model"):
-        model = build_model(architecture, weights_backbone=options.weights_backbone)
+        model = build_model(plan.architecture, weights_backbone=options.weights_backbone)
     if options.weights:
         with raise_user_errors("--weights"):
-            _check_origin(options, architecture, data.class_names)
             weights.load(model, options.weights, replace_predictor=options.replace_predictor)
-    elif options.replace_predictor:
-        raise UserError("--replace-predictor: it goes with --weights")
+    print("\n".join(describe_run(options, plan, settings, device, data, held_out)))
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        found = evaluate(model, held_out, data.class_names, workers=settings.workers).coco
+        return {"AP": found.ap, "AP50": found.ap50, "AP75": found.ap75}
+
     start = time.perf_counter()
     train(
         model.to(device),
-        _limit(data, options),
+        data,
         options.out,
         settings,
-        description={"architecture": architecture, "class_names": data.class_names},
+        description={"architecture": plan.architecture, "class_names": data.class_names},
         resume=options.resume,
         overwrite=options.overwrite,
         stop_after=options.stop_after,
+        validate=validate,
     )
-    trained = time.perf_counter()
-    minutes = round((trained - start) / 60, 3)
+    minutes = round((time.perf_counter() - start) / 60, 3)
     metadata = {"backbone": options.backbone, "epochs": settings.epochs, "minutes_of_training": minutes}
-    _evaluate(options, model, held_out, data.class_names, metadata)
+    best = options.out / "best.pth"
+    if best.exists():
+        model = load_model(best)[0].to(device)
+    _evaluate(options, model, held_out, data.class_names, settings.workers, metadata)
     print(f"trained in {minutes:.1f} minutes, all in {(time.perf_counter() - start) / 60:.1f}: {options.out}")
 
 
 def run_eval(options: argparse.Namespace) -> None:
     require_pycocotools()
     model, class_names = load_model(options.weights)
-    data = _open_data(options, options.data, options.split, class_names)
-    _evaluate(options, model.to(_device(options)), data, class_names, {"weights": str(options.weights)})
+    data = open_data(options, options.data, "val", options.split, class_names)
+    _evaluate(
+        options, model.to(_device(options)), data, class_names, options.workers, {"weights": str(options.weights)}
+    )
+
+
+def run_lint(options: argparse.Namespace) -> None:
+    if lint.run(options):
+        raise lint.DataSetError(f"ground truth is lost or false: {options.out / 'lint.json'} has all of it")
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    data = open_data(options, options.data, "train", options.split)
+    write_coco(data, options.to, tqdm)
+    print(printable(f"{options.to}: {len(data)} images, instances.json with {', '.join(data.class_names)}", 2000))
 
 
 def run_detect(options: argparse.Namespace) -> None:
@@ -133,6 +153,8 @@ def run_doctor(options: argparse.Namespace) -> None:
 COMMANDS = {
     "train": run_train,
     "eval": run_eval,
+    "lint": run_lint,
+    "convert": run_convert,
     "detect": run_detect,
     "export": run_export,
     "doctor": run_doctor,
@@ -143,31 +165,18 @@ COMMANDS = {
 def _evaluate(
     options: argparse.Namespace,
     model: nn.Module,
-    data: AnnotatedImages,
+    data: JoinedImages,
     class_names: tuple[str, ...],
+    workers: int,
     metadata: Mapping[str, Any],
 ) -> None:
     """Print the average precision, and write the report where there is a folder for it."""
-    dataset = _limit(data, options)
-    evaluation = evaluate(model, dataset, class_names, batch_size=4, workers=options.workers, progress=True)
+    evaluation = evaluate(model, data, class_names, batch_size=4, workers=workers, progress=True)
     # First the files: what is printed may go to a terminal that is gone.
     if options.out:
         summary, predictions = evaluation.summary(), evaluation.predictions
-        write_report(options.out, summary, predictions, class_names, dataset, metadata=metadata)
+        write_report(options.out, summary, predictions, class_names, data, metadata=metadata)
     print(evaluation.table())
-
-
-def _open_data(
-    options: argparse.Namespace, place: DataPlace, split: str, class_names: tuple[str, ...] | None
-) -> AnnotatedImages:
-    how = {"max_pixels": options.max_pixels, "orientation": options.orientation}
-    if place.annotations:
-        return COCO(place.folder, place.annotations, class_names, **how)
-    return VOC(place.folder, split, class_names, zero_based=options.zero_based, **how)
-
-
-def _limit(data: AnnotatedImages, options: argparse.Namespace) -> Any:
-    return data if options.limit is None else Subset(data, range(min(options.limit, len(data))))
 
 
 def _device(options: argparse.Namespace) -> torch.device:
@@ -187,38 +196,3 @@ def _train_settings(options: argparse.Namespace) -> TrainSettings:
     with raise_user_errors("training options"):
         recipe = RECIPES.get(options.backbone, TrainSettings())
         return replace(recipe, **{name: value for name, value in given.items() if value is not None})
-
-
-def _architecture(options: argparse.Namespace, num_classes: int) -> dict[str, Any]:
-    """The model as plain values, from which `fastdet.engine.build_model` builds it."""
-    settings = dict(options.set)
-    if "rpn_anchor_generator" in settings:
-        raise UserError("--set rpn_anchor_generator: it is not a plain value; see --anchor-sizes, --aspect-ratios")
-    settings.update({n: getattr(options, n) for n in ("min_size", "max_size") if getattr(options, n) is not None})
-    with raise_user_errors("--backbone"):
-        anchors = describe_anchors(options.backbone, options.anchor_sizes, options.aspect_ratios)
-    named, pretrained = NAMED[options.backbone], bool(options.weights_backbone or options.weights)
-    return {
-        "backbone": options.backbone,
-        "num_classes": num_classes,
-        "anchors": anchors,
-        "settings": settings,
-        # Written even where it is the default of pretrained weights: a checkpoint is loaded without them.
-        "trainable_backbone_layers": named.trainable_layers(options.trainable_backbone_layers, pretrained),
-        "freeze_batchnorm": named.freezes_batchnorm(pretrained),
-    }
-
-
-def _check_origin(options: argparse.Namespace, architecture: dict[str, Any], class_names: tuple[str, ...]) -> None:
-    """Raises UserError if a checkpoint to start from is of other classes or anchors."""
-    content = read(options.weights)
-    if not isinstance(content, dict) or "architecture" not in content:
-        return
-    require(options.weights, content, [name for name in ("architecture", "class_names") if name in content], "of a run")
-    anchors, saved_anchors = architecture["anchors"], content["architecture"].get("anchors")
-    if anchors != saved_anchors:
-        raise UserError(f"--weights: {options.weights} has the anchors {saved_anchors}, this run {anchors}")
-    saved_names = tuple(content.get("class_names", ()))
-    if class_names != saved_names and not options.replace_predictor:
-        names = f"has the classes {saved_names}, this run {class_names}"
-        raise UserError(f"--weights: {options.weights} {names}; see --replace-predictor")

@@ -1,4 +1,4 @@
-"""The command line: `fastdet train`, `eval`, `detect`, `export`, `doctor` and `demo`."""
+"""The command line: `fastdet train`, `eval`, `detect`, `export`, `lint`, `convert`, `doctor` and `demo`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import torch
 
 from fastdet.cli.commands import COMMANDS
 from fastdet.cli.doctor import SelfCheckError
-from fastdet.cli.options import UserError, build_parser
+from fastdet.cli.lint import DataSetError
+from fastdet.cli.options import build_parser
+from fastdet.cli.values import UserError
 from fastdet.data import DataError
 from fastdet.engine import CheckpointError, Terminated
 from fastdet.safe_files import printable
@@ -25,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; an error that the user can correct is one line on stderr.
 
     Returns:
-        0; 1 if training diverged, memory ran out or the self-check of `doctor` failed; 2 for an error in options or
-        files, or a package that is missing; 130 after Ctrl-C; 143 after SIGTERM, in training with its state saved.
+        0; 1 if training diverged, memory ran out, the self-check of `doctor` failed or `lint` found errors; 2 for an
+        error in options or files, or a package that is missing; 130 after Ctrl-C; 143 after SIGTERM, in training with
+        its state saved.
     """
     try:
         with warnings.catch_warnings():
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = _last_line(error), _USER_ERROR
     except FloatingPointError as error:
         message, code = f"{error}; a lower --lr or a longer --warmup-steps may help", _FAILED
-    except SelfCheckError as error:
+    except (SelfCheckError, DataSetError) as error:
         message, code = str(error), _FAILED
     except torch.OutOfMemoryError:
         message, code = "the device's memory is too small; try a lower --batch-size or --max-size", _FAILED

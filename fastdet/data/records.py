@@ -4,13 +4,14 @@ Each format has a reader that gives `Record`s. What follows from an image (its s
 it) is decided here, for all formats alike.
 """
 
+import contextlib
 import difflib
 import math
 import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,8 +19,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fastdet.data.images import MAX_PIXELS, SUFFIXES, DataError, Header, read_header, read_image
-from fastdet.data.transforms import Item
+from fastdet.data.images import MAX_PIXELS, SUFFIXES, DataError, Header, check_pixels, read_header, read_image
+from fastdet.data.transforms import Item, make_item
 
 Orientation = Literal["auto", "applied", "stored"]
 _REPORTED = 5
@@ -50,6 +51,7 @@ class Record(NamedTuple):
         source: the annotation's path in messages, and what of it.
         size: (width, height) as annotated; None if it is not.
         boxes: the objects.
+        relative: the corners are shares of the image's width and height, as it is shown.
     """
 
     name: str
@@ -57,13 +59,15 @@ class Record(NamedTuple):
     source: str
     size: tuple[float, float] | None
     boxes: list[Box]
+    relative: bool = False
 
 
 class AnnotatedImages(Dataset[Item]):
     """A data set of records.
 
-    An item is `(image, target)`: image float32 [3, H, W] in 0..1, decoded on access; target "boxes" float32 [N, 4]
-    x1, y1, x2, y2 in pixels, "labels" int64 [N] from 1 (0 is background), "ignore" bool [N].
+    An item is `(image, target)`, with `torchvision.tv_tensors`: an Image uint8 [3, H, W], decoded on access; target
+    "boxes" BoundingBoxes float32 [N, 4] x1, y1, x2, y2 in pixels, "labels" int64 [N] from 1 (0 is background), "ignore"
+    bool [N].
 
     The image's header is read at once, and is right where the annotation has another size. An EXIF orientation is
     applied where the annotated size fits the turned image, and not where it fits the stored pixels. Where it fits both
@@ -77,14 +81,20 @@ class AnnotatedImages(Dataset[Item]):
         class_names: label k is `class_names[k - 1]`; when None, the sorted names of all boxes.
         orientation: "applied" or "stored" decides it for all images.
         max_pixels: of an image, as of `fastdet.data.read_image`.
+        findings: what the reader of the format found, by kind, to warn of.
+        problems: where a list is given, errors of single records are appended to it and the records left out.
 
     Attributes:
+        title: what messages call the data set.
         class_names: the names of labels 1, 2, ...
         ids: the names of the records.
+        sizes: (height, width) of the images, with their orientation applied or not, as they are given.
+        findings: by kind, a description of each thing that was warned of.
+        left_out: the boxes left out, each with the index of its item.
 
     Raises:
-        DataError: an image is missing or has no readable header, or a class is not among `class_names`; on access, an
-            image that cannot be decoded.
+        DataError: an image is missing, has no readable header or too many pixels, or a class is not among
+            `class_names`; on access, an image that cannot be decoded.
     """
 
     def __init__(
@@ -95,40 +105,58 @@ class AnnotatedImages(Dataset[Item]):
         *,
         orientation: Orientation = "auto",
         max_pixels: int = MAX_PIXELS,
+        findings: dict[str, list[str]] | None = None,
+        problems: list[DataError] | None = None,
     ) -> None:
         if orientation not in ("auto", "applied", "stored"):
             raise ValueError(f"orientation must be 'auto', 'applied' or 'stored', got {orientation!r:.100}")
         if class_names is None:
             class_names = sorted({box.name for record in records for box in record.boxes})
-        self.class_names = tuple(class_names)
+        self.title, self.class_names, self.max_pixels = title, tuple(class_names), max_pixels
         if len(set(self.class_names)) < len(self.class_names):
             raise DataError(f"class_names repeats a name: {', '.join(self.class_names)}")
-        self.ids, self.max_pixels = tuple(record.name for record in records), max_pixels
         labels = {name: k for k, name in enumerate(self.class_names, start=1)}
-        headers = [read_header(record.image) for record in records]
-        turned = _decide_orientation(records, headers, orientation)
+        readable, headers = [], []
+        for record in records:
+            with collect(problems):
+                header = read_header(record.image)
+                check_pixels(record.image, header.width, header.height, max_pixels)
+                _check_names(record, labels)
+                readable.append(record)
+                headers.append(header)
+        turned = _decide_orientation(readable, headers, orientation)
 
-        sizes, dropped = [], list[str]()
+        self.ids = tuple(record.name for record in readable)
+        self.findings = findings or {}
+        self.left_out: list[tuple[int, Box]] = []
+        self.sizes: list[tuple[int, int]] = []
         # NumPy, not tensors: each tensor of a data set costs a file descriptor when it is sent to a loader's worker.
-        self._items = []
-        for record, header, is_turned in zip(records, headers, turned, strict=True):
+        self._items: list[tuple[Path, bool, dict[str, np.ndarray]]] = []
+        other_sizes = self.findings.setdefault("annotation(s) of another size than the image, which is right", [])
+        for index, (record, header, is_turned) in enumerate(zip(readable, headers, turned, strict=True)):
             width, height = header.turned_size if is_turned else header.size
             if record.size not in (None, (width, height)):
                 written = " x ".join(f"{side:g}" for side in record.size or ())
-                sizes.append(f"{Path(record.source).name} {written}, {record.image.name} {width} x {height}")
-            target = _make_target(record, width, height, labels, dropped)
-            self._items.append((record.image, is_turned, target))
-        shared = [path.name for path, count in Counter(record.image for record in records).items() if count > 1]
-        warn_of(title, "image(s) with several annotations", shared)
-        warn_of(title, "annotation(s) of another size than the image, which is right", sizes)
-        warn_of(title, "box(es) left out, empty, not finite or outside the image", dropped)
-        oriented = [header.orientation != 1 for header in headers]
-        if any(oriented):
+                other_sizes.append(f"{Path(record.source).name} {written}, {record.image.name} {width} x {height}")
+            boxes = [_to_pixels(box, width, height) for box in record.boxes] if record.relative else record.boxes
+            kept = [box for box in boxes if _is_inside(box, width, height)]
+            self.left_out += [(index, box) for box in boxes if not _is_inside(box, width, height)]
+            self.sizes.append((height, width))
+            self._items.append((record.image, is_turned, _make_target(kept, labels)))
+        self.findings["box(es) left out, empty, not finite or outside the image"] = [
+            f"{Path(readable[index].source).name} {box.name} ({box.shown})" for index, box in self.left_out
+        ]
+        self.findings["image(s) with several annotations"] = [
+            path.name for path, count in Counter(record.image for record in readable).items() if count > 1
+        ]
+        for kind, found in self.findings.items():
+            warn_of(title, kind, found)
+        if oriented := sum(header.orientation != 1 for header in headers):
             applied = sum(turned)
             warnings.warn(
-                f"{title}: of {sum(oriented)} image(s) with an EXIF orientation it is applied to {applied} and not to "
-                f"{sum(oriented) - applied}, by the annotated sizes; orientation fixes it for all",
-                stacklevel=2,
+                f"{title}: of {oriented} image(s) with an EXIF orientation it is applied to {applied} and not to "
+                f"{oriented - applied}, by the annotated sizes; orientation fixes it for all",
+                stacklevel=3,
             )
 
     def __len__(self) -> int:
@@ -137,11 +165,26 @@ class AnnotatedImages(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         path, is_turned, target = self._items[index]
         image = read_image(path, self.max_pixels, apply_exif_orientation=is_turned)
-        return image, {name: torch.from_numpy(values.copy()) for name, values in target.items()}
+        return make_item(image, {name: torch.from_numpy(values.copy()) for name, values in target.items()})
 
     def image_path(self, index: int) -> Path:
         """The image file of item `index`."""
         return self._items[index][0]
+
+    def target(self, index: int) -> dict[str, np.ndarray]:
+        """The target of item `index` as arrays, without decoding its image."""
+        return self._items[index][2]
+
+
+@contextlib.contextmanager
+def collect(problems: list[DataError] | None) -> Iterator[None]:
+    """Append a DataError to a list in place of raising it; None raises it."""
+    try:
+        yield
+    except DataError as error:
+        if problems is None:
+            raise
+        problems.append(error)
 
 
 def _decide_orientation(records: Sequence[Record], headers: Sequence[Header], orientation: Orientation) -> list[bool]:
@@ -159,34 +202,33 @@ def _decide_orientation(records: Sequence[Record], headers: Sequence[Header], or
     ]
 
 
-def _make_target(
-    record: Record, width: int, height: int, labels: dict[str, int], dropped: list[str]
-) -> dict[str, np.ndarray]:
-    """The target of an item, as NumPy arrays; descriptions of the boxes left out are appended to `dropped`."""
-    kept: list[Box] = []
+def _to_pixels(box: Box, width: int, height: int) -> Box:
+    x1, y1, x2, y2 = box.corners
+    return box._replace(corners=(x1 * width, y1 * height, x2 * width, y2 * height))
+
+
+def _is_inside(box: Box, width: int, height: int) -> bool:
+    """Whether it has an area, and at least a part of it is in the image."""
+    x1, y1, x2, y2 = box.corners
+    return all(map(math.isfinite, box.corners)) and max(x1, 0) < x2 and max(y1, 0) < y2 and x1 < width and y1 < height
+
+
+def _check_names(record: Record, labels: dict[str, int]) -> None:
     for box in record.boxes:
         if box.name not in labels:
-            raise DataError(f"{record.source}: {_describe_unknown(box.name, labels)}")
-        x1, y1, x2, y2 = box.corners
-        if (
-            all(map(math.isfinite, box.corners))
-            and x1 < x2
-            and y1 < y2
-            and min(x2, y2) > 0
-            and x1 < width
-            and y1 < height
-        ):
-            kept.append(box)
-        else:
-            dropped.append(f"{Path(record.source).name} {box.name} ({box.shown})")
+            raise DataError(f"{record.source}: {describe_unknown(box.name, labels)}")
+
+
+def _make_target(boxes: Sequence[Box], labels: dict[str, int]) -> dict[str, np.ndarray]:
     return {
-        "boxes": np.array([box.corners for box in kept], dtype=np.float32).reshape(-1, 4),
-        "labels": np.array([labels[box.name] for box in kept], dtype=np.int64),
-        "ignore": np.array([box.ignore for box in kept], dtype=np.bool_),
+        "boxes": np.array([box.corners for box in boxes], dtype=np.float32).reshape(-1, 4),
+        "labels": np.array([labels[box.name] for box in boxes], dtype=np.int64),
+        "ignore": np.array([box.ignore for box in boxes], dtype=np.bool_),
     }
 
 
-def _describe_unknown(name: str, labels: Iterable[str]) -> str:
+def describe_unknown(name: str, labels: Iterable[str]) -> str:
+    """That a class is not among the known ones, and which are similar."""
     name, labels = name[:100], list(labels)
     similar = (
         difflib.get_close_matches(name, labels) or [known for known in labels if known.lower() == name.lower()][-1:]

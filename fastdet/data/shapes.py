@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fastdet.data.transforms import Item
+from fastdet.data.transforms import Item, make_item
 
 _SMALLEST, _LARGEST = 0.16, 0.45  # diameter of the circle around a shape, as a share of the picture's side
 _SUPERSAMPLING = 3
@@ -34,8 +34,8 @@ class Shapes(Dataset[Item]):
     Item i depends on `seed`, `size`, `max_shapes` and i alone: it is the same in every run and every loader's worker,
     and for every `length`. Different seeds give different pictures, so a held-out set is another seed.
 
-    An item is as `fastdet.data.VOC` gives it: image float32 [3, size, size] in 0..1; target "boxes" float32 [N, 4]
-    x1, y1, x2, y2 in pixels, the exact extent of the visible pixels of each shape, "labels" int64 [N] from 1,
+    An item is as `fastdet.data.VOC` gives it: an Image uint8 [3, size, size]; target "boxes" BoundingBoxes float32
+    [N, 4] x1, y1, x2, y2 in pixels, the exact extent of the visible pixels of each shape, "labels" int64 [N] from 1,
     "ignore" bool [N], all False. There are 1 to `max_shapes` shapes, 16 to 45 % of the side across; two boxes share
     at most a tenth of the smaller one.
 
@@ -63,12 +63,29 @@ class Shapes(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         drawing = self.draw(index)
-        target = {
-            "boxes": torch.from_numpy(drawing.boxes),
-            "labels": torch.from_numpy(drawing.labels),
-            "ignore": torch.zeros(len(drawing.labels), dtype=torch.bool),
-        }
-        return torch.from_numpy(drawing.picture), target
+        picture = torch.from_numpy((drawing.picture * 255).round().astype(np.uint8))
+        return make_item(
+            picture, {"boxes": torch.from_numpy(drawing.boxes), "labels": torch.from_numpy(drawing.labels)}
+        )
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The names of the items."""
+        return tuple(f"shapes_{self.seed}_{index}" for index in range(self.length))
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of the pictures."""
+        return [(self.size, self.size)] * self.length
+
+    def image_path(self, index: int) -> None:
+        """None: the pictures are in no files."""
+
+    def target(self, index: int) -> dict[str, np.ndarray]:
+        """The target of item `index` as arrays."""
+        drawing = self.draw(index)
+        ignore = np.zeros(len(drawing.labels), dtype=np.bool_)
+        return {"boxes": drawing.boxes, "labels": drawing.labels, "ignore": ignore}
 
     def draw(self, index: int) -> Drawing:
         """Item `index` with the mask of each shape.

@@ -91,6 +91,13 @@ _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "class_names": ("a list of names", _is_names),
     "model": ("a state dict", lambda x: not files.describe_problem(x)),
     "optimizer": ("the state of an optimizer", lambda x: _is_dict(x, "state", "param_groups")),
+    "best": (
+        "what the best evaluation was",
+        lambda x: (
+            _is_dict(x, "epoch", "AP", "evaluations_since") and all(isinstance(v, int | float) for v in x.values())
+        ),
+    ),
+    "average": ("None or a state dict", lambda x: x is None or not files.describe_problem(x)),
     "random": ("the states of generators", lambda x: _is_dict(x, "cpu") and isinstance(x["cpu"], torch.Tensor)),
     **dict.fromkeys(
         ("epoch", "step", "epochs", "images", "workers", "log_every"),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -80,9 +81,10 @@ def evaluate(
 
     Args:
         model: a detector on any device; its modules keep the modes they are in.
-        dataset: items (image [3, H, W], target with "boxes" [G, 4], "labels" [G] and "ignore" bool [G]).
+        dataset: items (image [3, H, W], target with "boxes" [G, 4], "labels" [G] and perhaps "ignore" bool [G]).
         class_names: of labels 1, 2, ...
-        batch_size: images at a time.
+        batch_size: images at a time, if the data set has their `sizes`: only those of one size are put together, so
+            that the figures do not depend on it. Without, one at a time.
         workers: processes that load data.
         progress: show a bar.
 
@@ -94,12 +96,17 @@ def evaluate(
     from tqdm import tqdm
 
     require_pycocotools()
-    loader = DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers)
-    predictions: list[dict[str, Tensor]] = []
-    targets: list[dict[str, Tensor]] = []
-    for images, batch_targets in tqdm(loader, "evaluate", disable=not progress, unit=" batches"):
-        predictions += detect_in_batch(model, images)
-        targets += batch_targets
+    plan = _plan_batches(dataset, batch_size)
+    # A generator of its own: a loader draws a seed for its workers, which would change what training draws.
+    loader = DataLoader(
+        dataset, batch_sampler=plan, collate_fn=collate, num_workers=workers, generator=torch.Generator()
+    )
+    found: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+    batches = tqdm(zip(plan, loader, strict=True), "evaluate", len(plan), disable=not progress, unit=" batches")
+    for indices, (images, batch_targets) in batches:
+        complete = [{"ignore": torch.zeros(len(t["labels"]), dtype=torch.bool), **t} for t in batch_targets]
+        found.update(zip(indices, zip(detect_in_batch(model, images), complete, strict=True), strict=True))
+    predictions, targets = [[found[index][part] for index in range(len(found))] for part in range(2)]
     arguments = predictions, targets, len(class_names) + 1
     return Evaluation(
         class_names=tuple(class_names),
@@ -108,6 +115,18 @@ def evaluate(
         voc12=voc_average_precision(*arguments, method="voc12"),
         coco=coco_average_precision(*arguments),
     )
+
+
+def _plan_batches(dataset: Any, batch_size: int) -> list[list[int]]:
+    """Indices of images of one size, so that none is padded: its detections then do not depend on those beside it.
+
+    Where the data set has no `sizes` each image is a batch.
+    """
+    groups: dict[Any, list[int]] = {}
+    sizes = getattr(dataset, "sizes", None) or range(len(dataset))
+    for index, size in enumerate(sizes):
+        groups.setdefault(size, []).append(index)
+    return [group[k : k + batch_size] for group in groups.values() for k in range(0, len(group), batch_size)]
 
 
 def _nan_to_none(values: dict[str, float]) -> dict[str, float | None]:

@@ -1,18 +1,23 @@
-"""Hyperparameters of training and the pure functions of them: learning rate, parameter groups, order and flips."""
+"""Hyperparameters of training and the pure functions of them: learning rate, parameter groups, batches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel
 
-# The images of a step: their indices, each with whether to flip it.
-BatchPlan = list[tuple[int, bool]]
+from fastdet.data.augmentation import PRESETS, Preset
+
+# The images of a step: their indices, each with the seed of its augmentation.
+BatchPlan = list[tuple[int, int]]
+Size = tuple[int, int]
 
 
 def _is_whole(value: Any, least: int) -> bool:
@@ -27,19 +32,23 @@ def _is_finite(value: Any) -> bool:
 # What each field accepts, in words and in code. Every field has a rule: without, `TrainSettings()` fails.
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(
-        ("epochs", "warmup_steps", "seed", "workers"), ("a whole number, at least 0", lambda value: _is_whole(value, 0))
+        ("epochs", "warmup_steps", "seed", "workers", "aspect_groups", "patience"),
+        ("a whole number, at least 0", lambda value: _is_whole(value, 0)),
     ),
-    **dict.fromkeys(("batch_size", "log_every"), ("a whole number, at least 1", lambda value: _is_whole(value, 1))),
+    **dict.fromkeys(
+        ("batch_size", "log_every", "eval_every"), ("a whole number, at least 1", lambda value: _is_whole(value, 1))
+    ),
     **dict.fromkeys(
         ("momentum", "weight_decay", "bias_lr_factor", "gamma", "clip_norm"), ("at least 0 and finite", _is_finite)
     ),
     "bias_weight_decay": ("None or at least 0 and finite", lambda value: value is None or _is_finite(value)),
+    "ema": ("at least 0 and below 1", lambda value: _is_finite(value) and value < 1),
     "lr": ("above 0 and finite", lambda value: _is_finite(value) and value > 0),
     "milestones": (
         "a tuple of whole numbers, at least 1",
         lambda value: isinstance(value, (tuple, list)) and all(_is_whole(epoch, 1) for epoch in value),
     ),
-    "flip": ("True or False", lambda value: isinstance(value, bool)),
+    "augmentation": (f"one of {', '.join(PRESETS)}", lambda value: value in PRESETS),
     "optimizer_name": ("'sgd' or 'adamw'", lambda value: value in ("sgd", "adamw")),
     "schedule": ("'cosine' or 'step'", lambda value: value in ("cosine", "step")),
     # fp16 needs a loss scale, which `fastdet.graphs.GraphedTrainer` has.
@@ -60,14 +69,20 @@ class TrainSettings:
         weight_decay: of all parameters except biases.
         bias_lr_factor: learning rate of biases, as a multiple of the others'.
         bias_weight_decay: None takes `weight_decay`.
-        warmup_steps: steps over which the rate rises linearly to its full value.
+        warmup_steps: steps over which the rate rises linearly to its full value; at most a fifth of all steps.
         schedule: "cosine" falls to zero over all epochs, "step" falls by `gamma` after each of the milestones.
         milestones: epochs after which "step" lowers the rate.
         gamma: factor of "step".
         clip_norm: largest norm of all gradients together; 0 does not clip.
+        ema: decay of an exponential moving average of the weights, which is what is evaluated and kept as the best; 0
+            has none. In step n the decay is at most (1 + n) / (10 + n), so that the first weights are soon forgotten.
+        eval_every: epochs between two evaluations; there is one after the last epoch too.
+        patience: evaluations without a better one after which the run ends; 0 never does.
         amp: "bfloat16" for the networks in mixed precision; None for fp32.
-        flip: mirror half the images left to right.
-        seed: of the order, the flips and the model's draws.
+        augmentation: a preset of `fastdet.data.augmentation`; "flip" mirrors half the images left to right.
+        aspect_groups: steps a doubling of width / height, by which images are grouped so that those of a batch need
+            little padding; 0 does not group. Only for data sets with `sizes`.
+        seed: of the order, the augmentation and the model's draws.
         workers: processes that load data; 0 loads in the main process. Their number does not change what is drawn.
         log_every: steps between two readings of the losses; each is a host sync.
     """
@@ -85,8 +100,12 @@ class TrainSettings:
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
     clip_norm: float = 10.0
+    ema: float = 0.0
+    eval_every: int = 1
+    patience: int = 0
     amp: Literal["bfloat16"] | None = None
-    flip: bool = True
+    augmentation: Preset = "flip"
+    aspect_groups: int = 3
     seed: int = 0
     workers: int = 0
     log_every: int = 10
@@ -114,16 +133,20 @@ RECIPES = {
         clip_norm=0.0,
     ),
     "mobilenet_v2": TrainSettings(),
+    "mobilenet_v2_fpn": TrainSettings(epochs=8),
 }
 
 
 def learning_rate(settings: TrainSettings, step: int, steps_per_epoch: int) -> float:
     """The rate of a step, counted from 0: the schedule times the warm-up."""
+    steps = settings.epochs * steps_per_epoch
     if settings.schedule == "cosine":
-        factor = 0.5 * (1 + math.cos(math.pi * step / (settings.epochs * steps_per_epoch)))
+        factor = 0.5 * (1 + math.cos(math.pi * step / steps))
     else:
         factor = settings.gamma ** sum(step >= epochs * steps_per_epoch for epochs in settings.milestones)
-    return settings.lr * factor * min(1.0, (step + 1) / max(settings.warmup_steps, 1))
+    # A run of a few pictures would end before it has reached the rate.
+    warmup_steps = max(min(settings.warmup_steps, steps // 5), 1)
+    return settings.lr * factor * min(1.0, (step + 1) / warmup_steps)
 
 
 def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
@@ -155,13 +178,79 @@ def build_optimizer(model: nn.Module, settings: TrainSettings) -> Optimizer:
     return SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
 
 
-def plan_epoch(length: int, settings: TrainSettings, epoch: int) -> list[BatchPlan]:
-    """The batches of an epoch, counted from 0: indices of images, each with whether to flip it.
+def build_average(model: nn.Module, decay: float) -> AveragedModel:
+    """A copy of a model that `update_parameters` moves towards it, parameters and buffers."""
+
+    def average(old: Tensor, new: Tensor, count: Tensor | int) -> Tensor:
+        if not old.is_floating_point():
+            return new
+        ramp = torch.as_tensor((1 + count) / (10 + count), device=old.device)
+        return torch.lerp(new, old, ramp.clamp(max=decay).to(old.dtype))
+
+    return AveragedModel(model, avg_fn=average, use_buffers=True)
+
+
+def plan_epoch(
+    length: int, settings: TrainSettings, epoch: int, sizes: Sequence[Size] | None = None
+) -> list[BatchPlan]:
+    """The batches of an epoch, counted from 0: indices of images, each with the seed of its augmentation.
 
     It depends on nothing but the arguments, so an epoch is the same in a resumed run and with any number of workers.
+    With `sizes` (height, width) of the images, those of a batch are of one group of aspect ratios, except in batches
+    that are made of what is left of the groups. The number of batches does not depend on it.
     """
     rng = np.random.default_rng((settings.seed, epoch))
-    order = rng.permutation(length).tolist()
-    flips = (rng.random(length) < 0.5).tolist() if settings.flip else [False] * length
-    draws = list(zip(order, flips, strict=True))
-    return [draws[start : start + settings.batch_size] for start in range(0, length, settings.batch_size)]
+    order = rng.permutation(length)
+    seeds = rng.integers(1 << 63, size=length)
+    size, groups = settings.batch_size, _aspect_groups(length, settings.aspect_groups, sizes)
+    batches, rest = list[np.ndarray](), list[np.ndarray]()
+    for group in np.unique(groups):
+        members = order[groups[order] == group]
+        full = len(members) // size * size
+        batches += np.split(members[:full], full // size) if full else []
+        rest.append(members[full:])
+    # What is left, of similar aspect ratios side by side.
+    left = np.concatenate(rest) if rest else order
+    batches += [left[start : start + size] for start in range(0, len(left), size)]
+    if len(rest) > 1:
+        batches = [batches[k] for k in rng.permutation(len(batches))]
+    return [[(index, int(seeds[index])) for index in batch.tolist()] for batch in batches]
+
+
+def _aspect_groups(length: int, steps: int, sizes: Sequence[Size] | None) -> np.ndarray:
+    """The group of each image."""
+    if not steps or sizes is None:
+        return np.zeros(length, dtype=np.int64)
+    height, width = np.array(sizes, dtype=np.float64).reshape(-1, 2).T
+    return np.round(np.log2(width / height) * steps).astype(np.int64)
+
+
+class EpochPlans:
+    """The batches from a step of an epoch on to the end of another, for a loader.
+
+    Args:
+        length: images of the data set.
+        settings: of the run.
+        epochs: those to plan, counted from 0.
+        first: steps of the first of them that are done already.
+        sizes: (height, width) of the images, if they are known.
+    """
+
+    def __init__(
+        self, length: int, settings: TrainSettings, epochs: range, first: int, sizes: Sequence[Size] | None
+    ) -> None:
+        self.length, self.settings, self.epochs, self.first, self.sizes = length, settings, epochs, first, sizes
+
+    @property
+    def steps(self) -> int:
+        """Of a whole epoch."""
+        return -(-self.length // self.settings.batch_size)
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        for epoch in self.epochs:
+            yield from self.of(epoch)
+
+    def of(self, epoch: int) -> list[BatchPlan]:
+        """The batches of one epoch that are to be done."""
+        plan = plan_epoch(self.length, self.settings, epoch, self.sizes)
+        return plan[self.first :] if epoch == self.epochs.start else plan

@@ -9,14 +9,16 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastdet.engine.checkpoint import CheckpointError
 from fastdet.models.losses import NAMES as LOSSES
 
-COLUMNS = ("epoch", "step", "lr", "loss", *LOSSES, "images_per_second")
+COLUMNS = ("epoch", "step", "lr", "loss", *LOSSES, "images_per_second", "data_wait")
+
+VALIDATION_COLUMNS = ("epoch", "step", "AP", "AP50", "AP75")
 
 Row = dict[str, float]
 
@@ -77,17 +79,17 @@ def notice_sigterm() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def to_csv(rows: list[Row], header: bool = False) -> bytes:
+def to_csv(rows: list[Row], columns: Sequence[str] = COLUMNS, *, header: bool = False) -> bytes:
     """Lines of a metrics file."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS)
+    writer = csv.DictWriter(text, columns)
     if header:
         writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
 
 
-def read_rows(path: Path, last_step: int) -> list[Row]:
+def read_rows(path: Path, last_step: int, columns: Sequence[str] = COLUMNS) -> list[Row]:
     """The rows of a metrics file up to a step; an interrupted run repeats those after its checkpoint.
 
     A file with rows that cannot be read is kept under another name, with a warning; the last may be cut short.
@@ -98,7 +100,7 @@ def read_rows(path: Path, last_step: int) -> list[Row]:
     rows, damaged = [], []
     for number, line in enumerate(csv.DictReader(lines), start=2):
         try:
-            row = {name: (int if name in ("epoch", "step") else float)(line[name]) for name in COLUMNS}
+            row = {name: (int if name in ("epoch", "step") else float)(line[name]) for name in columns}
         except (KeyError, TypeError, ValueError):
             damaged.append(number)
         else:

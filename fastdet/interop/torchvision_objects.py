@@ -63,7 +63,8 @@ def read_weights(
     """The member of `enum` that `weights` is or names, None for a file; and the state dict.
 
     Raises:
-        ValueError: naming the `argument`; a member of another enum, a file that is not there or holds no state dict.
+        ValueError: naming the `argument`; a member of another enum, one that cannot be downloaded, a file that is not
+            there or holds no state dict.
     """
     known = {} if enum is None else enum.__members__
     if isinstance(weights, WeightsEnum):
@@ -73,7 +74,14 @@ def read_weights(
     else:
         member = known.get(str(weights).removeprefix("" if enum is None else f"{enum.__name__}."))
     if member is not None:
-        return member, member.get_state_dict(progress=progress, check_hash=True)
+        try:
+            return member, member.get_state_dict(progress=progress, check_hash=True)
+        # Of the network (urllib's errors are OSErrors), or a hash of another file.
+        except (OSError, RuntimeError) as error:
+            problem = f"{member} cannot be downloaded from {member.url} ({error})"
+            raise ValueError(
+                f"{argument}: {problem}; a file of it, from anywhere, can be given in its place"
+            ) from error
     path: Any = weights
     if not Path(path).exists():
         raise ValueError(f"{argument}: no file {os.fspath(path)!r}, and not one of {', '.join(known) or 'none'}")

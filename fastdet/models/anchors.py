@@ -133,7 +133,7 @@ def inside(anchors: Tensor, sizes: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)
-def _has_anchor_inside(generator: AnchorGenerator, size: Size) -> bool:
+def has_anchor_inside(generator: AnchorGenerator, size: Size) -> bool:
     """Whether an anchor lies wholly inside an image of this (height, width), in the first cell in which it can."""
     height, width = size
     for cell, stride in zip(generator.cell_anchors(), generator.strides or (), strict=True):
@@ -147,7 +147,7 @@ def _has_anchor_inside(generator: AnchorGenerator, size: Size) -> bool:
 def warn_of_images_without_anchors(generator: AnchorGenerator, sizes: Sequence[Size]) -> None:
     """Warn of images, of these (height, width) after resizing, inside which no anchor lies where only such train."""
     for i, size in enumerate(sizes if generator.strides else ()):
-        if not _has_anchor_inside(generator, size):
+        if not has_anchor_inside(generator, size):
             warnings.warn(
                 f"image {i} of {size[0]} x {size[1]} pixels after resizing has no anchor inside, so that region "
                 "proposals learn nothing of it: smaller sizes in rpn_anchor_generator, a larger min_size or "

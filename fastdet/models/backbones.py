@@ -53,6 +53,7 @@ def _pyramid(pooled: int, sizes: tuple[tuple[float, ...], ...], **changes: Any) 
 
 
 _RESNET_STRIDES = (4, 8, 16, 32, 64)
+_FEW = {f"rpn_{n}_top_n_{of}": most for n, most in (("pre_nms", 500), ("post_nms", 300)) for of in ("train", "test")}
 
 NAMED = {
     "vgg16": NamedBackbone((16,), 3, VGG16, "vgg16"),
@@ -66,7 +67,8 @@ NAMED = {
     "mobilenet_v2_fpn": NamedBackbone(
         (8, 16, 32, 64),
         3,
-        _pyramid(3, ((32,), (64,), (128,), (256,)), box_representation_size=256),
+        # Light steps for a light network.
+        _pyramid(3, ((32,), (64,), (128,), (256,)), box_representation_size=256, box_batch_size_per_image=128, **_FEW),
         "mobilenet_v2",
     ),
     "mobilenet_v3_large_fpn": NamedBackbone(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 
+from fastdet import inputs
 from fastdet.interop.attributes import DETECTOR_ATTRIBUTES, RefuseAttributes
 from fastdet.interop.torchvision_objects import Weights, settings_arguments
 from fastdet.models import backbones, losses, preprocessing
@@ -142,7 +143,7 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         if not compute_detections and (return_features or return_class_scores):
             raise ValueError("return_features and return_class_scores need detections: in training, return_losses too")
         if compute_losses and targets is None:
-            preprocessing.check_images(images, len(self.settings.image_mean))
+            inputs.check_images(images, self.settings.image_mean, self.settings.image_format)
             raise ValueError("targets are needed for the losses")
         batch, padded, original_sizes = self.preprocess(images, targets if compute_losses else None)
         step = self._compiled_step or FasterRCNN._step
@@ -202,15 +203,14 @@ class FasterRCNN(RefuseAttributes, nn.Module):
 
         Returns the batch and the targets for `forward_padded`, and the (height, width) of the images as given.
         """
-        images = preprocessing.check_images(images, len(self.settings.image_mean))
+        images = inputs.check_images(images, self.settings.image_mean, self.settings.image_format)
         checked = None
         if targets is not None:
             self.settings.check_classes(self.num_classes)
-            checked = preprocessing.check_targets(targets, images, self.num_classes)
-        weight, settings = next(self.parameters()), self.settings
+            checked = inputs.check_targets(targets, images, self.num_classes)
+        weight, how = next(self.parameters()), (self.training, self._least_side)
         mean, std = self._pixel_statistics.on(weight.device)
-        like = mean, std, weight.dtype
-        return preprocessing.make_batch(images, checked, settings, *like, self.training, self._least_side)
+        return preprocessing.make_batch(images, checked, self.settings, mean, std, weight.dtype, *how)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """The input of the backbone for `pixels` [B, C, H, W] in 0..1."""

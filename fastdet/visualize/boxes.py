@@ -28,7 +28,7 @@ def draw_detections(
     out. Where boxes have scores, the highest lie on top.
 
     Args:
-        image: float [3, H, W] in 0..1 on any device, or a Pillow image.
+        image: [3, H, W], uint8 or floating point in 0..1, on any device; or a Pillow image.
         boxes: [N, 4] x1, y1, x2, y2 in pixels.
         labels: int [N]; each label has its own color.
         scores: [N], written in percent after the name.
@@ -94,8 +94,10 @@ def _to_pil(image: torch.Tensor | Image.Image) -> Image.Image:
         return image.convert("RGB").copy()
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"the image must be [3, H, W], not {list(image.shape)}")
-    pixels = image.detach().float().nan_to_num().clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
-    return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+    pixels = image.detach().as_subclass(torch.Tensor)
+    if pixels.dtype != torch.uint8:
+        pixels = pixels.float().nan_to_num().clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels.cpu().permute(1, 2, 0).numpy()))
 
 
 def _clip_to_pixels(box: Sequence[float], size: tuple[int, int]) -> _Box | None:

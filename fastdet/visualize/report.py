@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,7 +33,7 @@ def write_report(
         summary: the metrics as plain values fit for JSON.
         predictions: for each image of `dataset` "boxes" [N, 4] x1, y1, x2, y2, "labels" [N], "scores" [N], on the CPU.
         class_names: of labels 1, 2, ...
-        dataset: items (image float [3, H, W] in 0..1, target), and a length.
+        dataset: items (image [3, H, W], uint8 or in 0..1, target), and a length.
         metadata: plain values to put first into the file.
         max_images: how many images to draw.
         score_threshold: detections below are not drawn.
@@ -47,7 +48,8 @@ def write_report(
         # Small images are enlarged, so that captions do not hide them.
         factor = max(1, 320 // max(image.shape[-2:]))
         if factor > 1:
-            image = F.interpolate(image[None], scale_factor=factor, mode="bicubic")[0].clamp(0, 1)
+            pixels = image / 255 if image.dtype == torch.uint8 else image
+            image = F.interpolate(pixels[None], scale_factor=factor, mode="bicubic")[0].clamp(0, 1)
         confident = prediction["scores"] >= score_threshold
         boxes, labels, scores = (prediction[name][confident] for name in ("boxes", "labels", "scores"))
         drawn.append(draw_detections(image, boxes * factor, labels, scores, class_names))

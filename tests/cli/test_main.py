@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdet.cli import commands
+from fastdet.cli import data as data_options
 from fastdet.cli.main import main
 from fastdet.data import VOC, Shapes
 from fastdet.data.images import MAX_PIXELS
@@ -58,7 +58,7 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[object], *parts: s
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == code
     output = capsys.readouterr().err
-    lines = [line for line in output.splitlines() if "\r" not in line and line.strip()]
+    lines = [line for line in output.splitlines() if "\r" not in line and line.strip() and "warning: " not in line]
     assert len(lines) == 1, output
     for part in parts:
         assert str(part) in lines[0]
@@ -66,7 +66,8 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[object], *parts: s
 
 def test_train_writes_everything(trained):
     _, run = trained
-    names = {".lock", "detections.png", "last.pth", "loss.png", "metrics.csv", "result.json"}
+    names = {".lock", "best.pth", "detections.png", "last.pth", "loss.png", "metrics.csv", "result.json"}
+    names.add("validation.csv")
     assert {path.name for path in run.iterdir()} == names
     result = json.loads((run / "result.json").read_text())
     assert {"AP", "AP50", "AP75", "VOC07", "VOC12", "minutes_of_training"} <= set(result)
@@ -172,10 +173,10 @@ def test_options_of_the_data_reach_the_data_set(trained, monkeypatch):
             found.update(options)
             super().__init__(*arguments, **options)
 
-    monkeypatch.setattr(commands, "VOC", Recorded)
+    monkeypatch.setattr(data_options, "VOC", Recorded)
     command = ["eval", "--data", f"voc:{tree}", "--weights", str(run / "last.pth"), "--zero-based", "--orientation"]
     assert main([*command, "stored"]) == 0
-    assert found == {"zero_based": True, "orientation": "stored", "max_pixels": MAX_PIXELS}
+    assert found == {"zero_based": True, "orientation": "stored", "max_pixels": MAX_PIXELS, "problems": None}
 
 
 def test_detect_and_evaluate_leave_the_model_as_it_was(trained):
@@ -198,12 +199,21 @@ def test_detect_and_evaluate_leave_the_model_as_it_was(trained):
 
 def test_options_reach_model_and_recipe(tree, tmp_path):
     arguments = ["train", "--data", f"voc:{tree}", "--out", str(tmp_path / "run"), "--epochs", "0", *SMALL]
-    arguments += ["--classes", "star,square,circle,triangle", "--aspect-ratios", "1", "--lr", ".3", "--no-flip"]
+    arguments += [
+        "--classes",
+        "star,square,circle,triangle",
+        "--aspect-ratios",
+        "1",
+        "--lr",
+        ".3",
+        "--augmentation",
+        "none",
+    ]
     arguments += ["--schedule", "step", "--milestones", "3,5", "--set", "box_pooling='align'", "--limit", "3"]
     assert main(arguments) == 0
     saved = checkpoint.load(tmp_path / "run" / "last.pth")
     assert saved["class_names"] == ("star", "square", "circle", "triangle")
-    assert (saved["lr"], saved["flip"], saved["milestones"], saved["images"]) == (0.3, False, (3, 5), 3)
+    assert (saved["lr"], saved["augmentation"], saved["milestones"], saved["images"]) == (0.3, "none", (3, 5), 3)
     model, _ = checkpoint.load_model(tmp_path / "run" / "last.pth")
     assert model.settings.box_pooling == "align"
     assert model.settings.rpn_anchor_generator.sizes == ((12, 20, 32),)
@@ -221,7 +231,7 @@ def test_a_feature_pyramid_trains_and_comes_back(tree, tmp_path, capsys):
     assert model.settings.rpn_anchor_generator.sizes == ((8, 12), (16, 24), (32, 48), (64, 96))
     assert model.settings.box_pooling == "align"
     assert main(["eval", "--data", f"voc:{tree}", "--weights", str(tmp_path / "run/last.pth")]) == 0
-    assert capsys.readouterr().out.splitlines() == trained
+    assert capsys.readouterr().out.splitlines() == trained[trained.index(next(x for x in trained if "AP75" in x)) :]
     run[run.index("8,12,16,24,32,48,64,96")] = "8,16,32"
     fails(capsys, [*run, "--overwrite"], "mobilenet_v2_fpn has 4 feature levels", "got 3")
 
@@ -258,10 +268,11 @@ def test_a_run_from_pretrained_weights_is_loaded_without_them(tree, tmp_path, sh
     weights = shared_dir / "weights/mobilenet_v2_features.pth"
     size = ["--min-size", "64", "--max-size", "64", "--anchor-sizes", "16,32", "--set", "box_representation_size=32"]
     arguments = ["--data", f"voc:{tree}", "--epochs", "1", "--out", str(tmp_path / "run"), *size, "--device", "cpu"]
+    arguments += ["--backbone", "mobilenet_v2"]
     assert main(["train", *arguments, "--weights-backbone", str(weights), "--set", "box_score_thresh=0.0"]) == 0
     trained = [line for line in capsys.readouterr().out.splitlines() if "minutes" not in line]
     assert main(["eval", "--data", f"voc:{tree}", "--weights", str(tmp_path / "run/last.pth")]) == 0
-    assert capsys.readouterr().out.splitlines() == trained
+    assert capsys.readouterr().out.splitlines() == trained[trained.index(next(x for x in trained if "AP75" in x)) :]
 
 
 def test_data_errors(tree, tmp_path, capsys):
@@ -270,13 +281,11 @@ def test_data_errors(tree, tmp_path, capsys):
     fails(capsys, [*train, "--data", "voc:/nowhere/at/all"], "/nowhere/at/all")
     fails(capsys, [*train, "--data", tree], "--data", "voc:PATH")
     fails(capsys, [*here, "--train-split", "nonesuch"], "nonesuch")
-    fails(capsys, [*here, "--classes", "circle,square,triangle"], "star", ".xml")
     annotation = tree / "Annotations/trainval_3.xml"
     text = annotation.read_text()
     annotation.write_text(text[:-20])
     fails(capsys, here, "trainval_3.xml")
     annotation.write_text(text.replace("<name>", "<name>un", 1))
-    fails(capsys, [*here, "--classes", "circle,square,triangle,star"], "trainval_3.xml", "un")
     annotation.write_text(text)
     assert not (tmp_path / "run" / "last.pth").exists()
 
@@ -392,7 +401,10 @@ def test_ctrl_c_exits_cleanly(tree, tmp_path):
     assert "Traceback" not in output
     assert output.splitlines()[-1] == "fastdet: interrupted"
     assert checkpoint.load(out / "last.pth")["epoch"] >= 0
-    assert sorted(path.name for path in out.iterdir()) == [".lock", "last.pth", "metrics.csv"]
+    evaluated = {"best.pth", "validation.csv"} if checkpoint.load(out / "last.pth")["epoch"] else set()
+    names = {path.name for path in out.iterdir()}
+    assert {".lock", "last.pth", "metrics.csv", *evaluated} <= names
+    assert names <= {".lock", "last.pth", "metrics.csv", "best.pth", "validation.csv"}
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "demo"])

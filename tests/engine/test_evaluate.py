@@ -9,6 +9,7 @@ from torch import nn
 
 from fastdet.engine import detect
 from fastdet.engine.evaluate import evaluate
+from tests.helpers.detectors import small_detector
 
 BOX = torch.tensor([[2.0, 2, 12, 12]])
 
@@ -35,7 +36,7 @@ def dataset(*labels):
 def test_all_metrics_by_value():
     model = OneBox()
     evaluation = evaluate(model, dataset(1, 1, 2), ["cat", "dog", "cow"], batch_size=2)
-    assert model.calls == [(2, False, True), (1, False, True)]
+    assert model.calls == [(1, False, True)] * 3
     summary = evaluation.summary()
     assert list(summary) == ["AP", "AP50", "AP75", "VOC07", "VOC12", "classes"]
     # Two of three detections are true; "dog" is never found, "cow" has no ground truth.
@@ -69,3 +70,34 @@ def test_without_pycocotools_nothing_is_computed(monkeypatch):
     with pytest.raises(ImportError, match=r"pip install 'fastdet\[eval\]'"):
         evaluate(model, dataset(1), ["cat"])
     assert model.calls == []
+
+
+class Sized(torch.utils.data.Dataset):
+    """Images of three sizes in turn, with nothing in them."""
+
+    sizes = tuple((64 + 10 * (k % 3), 90) for k in range(8))
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        image = torch.rand(3, *self.sizes[index], generator=torch.Generator().manual_seed(index))
+        return image, {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_detections_do_not_depend_on_the_batch(workers):
+    model, data, calls = small_detector(rpn_min_size=1.0, box_score_thresh=0.0).eval(), Sized(), []
+    model.register_forward_pre_hook(lambda _, arguments: calls.append([image.shape for image in arguments[0]]))
+    before = torch.get_rng_state()
+    single, four = (evaluate(model, data, ["a", "b", "c"], batch_size=size, workers=workers) for size in (1, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [len(shapes) for shapes in calls] == [1] * 8 + [3, 3, 2]
+    assert all(len(set(shapes)) == 1 for shapes in calls)
+    assert sum(len(found["scores"]) for found in single.predictions) > 8
+    for first, second in zip(single.predictions, four.predictions, strict=True):
+        for name in first:
+            torch.testing.assert_close(first[name], second[name], rtol=1e-5, atol=1e-4)
+    with torch.inference_mode():
+        expected = model([data[4][0]])[0]
+    torch.testing.assert_close(single.predictions[4]["boxes"], expected["boxes"])

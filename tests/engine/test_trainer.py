@@ -2,16 +2,27 @@ import csv
 import math
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from fastdet.data import DataError, Shapes
+from fastdet.data.augmentation import augment, build
 from fastdet.engine import checkpoint
 from fastdet.engine.checkpoint import CheckpointError
-from fastdet.engine.recipes import RECIPES, TrainSettings, build_optimizer, learning_rate, parameter_groups, plan_epoch
-from fastdet.engine.run_folder import COLUMNS, LOSSES
+from fastdet.engine.recipes import (
+    RECIPES,
+    EpochPlans,
+    TrainSettings,
+    build_average,
+    build_optimizer,
+    learning_rate,
+    parameter_groups,
+    plan_epoch,
+)
+from fastdet.engine.run_folder import COLUMNS, LOSSES, VALIDATION_COLUMNS, read_rows
 from fastdet.engine.trainer import train
 from fastdet.visualize import plot_losses
 
@@ -31,7 +42,7 @@ class StandInDetector(nn.Module):
 
     def forward(self, images, targets=None):
         self.inputs += [(image, target["boxes"]) for image, target in zip(images, targets, strict=True)]
-        features = self.layers(torch.stack(images)).mean((2, 3))
+        features = self.layers(torch.stack(images).float() / 255).mean((2, 3))
         aims = torch.stack([target["boxes"].mean(0) / 32 for target in targets])
         losses = ((features - aims + 0.1 * torch.rand_like(aims)) ** 2).mean(0)
         if len(self.inputs) > self.poison_at > 0:
@@ -77,7 +88,7 @@ def run(model, dataset, out, settings=SETTINGS, **options):
 
 
 def assert_same_run(first, second):
-    """Two folders hold bitwise the same checkpoint, and rows that differ in the speed alone."""
+    """Two folders hold bitwise the same checkpoint, and rows that differ in speed and data wait alone."""
     expected, actual = (checkpoint.load(folder / "last.pth") for folder in (first, second))
     for part in ("model", "random"):
         assert expected[part].keys() == actual[part].keys()
@@ -90,7 +101,7 @@ def assert_same_run(first, second):
 
 def rows_of(folder):
     with (folder / "metrics.csv").open() as file:
-        return [[row[name] for name in COLUMNS[:-1]] for row in csv.DictReader(file)]
+        return [[row[name] for name in COLUMNS[:-2]] for row in csv.DictReader(file)]
 
 
 def test_training_writes_its_files_and_learns(tmp_path, shapes, monkeypatch):
@@ -115,6 +126,7 @@ def test_training_writes_its_files_and_learns(tmp_path, shapes, monkeypatch):
     for row in rows:
         assert row["loss"] == pytest.approx(sum(row[name] for name in LOSSES))
         assert row["images_per_second"] > 0
+        assert 0 < row["data_wait"] < 1
     assert rows[-1]["loss"] < rows[0]["loss"]
     saved = checkpoint.load(tmp_path / "run" / "last.pth")
     assert (saved["epoch"], saved["class_names"]) == (4, shapes.class_names)
@@ -129,9 +141,11 @@ def test_two_epochs_and_two_more_are_four(tmp_path, shapes):
 
 
 def test_a_run_of_two_epochs_can_be_lengthened(tmp_path, shapes):
-    run(build_detector(), shapes, tmp_path / "straight")
-    run(build_detector(), shapes, tmp_path / "resumed", replace(SETTINGS, epochs=2))
-    run(StandInDetector(), shapes, tmp_path / "resumed", resume=True)
+    # A longer warm-up would be cut to a fifth of the steps, of which there are more then.
+    settings = replace(SETTINGS, warmup_steps=1)
+    run(build_detector(), shapes, tmp_path / "straight", settings)
+    run(build_detector(), shapes, tmp_path / "resumed", replace(settings, epochs=2))
+    run(StandInDetector(), shapes, tmp_path / "resumed", settings, resume=True)
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
 
 
@@ -267,18 +281,17 @@ def test_the_loop_has_no_host_sync_between_two_readings(tmp_path, shapes, monkey
     assert reads == [(3, 5), (1, 5)]
 
 
-def test_flips_mirror_pixels_and_boxes(tmp_path, shapes):
+def test_items_are_augmented_by_the_seeds_of_the_plan(tmp_path, shapes):
     model = build_detector()
     settings = replace(SETTINGS, epochs=1, seed=1)
     run(model, shapes, tmp_path, settings)
-    draws = [draw for batch in plan_epoch(7, settings, 0) for draw in batch]
-    assert {flip for _, flip in draws} == {True, False}, "the seed should draw both"
-    for (index, flip), (image, boxes) in zip(draws, model.inputs, strict=True):
-        expected, target = shapes[index]
-        x1, y1, x2, y2 = target["boxes"].unbind(1)
-        mirrored = torch.stack([32 - x2, y1, 32 - x1, y2], 1)
-        assert torch.equal(image, expected.flip(2) if flip else expected)
-        assert torch.equal(boxes, mirrored if flip else target["boxes"])
+    draws, mirrored = [draw for batch in plan_epoch(7, settings, 0) for draw in batch], []
+    for (index, seed), (image, boxes) in zip(draws, model.inputs, strict=True):
+        expected, target = augment(build("flip", (32, 32)), shapes[index], seed)
+        assert torch.equal(image, expected)
+        assert torch.equal(boxes, target["boxes"])
+        mirrored.append(torch.equal(image, shapes[index][0].flip(2)))
+    assert set(mirrored) == {True, False}, "the seed should draw both"
 
 
 def test_the_plan_of_an_epoch():
@@ -289,8 +302,39 @@ def test_the_plan_of_an_epoch():
     assert plan == plan_epoch(10, settings, 2)
     assert plan != plan_epoch(10, settings, 3)
     assert plan != plan_epoch(10, replace(settings, seed=6), 2)
-    assert not any(flip for batch in plan_epoch(99, replace(settings, flip=False), 0) for _, flip in batch)
-    assert 400 < sum(flip for batch in plan_epoch(1000, settings, 0) for _, flip in batch) < 600
+    seeds = [seed for batch in plan for _, seed in batch]
+    assert len(set(seeds)) == 10
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 50])
+def test_batches_of_one_aspect_ratio(batch_size):
+    draw = np.random.default_rng(0)
+    sizes = [[(480, 640), (640, 480), (500, 500), (100, 1000)][k] for k in draw.integers(0, 4, 45)]
+    settings = TrainSettings(batch_size=batch_size)
+    plan = plan_epoch(45, settings, 3, sizes)
+    assert sorted(index for batch in plan for index, _ in batch) == list(range(45))
+    assert len(plan) == len(plan_epoch(45, settings, 3)) == -(-45 // batch_size)
+    mixed = [batch for batch in plan if len({sizes[index] for index, _ in batch}) > 1]
+    # What is left of four groups is less than four batches.
+    assert len(mixed) < 4
+    assert plan == plan_epoch(45, settings, 3, sizes)
+    ungrouped = plan_epoch(45, replace(settings, aspect_groups=0), 3, sizes)
+    assert ungrouped == plan_epoch(45, settings, 3)
+    if batch_size == 3:
+        assert len([b for b in ungrouped if len({sizes[index] for index, _ in b}) > 1]) > 8
+
+
+def test_images_of_one_shape_are_in_the_order_of_no_groups():
+    settings = TrainSettings(batch_size=4)
+    assert plan_epoch(30, settings, 1, [(480, 640)] * 30) == plan_epoch(30, settings, 1)
+
+
+def test_the_plans_of_a_run():
+    settings = TrainSettings(batch_size=3, epochs=4)
+    plans = EpochPlans(10, settings, range(1, 3), 2, None)
+    assert plans.steps == 4
+    assert list(plans) == plan_epoch(10, settings, 1)[2:] + plan_epoch(10, settings, 2)
 
 
 def test_learning_rates_by_value():
@@ -338,7 +382,7 @@ def test_settings_out_of_range(name, value):
 
 
 def test_settings_of_another_type():
-    allowed = {"bias_weight_decay": None, "amp": None, "flip": True, "milestones": []}
+    allowed = {"bias_weight_decay": None, "amp": None, "milestones": []}
     for field in fields(TrainSettings):
         for value in (None, "x", -1, math.nan, math.inf, True, [], [0.5], object()):
             if field.name in allowed and allowed[field.name] == value:
@@ -387,3 +431,133 @@ def test_networks_run_in_the_precision_that_is_asked_for(tmp_path, shapes, amp, 
 def test_a_precision_that_needs_a_loss_scale_is_refused():
     with pytest.raises(ValueError, match="amp must be None or 'bfloat16', not 'float16'"):
         TrainSettings(amp="float16")
+
+
+class Graded:
+    """Validation with the grades that it is given; it remembers what it was called with."""
+
+    def __init__(self, *grades: float) -> None:
+        self.grades, self.states = list(grades), []
+
+    def __call__(self, model):
+        self.states.append({name: value.clone() for name, value in model.state_dict().items()})
+        grade = self.grades[len(self.states) - 1]
+        return {"AP": grade, "AP50": grade, "AP75": grade / 2}
+
+
+def test_the_best_weights_are_kept(tmp_path, shapes):
+    validate = Graded(0.2, 0.5, 0.5, 0.1)
+    run(build_detector(), shapes, tmp_path, validate=validate, description={"class_names": ("a",)})
+    best, last = (checkpoint.load(tmp_path / f"{name}.pth") for name in ("best", "last"))
+    assert (best["epoch"], best["AP"], best["class_names"]) == (2, 0.5, ("a",))
+    for name, value in validate.states[1].items():
+        assert torch.equal(best["model"][name], value)
+    assert last["best"] == {"epoch": 2, "AP": 0.5, "evaluations_since": 2}
+    with (tmp_path / "validation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["epoch"], row["step"], row["AP"]) for row in rows] == [
+        ("1", "4", "0.2"),
+        ("2", "8", "0.5"),
+        ("3", "12", "0.5"),
+        ("4", "16", "0.1"),
+    ]
+
+
+@pytest.mark.parametrize(("every", "epochs"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3, 4]), (9, [4])])
+def test_evaluations_come_every_few_epochs_and_at_the_end(tmp_path, shapes, every, epochs):
+    run(build_detector(), shapes, tmp_path, replace(SETTINGS, eval_every=every), validate=Graded(*[0.1] * 4))
+    rows = read_rows(tmp_path / "validation.csv", 99, VALIDATION_COLUMNS)
+    assert [row["epoch"] for row in rows] == epochs
+
+
+def test_a_run_without_patience_left_ends(tmp_path, shapes):
+    settings, grades = replace(SETTINGS, epochs=9, patience=2), (0.1, 0.3, 0.2, 0.3)
+    validate = Graded(*grades)
+    run(build_detector(), shapes, tmp_path, settings, validate=validate)
+    assert len(validate.states) == 4
+    assert checkpoint.load(tmp_path / "last.pth")["epoch"] == 4
+    again = Graded(0.9)
+    run(StandInDetector(), shapes, tmp_path, settings, validate=again, resume=True)
+    assert not again.states
+    run(StandInDetector(), shapes, tmp_path, replace(settings, patience=3), validate=again, resume=True, stop_after=5)
+    assert checkpoint.load(tmp_path / "best.pth")["epoch"] == 5
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_resumed_run_has_the_best_of_one_that_was_not_interrupted(tmp_path, shapes, ema):
+    settings = replace(SETTINGS, ema=ema)
+    run(build_detector(), shapes, tmp_path / "straight", settings, validate=Graded(0.2, 0.5, 0.4, 0.6))
+    run(build_detector(), shapes, tmp_path / "resumed", settings, validate=Graded(0.2, 0.5), stop_after=2)
+    # As of a run that was killed after its third evaluation, before the checkpoint.
+    (tmp_path / "resumed/best.pth").write_bytes(b"of the third epoch")
+    with (tmp_path / "resumed/validation.csv").open("a") as file:
+        file.write("3,12,0.9,0.9,0.9\r\n")
+    run(StandInDetector(), shapes, tmp_path / "resumed", settings, validate=Graded(0.4, 0.6), resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed")
+    states = [checkpoint.load(tmp_path / name / "best.pth") for name in ("straight", "resumed")]
+    assert [state["epoch"] for state in states] == [4, 4]
+    for name, value in states[0]["model"].items():
+        assert torch.equal(states[1]["model"][name], value)
+    texts = [(tmp_path / name / "validation.csv").read_text() for name in ("straight", "resumed")]
+    assert texts[0] == texts[1]
+
+
+def test_a_new_run_forgets_the_best_of_the_old(tmp_path, shapes):
+    run(build_detector(), shapes, tmp_path, validate=Graded(0.9, 0.9, 0.9, 0.9))
+    run(build_detector(), shapes, tmp_path, overwrite=True, stop_after=1)
+    assert not (tmp_path / "best.pth").exists()
+    assert not (tmp_path / "validation.csv").exists()
+
+
+def test_the_average_of_the_weights_by_value(tmp_path, shapes):
+    decay, history, plain = 0.3, [], build_detector()
+    step = torch.optim.SGD.step
+
+    class Recorded(torch.optim.SGD):
+        def step(self, *arguments, **options):
+            step(self, *arguments, **options)
+            history.append([p.detach().clone() for group in self.param_groups for p in group["params"]])
+
+    average = build_average(plain, decay)
+    optimizer = Recorded(plain.parameters(), lr=0.1)
+    expected = None
+    for index in range(6):
+        image = torch.rand(3, 32, 32)
+        losses = plain([image, image], [{"boxes": torch.rand(2, 4)}] * 2)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        average.update_parameters(plain)
+        # The first update takes the weights as they are; n counts from 0.
+        keep = min(decay, (1 + index) / (10 + index)) if index else 0.0
+        expected = (
+            history[-1]
+            if expected is None
+            else [keep * old + (1 - keep) * new for old, new in zip(expected, history[-1], strict=True)]
+        )
+        for value, wanted in zip(average.module.parameters(), expected, strict=True):
+            torch.testing.assert_close(value, wanted)
+    statistics = plain.layers[1]
+    assert average.module.layers[1].num_batches_tracked == statistics.num_batches_tracked
+    assert not torch.equal(average.module.layers[1].running_mean, statistics.running_mean)
+
+
+def test_what_is_evaluated_is_the_average(tmp_path, shapes):
+    validate, settings = Graded(0.1, 0.2, 0.3, 0.4), replace(SETTINGS, ema=0.9)
+    model = build_detector()
+    run(model, shapes, tmp_path, settings, validate=validate)
+    saved = checkpoint.load(tmp_path / "last.pth")
+    for name, value in validate.states[-1].items():
+        assert torch.equal(saved["average"][name], value)
+    weight = "layers.0.weight"
+    assert not torch.equal(saved["average"][weight], saved["model"][weight])
+    assert torch.equal(saved["model"][weight], model.state_dict()[weight])
+    assert saved["averaged"] == 16
+
+
+def test_the_warm_up_of_a_short_run_is_short():
+    short = TrainSettings(epochs=8, lr=1.0, warmup_steps=60)
+    rates = [learning_rate(short, step, 5) for step in range(40)]
+    assert max(rates) > 0.85
+    assert rates[0] == pytest.approx(1 / 8)
+    assert rates.index(max(rates)) == 7

@@ -96,7 +96,7 @@ def make_detector(backbone: Any, changes: dict[str, Any]) -> fastdet.FasterRCNN:
 
 def ten_images() -> list[Tensor]:
     """Every other one is cut to a shape that the detector resizes."""
-    images = [Shapes(10, size=64, seed=2)[k][0] for k in range(10)]
+    images = [Shapes(10, size=64, seed=2)[k][0] / 255 for k in range(10)]
     return [image[:, :48] if k % 2 else image for k, image in enumerate(images)]
 
 
@@ -341,7 +341,7 @@ def test_the_command_writes_what_finds_the_same(weights_file, tmp_path, capsys, 
     assert ("import fastdet" in output.out) == (suffix == ".pt2")
     assert not output.err
     model, _ = checkpoint.load_model(weights_file)
-    images = [Shapes(3, size=64)[k][0] for k in range(3)]
+    images = [Shapes(3, size=64)[k][0] / 255 for k in range(3)]
     inputs = torch.stack(images), torch.full((3, 2), 64), torch.ones(3)
     with torch.no_grad():
         assert_same(loaded(path)(*inputs), model(images), images, inputs[1])

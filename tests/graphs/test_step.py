@@ -8,10 +8,9 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from fastdet import TORCHVISION, AnchorGenerator, FasterRCNN
+from fastdet import TORCHVISION, AnchorGenerator, FasterRCNN, inputs
 from fastdet.graphs import GraphedTrainer
 from fastdet.graphs.step import INITIAL_SCALE, LossScale, cast_weights, prepare_optimizer, training_step
-from fastdet.models import preprocessing
 from tests.helpers.detectors import NUM_CLASSES, SMALL_SETTINGS, Pyramid, small_scene
 from tests.helpers.graphs import MAX_BOXES, SHAPE, adamw, assert_same, clone_state, detector, differ, sgd, trainer
 from tests.helpers.host_sync import RefuseHostSync
@@ -86,7 +85,7 @@ def test_fp16_grows_its_scale_after_good_steps():
 
 
 def test_fp16_names_a_loss_that_is_not_finite(monkeypatch):
-    monkeypatch.setattr(preprocessing, "_LARGEST", math.inf)
+    monkeypatch.setattr(inputs, "_LARGEST", math.inf)
     graphed = trainer(amp=torch.float16)
     images, targets = small_scene()
     graphed.step([torch.full_like(image, 3e38) for image in images], targets)
@@ -214,7 +213,7 @@ def test_weights_are_cast_in_one_call():
     ],
 )
 def test_the_norm_is_computed_where_it_is_used_or_asked_for(options, computed, monkeypatch):
-    monkeypatch.setattr(preprocessing, "_LARGEST", math.inf)
+    monkeypatch.setattr(inputs, "_LARGEST", math.inf)
     calls, get_total_norm = [], nn.utils.get_total_norm
     monkeypatch.setattr(nn.utils, "get_total_norm", lambda gradients: calls.append(1) or get_total_norm(gradients))
     graphed = trainer(**options)

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastdet import FasterRCNN
+from fastdet import FasterRCNN, inputs
 from fastdet.graphs import GraphedDetector, GraphedTrainer
-from fastdet.models import preprocessing
 from tests.helpers.detectors import small_scene
 from tests.helpers.graphs import (
     EMPTY,
@@ -81,7 +80,7 @@ def test_each_step_draws_anew():
 
 @pytest.mark.parametrize("make", [sgd, adamw])
 def test_what_is_not_finite_changes_nothing_and_is_named(make, monkeypatch):
-    monkeypatch.setattr(preprocessing, "_LARGEST", math.inf)  # pixels that would be refused
+    monkeypatch.setattr(inputs, "_LARGEST", math.inf)  # pixels that would be refused
     graphed = trainer(make=make, clip_norm=1.0)
     images, targets = small_scene()
     graphed.step(images, targets)

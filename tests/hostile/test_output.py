@@ -123,7 +123,7 @@ def test_results_are_on_the_disk_before_a_table_is_printed(tmp_path, monkeypatch
     monkeypatch.setattr(sys, "stdout", Gone())
     options = type("Options", (), {"out": tmp_path / "out", "workers": 0, "limit": None})
     with pytest.raises(BrokenPipeError):
-        commands._evaluate(options, None, Images([(torch.zeros(3, 20, 20), target)]), (HOSTILE, "b"), {})
+        commands._evaluate(options, None, Images([(torch.zeros(3, 20, 20), target)]), (HOSTILE, "b"), 0, {})
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["classes"][HOSTILE]["AP"] == pytest.approx(1)
     assert (tmp_path / "out/detections.png").is_file()

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import urllib.error
 
 import pytest
 import torch
@@ -406,3 +407,14 @@ def test_bottlenecks_can_stride_first():
     backbones.move_stride_to_first_convolution(backbone)
     assert (first.conv1.stride, first.conv2.stride) == ((2, 2), (1, 1))
     assert (backbone.body.layer2[1].conv1.stride, backbone.body.layer1[0].conv1.stride) == ((1, 1), (1, 1))
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch):
+    def refuse(*_, **__):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    with pytest.raises(
+        ValueError, match=r"weights_backbone: MobileNet_V2.*cannot be downloaded from https.*a file of it"
+    ):
+        fastdet.FasterRCNN("mobilenet_v2", 3, weights_backbone="IMAGENET1K_V1")

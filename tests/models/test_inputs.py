@@ -6,10 +6,13 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional
 
 import fastdet
 from fastdet import FasterRCNN
 from fastdet.models import anchors, backbones, preprocessing
+from tests.helpers.detectors import small_detector
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +181,7 @@ def test_whether_an_anchor_lies_inside_is_what_the_anchors_show(seed):
         ]
     )
     expected = bool(anchors.inside(every, torch.tensor([[height, width]])).any())
-    assert anchors._has_anchor_inside(generator, (height, width)) == expected
+    assert anchors.has_anchor_inside(generator, (height, width)) == expected
 
 
 def test_anchors_are_not_looked_at_where_a_program_is_recorded(monkeypatch):
@@ -191,3 +194,29 @@ def test_anchors_are_not_looked_at_where_a_program_is_recorded(monkeypatch):
     monkeypatch.setattr(preprocessing.ops, "is_recorded", lambda _: True)
     model.preprocess(*batch)
     assert calls == [1]
+
+
+@pytest.mark.parametrize("form", ["XYXY", "XYWH", "CXCYWH"])
+def test_boxes_of_tv_tensors_are_taken_by_their_format(form):
+    model, image = small_detector(), torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    corners = torch.tensor([[10.0, 12.0, 40.0, 50.0], [3.0, 5.0, 20.0, 30.0]])
+    boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(64, 64))
+    boxes = functional.convert_bounding_box_format(boxes, new_format=form)
+    labels = torch.tensor([1, 2])
+    targets = [{"boxes": value, "labels": labels} for value in (corners, boxes)]
+    plain, wrapped = (model.preprocess([tv_tensors.Image(image)], [target])[1] for target in targets)
+    assert torch.equal(plain.boxes, wrapped.boxes)
+    assert type(wrapped.boxes) is torch.Tensor
+
+
+def test_images_in_0_to_255_are_a_warning_unless_the_mean_is_so_too():
+    target = {"boxes": torch.tensor([[10.0, 12.0, 40.0, 50.0]]), "labels": torch.tensor([1])}
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255
+    model = small_detector()
+    with pytest.warns(UserWarning, match=r"far above 1.*0\.\.1.*uint8 in 0\.\.255"):
+        model.preprocess([image], [target])
+    for settings in ({"image_mean": (120.0, 110.0, 100.0), "image_std": (58.0, 57.0, 56.0)}, {}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            given = image if settings else image.to(torch.uint8)
+            small_detector(**settings).preprocess([given], [target])

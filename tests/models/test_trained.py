@@ -79,7 +79,7 @@ def test_average_precision_is_what_torchvision_reached(checkpoint_path, held_out
 @pytest.fixture(scope="module")
 def photographs(held_out):
     """Three of several sizes: one is cropped, one shrunk."""
-    images = [held_out[i][0] for i in range(3)]
+    images = [held_out[i][0] / 255 for i in range(3)]
     targets = [{name: held_out[i][1][name] for name in ("boxes", "labels")} for i in range(3)]
     images[1] = images[1][:, :300]
     targets[1] = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
@@ -115,7 +115,7 @@ def test_one_bucket_makes_detections_independent_of_the_batch(checkpoint_path, p
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_exported_it_finds_the_same_in_ten_photographs(checkpoint_path, held_out, tmp_path, suffix):
     model = load_ours(checkpoint_path, size_buckets=((320, 480),)).eval()
-    images = [held_out[i][0] for i in range(10)]
+    images = [held_out[i][0] / 255 for i in range(10)]
     with torch.no_grad():
         eager = model(images)
     write(model, tmp_path / f"model{suffix}")

@@ -175,3 +175,9 @@ def test_tile() -> None:
         tile([], 2)
     with pytest.raises(ValueError, match="0"):
         tile(pictures, 0)
+
+
+def test_bytes_are_drawn_as_they_are() -> None:
+    image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
+    picture = draw_detections(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    assert (pixels(picture) == image.permute(1, 2, 0).numpy()).all()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from fastdet.data.images import MAX_PIXELS, DataError
-from fastdet.data.records import AnnotatedImages, Box, Orientation, Record, base_name, find_images, stem_of, warn_of
+from fastdet.data.records import AnnotatedImages, Box, Orientation, Record, base_name, collect, find_images, stem_of
 from fastdet.safe_files import open_regular, printable
 
 # COCO's own of 118,000 images has 450 MB.
@@ -29,11 +29,9 @@ class COCO(AnnotatedImages):
         annotations: the JSON file.
         class_names: label k is `class_names[k - 1]`; when None, the names of the categories in the order of their ids.
         max_pixels: of an image, as of `read_image`.
-        orientation: as of `AnnotatedImages`.
+        orientation, problems: as of `AnnotatedImages`.
 
-    Attributes:
-        class_names: the names of labels 1, 2, ...
-        ids: the names of the image files, in the order of the JSON file.
+    Attributes: as of `AnnotatedImages`; `ids` are the names of the image files, in the order of the JSON file.
 
     Raises:
         DataError: the file or an image is missing, an entry lacks what it needs, ids or names are repeated, or a class
@@ -48,6 +46,7 @@ class COCO(AnnotatedImages):
         max_pixels: int = MAX_PIXELS,
         *,
         orientation: Orientation = "auto",
+        problems: list[DataError] | None = None,
     ) -> None:
         folder, path = Path(images), Path(annotations)
         if not folder.is_dir():
@@ -58,21 +57,29 @@ class COCO(AnnotatedImages):
         boxes: dict[Any, list[Box]] = {key: [] for key in listed}
         strangers = []
         for place, entry in _entries(path, content, "annotations"):
-            image, category = (_get(path, place, entry, key, (int, str)) for key in ("image_id", "category_id"))
-            if category not in names:
-                raise DataError(f"{path}: {place}: category_id {category!r:.100} is not among the categories")
-            box = _to_box(path, place, entry, names[category])
-            if image in boxes:
-                boxes[image].append(box)
-            else:
-                strangers.append(f"{place} of {image!r:.100}")
-        found = find_images(folder)
-        records = [_to_record(path, place, entry, folder, found, boxes[key]) for key, (place, entry) in listed.items()]
-        title = f"{path}"
-        warn_of(title, "annotation(s) of images that are not listed, left out", strangers)
+            with collect(problems):
+                image, category = (_get(path, place, entry, key, (int, str)) for key in ("image_id", "category_id"))
+                if category not in names:
+                    raise DataError(f"{path}: {place}: category_id {category!r:.100} is not among the categories")
+                box = _to_box(path, place, entry, names[category])
+                if image in boxes:
+                    boxes[image].append(box)
+                else:
+                    strangers.append(f"{place} of {image!r:.100}")
+        found, records = find_images(folder), []
+        for key, (place, entry) in listed.items():
+            with collect(problems):
+                records.append(_to_record(path, place, entry, folder, found, boxes[key]))
         ordered = [names[key] for key in sorted(names, key=lambda key: (isinstance(key, str), key))]
-        names_of_labels = ordered if class_names is None else class_names
-        super().__init__(title, records, names_of_labels, orientation=orientation, max_pixels=max_pixels)
+        super().__init__(
+            f"{path}",
+            records,
+            ordered if class_names is None else class_names,
+            orientation=orientation,
+            max_pixels=max_pixels,
+            findings={"annotation(s) of images that are not listed, left out": strangers},
+            problems=problems,
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 import math
 import os
 import re
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, ParseError
 
+from fastdet.data.formats.text_files import lines_of, read_text
 from fastdet.data.images import MAX_PIXELS, SUFFIXES, DataError
 from fastdet.data.records import (
     AnnotatedImages,
@@ -16,9 +17,9 @@ from fastdet.data.records import (
     Orientation,
     Record,
     base_name,
+    collect,
     find_images,
     stem_of,
-    warn_of,
 )
 from fastdet.safe_files import open_regular
 
@@ -27,13 +28,14 @@ _MAX_BYTES, _MAX_OBJECTS, _MAX_DEPTH = 64 << 20, 1 << 16, 32
 
 
 class VOC(AnnotatedImages):
-    """A split of a data set in the VOC layout.
+    """Images with an XML file each, in the VOC layout or another.
 
-    `root/ImageSets/Main/{split}.txt` lists the stems, one a line; `root/Annotations` holds their XML and
-    `root/JPEGImages` the images. The list may be one of VOC's own for a class (a stem and 1 or -1), and have names with
-    suffixes and folders, in UTF-8 or UTF-16. An image is the file with the annotation's own stem and the suffix of any
-    format that is read; else the one that the XML names, of any folder. Sizes and `difficult` in the XML that are
-    blank or nothing that is known are as if absent.
+    In the VOC layout `root/Annotations` has the XML files, `root/JPEGImages` the images, and
+    `root/ImageSets/Main/{split}.txt` lists the stems of a split, one a line. The list may be one of VOC's own for a
+    class (a stem and 1 or -1), and have names with suffixes and folders, in UTF-8 or UTF-16. Otherwise `root` or
+    one folder in it has the XML files, and one the images. An image is the file with the annotation's own stem and the
+    suffix of any format that is read; else the one that the XML names, of any folder. Sizes and `difficult` in the XML
+    that are blank or nothing that is known are as if absent.
 
     The file's corners are 1-based pixels, both ends inside the box; an item's boxes are continuous:
     (xmin - 1, ymin - 1, xmax, ymax). Boxes that reach over the image's border stay as they are; those with
@@ -41,16 +43,15 @@ class VOC(AnnotatedImages):
     orientation, and which boxes are left out: as of `AnnotatedImages`.
 
     Args:
-        root: the folder with Annotations, ImageSets and JPEGImages.
-        split: name of a file in ImageSets/Main, without .txt.
-        class_names: label k is `class_names[k - 1]`; when None, the sorted names that the split's XML uses.
+        root: the folder.
+        split: name of a file in ImageSets/Main, without .txt; None takes all XML files.
+        class_names: label k is `class_names[k - 1]`; when None, the sorted names of all XML files, of any split,
+            so that the splits of a data set have the same labels.
         max_pixels: of an image, as of `read_image`.
         zero_based: the file's corners are continuous already, counted from 0, as some tools write them.
-        orientation: as of `AnnotatedImages`.
+        orientation, problems: as of `AnnotatedImages`.
 
-    Attributes:
-        class_names: the names of labels 1, 2, ...
-        ids: the stems, in the order of the split's file.
+    Attributes: as of `AnnotatedImages`; `ids` are the stems, in the order of the split's file.
 
     Raises:
         DataError: a folder, split, annotation or image is missing, the split is empty, an annotation does not parse
@@ -60,24 +61,81 @@ class VOC(AnnotatedImages):
     def __init__(
         self,
         root: str | Path,
-        split: str,
+        split: str | None,
         class_names: Sequence[str] | None = None,
         max_pixels: int = MAX_PIXELS,
         *,
         zero_based: bool = False,
         orientation: Orientation = "auto",
+        problems: list[DataError] | None = None,
     ) -> None:
         self.root, self.split = Path(root), split
-        title, images = f"{self.root} ({split})", find_images(self.root / "JPEGImages")
-        chosen: list[str] = []
+        annotations, images = _find_folders(self.root)
+        found = find_images(images)
+        every_stem = sorted(stem for stem, suffix in map(os.path.splitext, os.listdir(annotations)) if suffix == ".xml")
+        repeated, chosen = list[str](), list[str]()
+        stems = every_stem if split is None else _read_split(self.root, split, repeated)
+        if not stems:
+            raise DataError(f"{annotations}: the folder has no XML file")
         records = []
-        for stem in _read_split(self.root, split):
-            annotation = _read_annotation(self.root / "Annotations" / f"{stem}.xml")
-            image = _choose_image(self.root / "JPEGImages", stem, annotation, images, chosen)
-            boxes = [_to_box(item, zero_based) for item in annotation.objects]
-            records.append(Record(stem, image, str(annotation.path), annotation.size, boxes))
-        warn_of(title, "image(s) taken of several with one stem", chosen)
-        super().__init__(title, records, class_names, orientation=orientation, max_pixels=max_pixels)
+        for stem in stems:
+            with collect(problems):
+                annotation = _read_annotation(annotations / f"{stem}.xml")
+                image = _choose_image(images, stem, annotation, found, chosen)
+                boxes = [_to_box(item, zero_based) for item in annotation.objects]
+                records.append(Record(stem, image, str(annotation.path), annotation.size, boxes))
+        findings = {
+            "name(s) more than once in the list, taken once": repeated,
+            "image(s) taken of several with one stem": chosen,
+        }
+        if split is None:
+            used = {record.image.name for record in records}
+            findings["image(s) without an XML file, left out"] = [
+                name for names in found.values() for name in names if name not in used
+            ]
+        if class_names is None:
+            names, unread = {box.name for record in records for box in record.boxes}, list[DataError]()
+            for stem in sorted(set(every_stem) - set(stems)):
+                with collect(unread):
+                    names |= {item.name for item in _read_annotation(annotations / f"{stem}.xml").objects}
+            class_names = sorted(names)
+            findings["XML file(s) of other splits that do not parse"] = [str(error) for error in unread]
+        super().__init__(
+            str(self.root) if split is None else f"{self.root} ({split})",
+            records,
+            class_names,
+            orientation=orientation,
+            max_pixels=max_pixels,
+            findings=findings,
+            problems=problems,
+        )
+
+
+def has_lists(root: Path) -> bool:
+    """Whether a folder in the VOC layout has lists of splits."""
+    return (root / "ImageSets" / "Main").is_dir()
+
+
+def _find_folders(root: Path) -> tuple[Path, Path]:
+    """The folders of the XML files and of the images."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    folders = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
+    return (
+        _find_folder(root, "Annotations", "XML files", [path for path in folders if any(path.glob("*.xml"))]),
+        _find_folder(root, "JPEGImages", "images", [path for path in folders if find_images(path)]),
+    )
+
+
+def _find_folder(root: Path, usual: str, what: str, found: list[Path]) -> Path:
+    if (root / usual).is_dir():
+        return root / usual
+    if len(found) != 1:
+        listed = f"{', '.join(path.name for path in found)} have" if found else "neither it nor a folder in it has"
+        raise DataError(
+            f"{root}: not in the VOC layout, with a folder {usual}, nor one folder of {what}: {listed} {what}"
+        )
+    return found[0]
 
 
 class _Object(NamedTuple):
@@ -101,33 +159,23 @@ def _to_box(item: _Object, zero_based: bool) -> Box:
     return Box(item.name, (xmin - first, ymin - first, xmax, ymax), item.difficult, shown)
 
 
-def _read_split(root: Path, split: str) -> list[str]:
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder")
+def _read_split(root: Path, split: str, repeated: list[str]) -> list[str]:
+    """The stems of a list, each once; those that are there several times are appended to `repeated`."""
     folder = root / "ImageSets" / "Main"
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder, so {root} is not in the VOC layout")
+    if not has_lists(root):
+        raise DataError(f"{folder}: no such folder, so {root} has no list of a split {split}")
     path = folder / f"{split}.txt"
     if not path.is_file():
         found = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))) or "none"
         raise DataError(f"{path}: no such split; the folder has: {found}")
-    try:
-        with open_regular(path) as file:
-            content = file.read()
-        # PowerShell writes UTF-16.
-        is_utf16 = content.startswith((BOM_UTF16_LE, BOM_UTF16_BE))
-        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
-    except (OSError, UnicodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for _, line in lines_of(read_text(path, _MAX_BYTES))]
     if not lines:
         raise DataError(f"{path}: the split is empty")
     # VOC's lists of a class: whether an image has it. Its images are those of the split all the same.
     if all(re.search(r"\s(1|-1|0)$", line) for line in lines):
         lines = [line.rsplit(maxsplit=1)[0] for line in lines]
     stems = [stem_of(line) for line in lines]
-    repeated = sorted({stem for stem in stems if stems.count(stem) > 1}) if len(set(stems)) < len(stems) else []
-    warn_of(str(path), "name(s) more than once, taken once", repeated)
+    repeated += sorted(stem for stem, times in Counter(stems).items() if times > 1)
     return list(dict.fromkeys(stems))
 
 

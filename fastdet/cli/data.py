@@ -1,0 +1,164 @@
+"""The options that name data sets, and the data sets that they name."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from fastdet.cli.values import UserError, names, not_negative, positive, share
+from fastdet.data import COCO, VOC, YOLO, DataError, DetectionDataset, JoinedImages, Shapes
+from fastdet.data.formats.voc import has_lists
+from fastdet.data.images import MAX_PIXELS
+from fastdet.data.records import describe_unknown
+
+FORMS = (
+    "voc:PATH, a folder in the VOC layout, or of images and XML files; coco:IMAGES,FILE, a folder and a JSON file in "
+    "COCO's format; yolo:FILE, a data.yaml; or shapes:COUNT,SEED, drawn"
+)
+Role = Literal["train", "val"]
+# The split of each role where the options name none.
+_SPLITS: dict[str, dict[Role, str]] = {
+    "voc": {"train": "trainval", "val": "test"},
+    "yolo": {"train": "train", "val": "val"},
+}
+
+
+class DataPlace(NamedTuple):
+    """Where a data set is.
+
+    Attributes:
+        kind: the format.
+        path: a folder, YOLO's file, or the number of drawn pictures and their seed.
+        annotations: COCO's JSON file.
+    """
+
+    kind: str
+    path: str
+    annotations: str = ""
+
+    @property
+    def has_splits(self) -> bool:
+        return self.kind == "yolo" or (self.kind == "voc" and has_lists(Path(self.path)))
+
+
+def parse_place(text: str) -> DataPlace:
+    """The type of `--data`."""
+    kind, _, path = text.partition(":")
+    if kind in ("voc", "yolo") and path:
+        return DataPlace(kind, path)
+    folder, _, annotations = path.rpartition(",")
+    if kind == "coco" and folder and annotations:
+        return DataPlace(kind, folder, annotations)
+    if kind == "shapes" and all(number.isdecimal() for number in path.split(",", 1)):
+        return DataPlace(kind, path)
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not of the form voc:PATH, coco:IMAGES,FILE, yolo:FILE or shapes:COUNT,SEED"
+    )
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """What all commands take that read annotated images."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data", type=parse_place, action="append", required=True, metavar="FORMAT:PATH", help=f"{FORMS}; several")
+    add("--zero-based", action="store_true", help="VOC's corners are counted from 0, not from 1")
+    turned = "turn images as EXIF tells: as the annotated sizes fit (auto), all (applied), or none (stored)"
+    add("--orientation", choices=("auto", "applied", "stored"), default="auto", help=turned)
+    add("--classes", type=names, help="keep only these, by commas; boxes of others are left out")
+    add("--limit", type=positive, metavar="N", help="only the first N images of each split")
+    add_max_pixels(parser)
+
+
+def add_split_options(parser: argparse.ArgumentParser) -> None:
+    """How images to evaluate on are kept apart."""
+    add = parser.add_argument_group("validation").add_argument
+    add("--train-split", help="VOC's list, or YOLO's key, to train on (trainval, train)")
+    add("--val-split", help="likewise, to evaluate on (test, val)")
+    add(
+        "--val-data",
+        type=parse_place,
+        action="append",
+        metavar="FORMAT:PATH",
+        help="to evaluate on, in place of a split",
+    )
+    add("--val-share", type=share, metavar="0.2", help="this share of the images, in place of a split")
+    add("--split-seed", type=not_negative, default=0, help="which images --val-share takes (0)")
+
+
+def add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    text = f"larger images are refused before they are decoded ({MAX_PIXELS})"
+    parser.add_argument("--max-pixels", type=positive, default=MAX_PIXELS, metavar="N", help=text)
+
+
+def open_place(
+    options: argparse.Namespace, place: DataPlace, split: str | None, problems: list[DataError] | None = None
+) -> DetectionDataset:
+    """One data set; `split` only of places that have splits."""
+    how = {"max_pixels": options.max_pixels, "orientation": options.orientation, "problems": problems}
+    if place.kind == "voc":
+        return VOC(place.path, split, zero_based=options.zero_based, **how)
+    if place.kind == "coco":
+        return COCO(place.path, place.annotations, **how)
+    if place.kind == "yolo":
+        return YOLO(place.path, split or "train", **how)
+    count, _, seed = place.path.partition(",")
+    return Shapes(int(count), seed=int(seed or 0))
+
+
+def open_data(
+    options: argparse.Namespace,
+    places: Sequence[DataPlace],
+    role: Role,
+    split: str | None,
+    class_names: Sequence[str] | None = None,
+    problems: list[DataError] | None = None,
+) -> JoinedImages:
+    """The data sets of all places as one.
+
+    Args:
+        options: of the command.
+        places: at least one.
+        role: decides the split where `split` names none.
+        split: of the places that have splits.
+        class_names: of labels 1, 2, ...; None takes `--classes`, or else those of the data.
+        problems: as of the data sets.
+
+    Raises:
+        DataError: as the data sets, or a box is of another class, and there is no `--classes`.
+    """
+    opened = [
+        open_place(options, place, (split or _SPLITS[place.kind][role]) if place.has_splits else None, problems)
+        for place in places
+    ]
+    known = [name for dataset in opened for name in dataset.class_names]
+    for name in (options.classes or ()) if class_names is None else ():
+        if name not in known:
+            warnings.warn(f"--classes: {describe_unknown(name, dict.fromkeys(known))}", stacklevel=2)
+    joined = JoinedImages(opened, class_names or options.classes, leave_out_others=options.classes is not None)
+    return joined if options.limit is None else joined.select(range(min(options.limit, len(joined))))
+
+
+def open_training_data(
+    options: argparse.Namespace, problems: list[DataError] | None = None
+) -> tuple[JoinedImages, JoinedImages | None]:
+    """The images to train on, and those to evaluate on with the same classes, None where the options name none.
+
+    Args:
+        options: of the command.
+        problems: as of the data sets.
+
+    Raises:
+        UserError: there is more than one way to what is evaluated on.
+    """
+    ways = [name for name in ("val_data", "val_share", "val_split") if getattr(options, name) is not None]
+    if len(ways) > 1 and ways != ["val_data", "val_split"]:
+        raise UserError(f"{' and '.join('--' + way.replace('_', '-') for way in ways)}: only one goes with --data")
+    train = open_data(options, options.data, "train", options.train_split, problems=problems)
+    if options.val_share is not None:
+        return train.split(options.val_share, options.split_seed)
+    if not options.val_data and not all(place.has_splits for place in options.data):
+        return train, None
+    places = options.val_data or options.data
+    return train, open_data(options, places, "val", options.val_split, train.class_names, problems)

@@ -1,0 +1,1 @@
+"""Readers of annotations: a module a format."""

@@ -1,0 +1,115 @@
+"""Text and YAML files of data sets, which come from strangers: bounded, and with errors of one line."""
+
+import io
+import os
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastdet.data.images import DataError
+from fastdet.safe_files import open_regular, printable
+
+_MAX_DEPTH, _MAX_DIRECTIVES = 16, 16
+
+
+def error_at(place: object, message: str) -> DataError:
+    """An error about a file, or a place in it, of one line."""
+    return DataError(printable(f"{place}: {message}", 2000))
+
+
+def read_text(path: Path, max_bytes: int) -> str:
+    """The text of a file in UTF-8, with or without a mark of the byte order, or in UTF-16 with one.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DataError: it is no file, has more than `max_bytes`, or is in another encoding.
+    """
+    try:
+        with open_regular(path) as file:
+            is_too_large = os.fstat(file.fileno()).st_size > max_bytes
+            content = b"" if is_too_large else file.read(max_bytes + 1)
+        if is_too_large or len(content) > max_bytes:
+            raise error_at(path, f"the file has more than {max_bytes >> 20} MB")
+        # PowerShell writes UTF-16.
+        return content.decode("utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
+    except (FileNotFoundError, DataError):
+        raise
+    except (OSError, ValueError) as error:
+        raise error_at(path, f"the file cannot be read: {error}") from error
+
+
+def lines_of(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, without spaces around them, and with their numbers from 1."""
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        if line := line.strip():
+            yield number, line
+
+
+def read_yaml(path: Path, max_bytes: int) -> dict[str, Any]:
+    """The mapping that a YAML file has: of texts, lists and mappings by texts.
+
+    Scalars stay as they are written: what YAML takes for a number, a date or a truth value (no, 007, 1e3) can be a name
+    as well. Anchors and aliases are refused, since a few of them can make billions of nodes.
+
+    Raises:
+        DataError: there is no such file, it is not as of `read_text`, does not parse, is not one mapping, repeats a
+            key, or is nested deeper than 16 levels.
+    """
+    # Here and not above, so that the detector can be had where there is no such package.
+    import yaml
+
+    try:
+        text = read_text(path, max_bytes)
+        if sum(line.startswith("%") for line in text.splitlines()) > _MAX_DIRECTIVES:
+            raise ValueError(f"it has more than {_MAX_DIRECTIVES} directives, of which each is compared with all")
+        # libyaml's parser gives the same events in a tenth of the time.
+        events = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        mapping = None
+        for event in events:
+            if isinstance(event, yaml.NodeEvent) and mapping is None:
+                mapping = _build(events, event, 0)
+            elif isinstance(event, yaml.NodeEvent):
+                raise ValueError(f"line {event.start_mark.line + 1} begins a second document")
+    except FileNotFoundError:
+        raise error_at(path, "no such file") from None
+    except DataError:
+        raise
+    # OverflowError: the escape of a character beyond the last one.
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise error_at(path, f"the YAML does not parse: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(mapping, dict):
+        raise error_at(path, "the YAML is not a mapping")
+    return mapping
+
+
+def _build(events: Iterator[Any], event: Any, depth: int) -> Any:
+    """The node that starts with `event`, of which `events` has the rest."""
+    import yaml
+
+    line = event.start_mark.line + 1
+    if event.anchor is not None:
+        raise ValueError(f"line {line} has an anchor or an alias, {event.anchor[:100]}, which are not read")
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"line {line} is nested deeper than {_MAX_DEPTH} levels")
+    if isinstance(event, yaml.ScalarEvent):
+        return event.value
+    if isinstance(event, yaml.SequenceStartEvent):
+        return [_build(events, inner, depth + 1) for inner in _until_end(events)]
+    mapping: dict[str, Any] = {}
+    for inner in _until_end(events):
+        key = _build(events, inner, depth + 1)
+        if not isinstance(key, str):
+            raise ValueError(f"the mapping of line {line} has a key that is no text")
+        if key in mapping:
+            raise ValueError(f"the mapping of line {line} has the key {key!r:.100} twice")
+        mapping[key] = _build(events, next(events), depth + 1)
+    return mapping
+
+
+def _until_end(events: Iterator[Any]) -> Iterator[Any]:
+    """The first event of each node in a list or a mapping; whoever builds a node takes the others from `events`."""
+    import yaml
+
+    while not isinstance(event := next(events), yaml.CollectionEndEvent):
+        yield event

@@ -1,0 +1,129 @@
+"""What a training run has to remember: in memory, in `last.pth`, and of it the best weights in `best.pth`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from fastdet import weights
+from fastdet.engine import checkpoint
+from fastdet.engine.checkpoint import CheckpointError
+from fastdet.safe_files import printable
+from fastdet.weights.files import one_line
+
+# A resumed run may change these, as they change nothing in what was drawn so far.
+_FREE_ON_RESUME = ("epochs", "workers", "log_every", "eval_every", "patience")
+
+
+def _no_evaluation() -> dict[str, float]:
+    return {"epoch": 0, "AP": -1.0, "evaluations_since": 0}
+
+
+@dataclass
+class RunState:
+    """The state of a run, with which it goes on exactly.
+
+    Attributes:
+        out: the folder.
+        metadata: the description of the model, the settings, the number of images.
+        model: on its device.
+        optimizer: of its parameters.
+        average: of the weights, if the settings have one.
+        best: the "epoch" and "AP" of the best evaluation, and how many there were since.
+        epoch, step: the epochs that are done, and the steps of the next.
+    """
+
+    out: Path
+    metadata: Mapping[str, Any]
+    model: nn.Module
+    optimizer: Optimizer
+    average: AveragedModel | None
+    best: dict[str, float] = field(default_factory=_no_evaluation)
+    epoch: int = 0
+    step: int = 0
+
+    @property
+    def last(self) -> Path:
+        """The file that a run is resumed from."""
+        return self.out / "last.pth"
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model with the weights that are evaluated."""
+        return self.model if self.average is None else self.average.module
+
+    def save(self, epoch: int, step: int = 0) -> None:
+        """Write the state after so many epochs, and so many steps of the next."""
+        self.epoch, self.step = epoch, step
+        device = next(self.model.parameters()).device
+        random = {"cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(device)
+        content = {
+            **self.metadata,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.module.state_dict(),
+            "averaged": 0 if self.average is None else int(self.average.n_averaged),
+            "best": self.best,
+            "random": random,
+            "epoch": epoch,
+            "step": step,
+        }
+        checkpoint.save(self.last, content)
+
+    def keep_best(self, epoch: int, average_precision: float) -> None:
+        """Take note of an evaluation after so many epochs, and write `best.pth` if there was none as good before."""
+        self.best["evaluations_since"] += 1
+        if average_precision > self.best["AP"]:
+            self.best = {"epoch": epoch, "AP": average_precision, "evaluations_since": 0}
+            content = {**self.metadata, "model": self.evaluated.state_dict(), "epoch": epoch, "AP": average_precision}
+            checkpoint.save(self.out / "best.pth", content)
+
+    def restore(self) -> None:
+        """Take the state from `last.pth`.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is of another run.
+        """
+        path, saved = self.last, {"step": 0, **checkpoint.load(self.last)}
+        names = ("model", "optimizer", "average", "averaged", "best", "random", "epoch", "step")
+        checkpoint.require(path, saved, (*self.metadata, *names), "of a run")
+        epochs = self.metadata["epochs"]
+        try:
+            for name, value in self.metadata.items():
+                if name not in _FREE_ON_RESUME and saved[name] != value:
+                    raise CheckpointError(f"{path}: {_first_difference(name, value, saved[name])}")
+            if saved["epoch"] > epochs:
+                raise CheckpointError(f"{path}: it has {saved['epoch']} epochs, more than the {epochs} wanted")
+            weights.load(self.model, saved["model"], name="its model")
+            if self.average is not None:
+                weights.load(self.average.module, saved["average"], name="its average")
+                self.average.n_averaged.fill_(saved["averaged"])
+            checkpoint.load_optimizer(self.optimizer, saved["optimizer"])
+            torch.set_rng_state(saved["random"]["cpu"])
+            device = next(self.model.parameters()).device
+            if device.type == "cuda" and "cuda" in saved["random"]:
+                torch.cuda.set_rng_state(saved["random"]["cuda"], device)
+        except CheckpointError:
+            raise
+        # Any thing that the file has in place of what belongs there.
+        except Exception as error:
+            raise CheckpointError(f"{path}: the checkpoint does not fit the model: {one_line(error)}") from error
+        self.best, self.epoch, self.step = dict(saved["best"]), saved["epoch"], saved["step"]
+
+
+def _first_difference(name: str, value: Any, saved: Any) -> str:
+    """The first setting in which a run differs from the one to be resumed."""
+    if isinstance(value, Mapping) and isinstance(saved, Mapping):
+        for key in {**value, **saved}:
+            if value.get(key) != saved.get(key):
+                return _first_difference(f"{name}, {key}", value.get(key), saved.get(key))
+    return f"{name} is {value!r:.200}, but the run to be resumed has {printable(repr(saved), 200)}"

@@ -1,0 +1,246 @@
+"""The options that name data sets, `fastdet convert` and `fastdet lint`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import fastdet
+from fastdet.cli.data import open_training_data
+from fastdet.cli.main import main
+from fastdet.cli.options import build_parser
+from fastdet.cli.plan import plan_detector
+from fastdet.cli.values import UserError
+from fastdet.data import COCO, JoinedImages
+from fastdet.engine import checkpoint
+from tests.helpers.voc import SMALL, write_voc
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_voc(tmp_path_factory.mktemp("pristine") / "voc", {"trainval": 6, "test": 3})
+
+
+@pytest.fixture
+def tree(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "voc"))
+
+
+def opened(*options: object) -> tuple[JoinedImages, JoinedImages | None]:
+    return open_training_data(build_parser().parse_args(["train", "--out", "x", *map(str, options)]))
+
+
+def message(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastdet: ")]
+    (last,) = [line for line in lines if "warning: " not in line]
+    return last
+
+
+def test_splits_of_a_voc_tree(tree):
+    train, val = opened("--data", f"voc:{tree}")
+    assert val is not None
+    assert train.ids == tuple(f"trainval_{k}" for k in range(6))
+    assert val.ids == tuple(f"test_{k}" for k in range(3))
+    assert train.class_names == val.class_names
+    assert opened("--data", f"voc:{tree}", "--train-split", "test", "--val-split", "trainval")[1].ids == train.ids
+
+
+def test_a_share_of_the_images_to_evaluate_on(tree):
+    data = ["--data", f"voc:{tree}", "--val-share", "0.34"]
+    train, val = opened(*data)
+    assert (len(train), len(val)) == (4, 2)
+    assert sorted(train.ids + val.ids) == [f"trainval_{k}" for k in range(6)]
+    assert opened(*data, "--split-seed", "1")[1].ids != val.ids
+    with pytest.raises(UserError, match="--val-share and --val-split: only one goes"):
+        opened(*data, "--val-split", "test")
+
+
+def test_several_data_sets_are_joined(tree):
+    train, val = opened("--data", f"voc:{tree}", "--data", "shapes:4,7", "--val-data", "shapes:2", "--limit", "8")
+    assert train.ids == (*(f"trainval_{k}" for k in range(6)), "shapes_7_0", "shapes_7_1")
+    assert val.ids == ("shapes_0_0", "shapes_0_1")
+    assert val.class_names == train.class_names
+    labels = {name: k for k, name in enumerate(train.class_names, start=1)}
+    shapes = fastdet.data.Shapes(4, seed=7)
+    expected = [labels[shapes.class_names[label - 1]] for label in shapes[0][1]["labels"].tolist()]
+    assert train[6][1]["labels"].tolist() == expected
+
+
+def test_classes_are_a_subset_in_the_order_given(tree):
+    train, val = opened("--data", f"voc:{tree}", "--classes", "star,circle")
+    assert train.class_names == val.class_names == ("star", "circle")
+    assert {label for index in range(6) for label in train.target(index)["labels"].tolist()} <= {1, 2}
+
+
+def test_data_without_anything_to_evaluate_on(capsys, tmp_path):
+    train = ["train", "--out", tmp_path / "run", *SMALL]
+    assert "--val-share" in message(capsys, *train, "--data", "shapes:4")
+    for text in ("shapes:x", "shapes:", "coco:folder", "yolo:", "xml:y"):
+        assert "is not of the form" in message(capsys, *train, "--data", text)
+    assert "number between 0 and 1" in message(capsys, *train, "--data", "shapes:4", "--val-share", "1")
+
+
+def test_a_run_describes_what_it_trains(tree, tmp_path, capsys):
+    run = ["train", "--data", f"voc:{tree}", "--out", str(tmp_path / "run"), "--epochs", "1", *SMALL]
+    run = [*run[: run.index("--anchor-sizes")], *run[run.index("--anchor-sizes") + 2 :]]
+    assert main([*run, "--classes", "star,circle,square"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "data: 6 images to train on, 3 to evaluate on, 64 x 64 pixels"
+    assert lines[1].startswith("boxes: star ")
+    assert lines[2] == "resizing: shorter side 64, longer at most 64 pixels (given)"
+    assert lines[3].startswith("anchors: sides ")
+    assert "(chosen for the objects), reach " in lines[3]
+    assert lines[4] == "weights: random"
+    assert lines[5].startswith("training: small on cpu, 1 epochs of 3 steps of 2 images, sgd with rate 0.02")
+    saved = checkpoint.load(tmp_path / "run/last.pth")
+    assert saved["class_names"] == ("star", "circle", "square")
+    assert saved["augmentation"] == "flip"
+    # From the same data the same anchors, or the run could not go on.
+    assert main([*run, "--classes", "star,circle,square", "--resume"]) == 0
+
+
+def test_random_weights_are_a_warning(tree, tmp_path, capsys):
+    run = ["train", "--data", f"voc:{tree}", "--out", str(tmp_path / "run"), "--epochs", "0", *SMALL[2:]]
+    options = ["--backbone", "mobilenet_v2_fpn", "--anchors", "default"]
+    run = [*run[: run.index("--anchor-sizes")], *run[run.index("--anchor-sizes") + 2 :]]
+    assert main([*run, *options]) == 0
+    error = capsys.readouterr().err
+    assert "--weights-backbone IMAGENET1K_V1" in error
+    assert "--weights FILE" in error
+
+
+def plan(data: str, *options: str):
+    parsed = build_parser().parse_args(["train", "--out", "x", "--data", data, "--val-share", "0.2", *options])
+    return plan_detector(parsed, open_training_data(parsed)[0])
+
+
+def write_objects(root: Path, sides: list[int], size: tuple[int, int]) -> str:
+    """A data set in COCO's format of one square object an image."""
+    root.mkdir()
+    images = [{"id": k, "file_name": f"{k}.png"} for k in range(len(sides))]
+    boxes = [{"image_id": k, "category_id": 1, "bbox": [5 + k, 7, side, side]} for k, side in enumerate(sides)]
+    for k in range(len(sides)):
+        Image.new("L", size).save(root / f"{k}.png")
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "thing"}]}
+    (root / "all.json").write_text(json.dumps(content))
+    return f"coco:{root},{root / 'all.json'}"
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2_fpn", "mobilenet_v2", "resnet50_fpn", "vgg16"])
+@pytest.mark.parametrize(("side", "size"), [(8, (640, 480)), (40, (640, 480)), (450, (640, 480)), (60, (200, 300))])
+def test_the_default_detector_reaches_objects_of_any_size(tmp_path, backbone, side, size):
+    data = write_objects(tmp_path / "set", [side - k % 3 for k in range(12)], size)
+    chosen = plan(data, "--backbone", backbone)
+    settings = chosen.architecture["settings"]
+    unchanged = plan(data, "--backbone", backbone, "--anchors", "default", "--min-size", str(settings["min_size"]))
+    assert "max_size" not in unchanged.architecture["settings"]
+    assert chosen.overlaps.mean() >= unchanged.overlaps.mean()
+    # Cells of 16 pixels are too coarse for the smallest.
+    if side > 8 or backbone.endswith("fpn"):
+        assert (chosen.overlaps >= 0.5).mean() >= 0.8
+    if backbone in ("mobilenet_v2", "vgg16"):
+        assert settings["rpn_min_size"] <= side / 2
+
+
+def test_images_are_resized_to_what_the_objects_need(tmp_path):
+    for number, (side, expected) in enumerate(((8, 800), (24, 480), (30, 384), (400, 320))):
+        chosen = plan(write_objects(tmp_path / f"set{number}", [side] * 6, (640, 480)))
+        settings = chosen.architecture["settings"]
+        assert settings["min_size"] == expected
+        assert settings["max_size"] == round(expected * 1333 / 800)
+    largest = plan(f"coco:{tmp_path}/set0,{tmp_path}/set0/all.json", "--max-size", "700")
+    assert largest.architecture["settings"]["min_size"] == largest.architecture["settings"]["max_size"] == 700
+
+
+def test_anchors_that_are_given_are_taken(tmp_path):
+    data = write_objects(tmp_path / "set", [40, 50, 60, 30, 20], (200, 200))
+    given = plan(data, "--anchor-sizes", "10,20,30,40", "--aspect-ratios", "1,2")
+    assert given.architecture["anchors"]["sizes"] == ((10,), (20,), (30,), (40,))
+    with pytest.raises(UserError, match="--anchors auto: it does not go with"):
+        plan(data, "--anchor-sizes", "10,20,30,40", "--anchors", "auto")
+
+
+def test_training_that_cannot_learn_is_an_error_before_the_first_step(tree, tmp_path, capsys):
+    run = ["train", "--data", f"voc:{tree}", "--out", tmp_path / "run", "--epochs", "1", *SMALL]
+    error = message(capsys, *run, "--anchor-sizes", "100,200")
+    assert "no anchor lies inside any image, the largest 64 x 64 after resizing" in error
+    assert not (tmp_path / "run/last.pth").exists()
+
+
+def test_convert_and_back(tree, tmp_path, capsys):
+    out = tmp_path / "copy"
+    assert main(["convert", "--data", f"voc:{tree}", "--data", "shapes:2", "--to", f"coco:{out}"]) == 0
+    assert "8 images" in capsys.readouterr().out
+    train = opened("--data", f"voc:{tree}", "--data", "shapes:2", "--val-data", "shapes:1")[0]
+    copy = COCO(out / "images", out / "instances.json")
+    assert copy.class_names == train.class_names
+    for index in range(8):
+        assert torch.equal(copy[index][0], train[index][0])
+        assert copy[index][1]["boxes"].tolist() == train[index][1]["boxes"].tolist()
+        assert copy[index][1]["labels"].tolist() == train[index][1]["labels"].tolist()
+    assert "something already" in message(capsys, "convert", "--data", "shapes:2", "--to", f"coco:{out}")
+    assert "coco:DIR" in message(capsys, "convert", "--data", "shapes:2", "--to", out)
+
+
+def test_lint_of_a_right_data_set(tree, tmp_path, capsys):
+    assert main(["lint", "--data", f"voc:{tree}", "--out", str(tmp_path / "lint")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["class", "boxes", "side", "IoU", ".5", ".7", "found", ".5", ".7"]
+    assert any(line.startswith("options for the found anchors: --anchor-sizes ") for line in lines)
+    content = json.loads((tmp_path / "lint/lint.json").read_text())
+    assert content["images"] == {"train": 6, "val": 3}
+    train = opened("--data", f"voc:{tree}")[0]
+    counts = [label for index in range(6) for label in train.target(index)["labels"].tolist()]
+    for label, name in enumerate(train.class_names, start=1):
+        assert content["classes"][name]["boxes"] == counts.count(label)
+    assert not [finding for part in content["findings"].values() for finding in part if finding["is_error"]]
+
+
+def test_lint_of_a_wrong_data_set(tree, tmp_path, capsys):
+    path = tree / "Annotations/trainval_2.xml"
+    bad = "<object><name>star</name><bndbox><xmin>9</xmin><ymin>9</ymin><xmax>9</xmax><ymax>30</ymax></bndbox></object>"
+    path.write_text(path.read_text().replace("</annotation>", f"{bad}</annotation>"))
+    image = tree / "JPEGImages/trainval_4.jpg"
+    image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
+    before = {path: path.read_bytes() for path in tree.rglob("*") if path.is_file()}
+    lint = ["lint", "--data", f"voc:{tree}", "--out", tmp_path / "lint", "--fix", tmp_path / "fixed"]
+    assert "lint.json" in message(capsys, *lint, code=1)
+    assert before == {path: path.read_bytes() for path in tree.rglob("*") if path.is_file()}
+    content = json.loads((tmp_path / "lint/lint.json").read_text())
+    errors = {finding["kind"]: finding["items"] for finding in content["findings"]["train"] if finding["is_error"]}
+    assert [list(map(str, items)) for kind, items in errors.items() if "left out" in kind] == [
+        ["trainval_2.xml star (9, 9, 9, 30)"]
+    ]
+    assert [len(items) for kind, items in errors.items() if "decoded" in kind] == [1]
+    with Image.open(tmp_path / "lint/train.png") as picture:
+        assert picture.width > 64
+    assert "there already" in message(capsys, *lint)
+    for part, count in (("train", 5), ("val", 3)):
+        folder = tmp_path / "fixed" / part
+        assert len(COCO(folder / "images", folder / "instances.json")) == count
+    fixed = [f"coco:{tmp_path}/fixed/{part}/images,{tmp_path}/fixed/{part}/instances.json" for part in ("train", "val")]
+    again = ["lint", "--data", fixed[0], "--val-data", fixed[1], "--out", str(tmp_path / "again")]
+    assert main(again) == 0
+
+
+def test_lint_names_every_file_that_is_missing(tree, tmp_path, capsys):
+    for stem in ("trainval_1", "trainval_3"):
+        (tree / f"JPEGImages/{stem}.jpg").unlink()
+    (tree / "Annotations/trainval_0.xml").unlink()
+    message(capsys, "lint", "--data", f"voc:{tree}", "--out", tmp_path / "lint", code=1)
+    content = json.loads((tmp_path / "lint/lint.json").read_text())
+    (missing,) = [f["items"] for f in content["findings"]["train"] if "cannot be read" in f["kind"]]
+    assert len(missing) == 3
+    assert content["images"]["train"] == 3
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.strip() == f"fastdet {fastdet.__version__}"

@@ -1,0 +1,86 @@
+"""Decoding: torchvision's and Pillow's pixels are the same bits."""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from fastdet.data import DataError, read_image
+from fastdet.data import images as images_module
+
+
+def noise(height: int, width: int, mode: str = "RGB") -> Image.Image:
+    channels = {"L": (), "RGB": (3,), "CMYK": (4,)}[mode]
+    pixels = np.random.default_rng(height * width).integers(0, 256, (height, width, *channels), dtype=np.uint8)
+    return Image.fromarray(pixels, mode)
+
+
+def by_pillow(path: Path, turned: bool = False) -> torch.Tensor:
+    with Image.open(path) as picture:
+        picture = ImageOps.exif_transpose(picture) if turned else picture
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 3), (16, 16), (33, 65), (120, 161)])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 100, "subsampling": 0}, {"quality": 5}])
+def test_jpeg_is_what_pillow_decodes(tmp_path, mode, height, width, options):
+    path = tmp_path / "a.jpg"
+    noise(height, width, mode).save(path, **options)
+    image = read_image(path)
+    assert (image.dtype, image.shape) == (torch.uint8, (3, height, width))
+    assert torch.equal(image, by_pillow(path))
+
+
+def test_jpeg_is_decoded_by_torchvision(tmp_path, monkeypatch):
+    noise(20, 30).save(tmp_path / "a.jpg")
+    expected = read_image(tmp_path / "a.jpg")
+    calls = []
+    plain = images_module._decode_jpeg
+    monkeypatch.setattr(images_module, "_decode_jpeg", lambda *arguments: calls.append(plain(*arguments)) or calls[-1])
+    assert read_image(tmp_path / "a.jpg") is calls[0]
+    monkeypatch.setattr("torchvision.io.decode_jpeg", None)
+    monkeypatch.setattr(images_module, "_decode_jpeg", lambda *_: None)
+    assert torch.equal(read_image(tmp_path / "a.jpg"), expected)
+
+
+def test_decoding_does_not_warn(tmp_path):
+    noise(20, 30).save(tmp_path / "a.jpg")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    noise(20, 31).save(path, exif=exif)
+    for turned in (False, True):
+        assert torch.equal(read_image(path, apply_exif_orientation=turned), by_pillow(path, turned))
+    assert read_image(path, apply_exif_orientation=True).shape[1:] == ((31, 20) if orientation >= 5 else (20, 31))
+
+
+def test_jpeg_with_much_behind_the_image(tmp_path):
+    """Videos of phones hang behind their pictures: they are not read into memory."""
+    noise(20, 30).save(tmp_path / "a.jpg")
+    expected = by_pillow(tmp_path / "a.jpg")
+    for size in (100_000, 3 << 20):
+        with (tmp_path / "a.jpg").open("ab") as file:
+            file.truncate(size)
+        assert torch.equal(read_image(tmp_path / "a.jpg"), expected)
+
+
+def test_a_cut_jpeg_is_an_error(tmp_path):
+    content = io.BytesIO()
+    noise(60, 80).save(content, "JPEG")
+    for share in (0.4, 0.7, 0.95):
+        (tmp_path / "a.jpg").write_bytes(content.getvalue()[: int(share * len(content.getvalue()))])
+        with pytest.raises(DataError, match=r"a\.jpg: the image cannot be decoded"):
+            read_image(tmp_path / "a.jpg")
