@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastdet import export, weights
-from fastdet.cli import demo, doctor, lint
+from fastdet.cli import compare, demo, doctor, lint
 from fastdet.cli.data import open_data, open_training_data
 from fastdet.cli.plan import describe_run, plan_detector, warn_of_random_weights
 from fastdet.cli.values import UserError, raise_user_errors
@@ -62,7 +62,12 @@ def run_train(options: argparse.Namespace) -> None:
         data,
         options.out,
         settings,
-        description={"architecture": plan.architecture, "class_names": data.class_names},
+        description={
+            "architecture": plan.architecture,
+            "class_names": data.class_names,
+            "arguments": options.arguments,
+            "environment": doctor.describe_environment(device),
+        },
         resume=options.resume,
         overwrite=options.overwrite,
         stop_after=options.stop_after,
@@ -155,6 +160,7 @@ COMMANDS = {
     "eval": run_eval,
     "lint": run_lint,
     "convert": run_convert,
+    "compare": lambda options: print("\n".join(map(printable, compare.describe(options.runs)))),
     "detect": run_detect,
     "export": run_export,
     "doctor": run_doctor,

@@ -1,4 +1,4 @@
-"""The command line: `fastdet train`, `eval`, `detect`, `export`, `lint`, `convert`, `doctor` and `demo`."""
+"""The command line: `fastdet train`, `eval`, `detect`, `export`, `lint`, `convert`, `compare`, `doctor` and `demo`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from fastdet.cli.commands import COMMANDS
 from fastdet.cli.doctor import SelfCheckError
 from fastdet.cli.lint import DataSetError
-from fastdet.cli.options import build_parser
+from fastdet.cli.options import parse
 from fastdet.cli.values import UserError
 from fastdet.data import DataError
 from fastdet.engine import CheckpointError, Terminated
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 # What the encoding of a terminal lacks is escaped.
                 if isinstance(stream, io.TextIOWrapper):
                     stream.reconfigure(errors="backslashreplace")
-            options = build_parser().parse_args(argv)
+            options = parse(sys.argv[1:] if argv is None else argv)
             COMMANDS[options.command](options)
         return 0
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,6 +15,7 @@ from fastdet.cli.values import (
     model_file,
     not_negative,
     positive,
+    read_arguments,
     score,
     setting,
     sizes,
@@ -28,6 +30,21 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line, and in `arguments` itself, with those of `--settings FILE` in its place.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    arguments = list(argv)
+    if "--settings" in arguments:
+        place = arguments.index("--settings")
+        arguments = [*read_arguments(arguments[place + 1 : place + 2]), *arguments[1:place], *arguments[place + 2 :]]
+    options = build_parser().parse_args(arguments)
+    options.arguments = arguments
+    return options
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; its result has the command's name in `command`. Raises UserError, does not exit."""
     parser = _Parser(prog="fastdet", description="Train and use two-stage object detectors.", allow_abbrev=False)
@@ -35,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, text: str, device: str = "") -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        if name not in ("demo", "lint", "convert"):
+        if name not in ("demo", "lint", "convert", "compare"):
             added.add_argument("--device", help=f"{device}cuda if there is one, else cpu")
         if name in ("eval", "detect", "export"):
             added.add_argument("--weights", type=Path, required=True, help="best.pth or last.pth of a run")
@@ -46,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--out", type=Path, required=True, help="folder for best.pth, last.pth, metrics, result.json, images"
     )
+    train.add_argument("--settings", metavar="FILE", help="settings.json of a run, to be repeated with other options")
     add_data_options(train)
     add_split_options(train)
     _add_model_options(train)
@@ -94,6 +112,9 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--height", type=positive, help="of the images it takes, in pixels (padded --min-size)")
     export.add_argument("--width", type=positive, help="likewise (padded --max-size)")
 
+    compare = command("compare", "The settings in which runs differ, and how well each did.")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+
     demo = command("demo", "Train a small detector of drawn shapes on the CPU, in about two minutes.")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results (runs/demo)")
     return parser
@@ -139,6 +160,7 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     add("--clip-norm", type=float, help="largest norm of the gradients; 0 does not clip")
     add("--ema", type=float, metavar="DECAY", help="average the weights, such as 0.9998; 0: not")
     add("--eval-every", type=int, metavar="N", help="epochs between two evaluations; the best weights are kept")
+    add("--save-every", type=int, metavar="STEPS", help="write last.pth within an epoch too; 0: only after it")
     add("--patience", type=int, metavar="N", help="end after N evaluations without a better one; 0: never")
     add("--amp", choices=("bfloat16",), help="networks in mixed precision")
     add("--augmentation", choices=PRESETS, help="of the images: flip mirrors half of them")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,19 @@ def model_file(text: str) -> Path:
     if Path(text).suffix not in (".pt2", ".onnx"):
         raise argparse.ArgumentTypeError(f"{text!r} ends neither in .pt2 nor in .onnx")
     return Path(text)
+
+
+def read_arguments(paths: Sequence[str]) -> list[str]:
+    """The command line that a run's settings.json holds; `paths` is the file, or nothing."""
+    if not paths:
+        raise UserError("--settings: expected a file")
+    try:
+        arguments = json.loads(Path(paths[0]).read_bytes())["arguments"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--settings: {paths[0]} is not the settings.json of a run: {one_line(error)}") from error
+    if not isinstance(arguments, list) or not all(isinstance(argument, str) for argument in arguments):
+        raise UserError(f"--settings: {paths[0]} is not the settings.json of a run")
+    return [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
 
 
 def coco_folder(text: str) -> Path:

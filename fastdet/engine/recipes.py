@@ -32,7 +32,7 @@ def _is_finite(value: Any) -> bool:
 # What each field accepts, in words and in code. Every field has a rule: without, `TrainSettings()` fails.
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(
-        ("epochs", "warmup_steps", "seed", "workers", "aspect_groups", "patience"),
+        ("epochs", "warmup_steps", "seed", "workers", "aspect_groups", "patience", "save_every"),
         ("a whole number, at least 0", lambda value: _is_whole(value, 0)),
     ),
     **dict.fromkeys(
@@ -77,6 +77,7 @@ class TrainSettings:
         ema: decay of an exponential moving average of the weights, which is what is evaluated and kept as the best; 0
             has none. In step n the decay is at most (1 + n) / (10 + n), so that the first weights are soon forgotten.
         eval_every: epochs between two evaluations; there is one after the last epoch too.
+        save_every: steps between two checkpoints within an epoch, each at the next reading of the losses; 0 has none.
         patience: evaluations without a better one after which the run ends; 0 never does.
         amp: "bfloat16" for the networks in mixed precision; None for fp32.
         augmentation: a preset of `fastdet.data.augmentation`; "flip" mirrors half the images left to right.
@@ -102,6 +103,7 @@ class TrainSettings:
     clip_norm: float = 10.0
     ema: float = 0.0
     eval_every: int = 1
+    save_every: int = 0
     patience: int = 0
     amp: Literal["bfloat16"] | None = None
     augmentation: Preset = "flip"

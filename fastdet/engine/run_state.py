@@ -19,7 +19,10 @@ from fastdet.safe_files import printable
 from fastdet.weights.files import one_line
 
 # A resumed run may change these, as they change nothing in what was drawn so far.
-_FREE_ON_RESUME = ("epochs", "workers", "log_every", "eval_every", "patience")
+_FREE_ON_RESUME = (
+    *("epochs", "workers", "log_every", "eval_every", "save_every", "patience"),
+    *("arguments", "environment"),
+)
 
 
 def _no_evaluation() -> dict[str, float]:

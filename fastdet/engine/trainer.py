@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -44,15 +45,16 @@ def train(
     progress: bool = True,
     validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
 ) -> list[Row]:
-    """Train a detector on its device, and write `last.pth`, `metrics.csv` and `loss.png` into a folder; with `validate`
-    also `best.pth`, the weights with the highest AP, and `validation.csv`.
+    """Train a detector on its device, and write what comes of it into a folder.
 
-    The folder belongs to one process at a time. At SIGTERM the run ends after the step, with a checkpoint.
+    That is `last.pth`, `settings.json`, `metrics.csv` and `loss.png`; with `validate` also `best.pth`, the weights with
+    the highest AP, and `validation.csv`. The folder belongs to one process at a time. At SIGTERM the run ends after the
+    step, with a checkpoint.
 
-    The checkpoint is written at the start and after each epoch, with the model, the optimizer, the epoch and the state
-    of torch's generators; order and augmentation follow from the seed and the epoch. A run resumed from it equals one
-    that was not interrupted, bitwise where the device's kernels repeat bitwise. A new run seeds torch's global
-    generator.
+    The checkpoint, `last.pth`, is written at the start, after each epoch, and every `save_every` steps, with the model,
+    the optimizer, the epoch and the state of torch's generators; order and augmentation follow from the seed and the
+    epoch. A run resumed from it equals one that was not interrupted, bitwise where the device's kernels repeat bitwise.
+    A new run seeds torch's global generator.
 
     Losses are read, averaged and written every `log_every` steps. Only then a loss or a gradient that is not finite is
     noticed, so it stops the run that many steps late; it never gets into a checkpoint.
@@ -129,6 +131,8 @@ def _train(
         torch.manual_seed(settings.seed)
         for name in ("best.pth", "validation.csv"):
             (out / name).unlink(missing_ok=True)
+        text = json.dumps(metadata, indent=2, default=str)
+        files.write(out / "settings.json", lambda file: file.write(f"{text}\n".encode()), kind="settings")
         state.save(0)
     start, done_steps = state.epoch, state.epoch * steps + state.step
     rows = run_folder.read_rows(metrics, done_steps) if resume else []
@@ -144,6 +148,7 @@ def _train(
             if settings.patience and state.best["evaluations_since"] >= settings.patience:
                 break
             bar.set_description(f"epoch {epoch + 1} of {end}")
+            saved = state.step if epoch == start else 0
             for row in train_epoch(
                 model, state.optimizer, dataset, batches, plans, epoch, bar, is_terminated, average=average
             ):
@@ -153,8 +158,10 @@ def _train(
                 file.write(run_folder.to_csv([row]))
                 file.flush()
                 done_in_epoch = int(row["step"]) - epoch * steps
+                is_due = bool(settings.save_every) and done_in_epoch >= saved + settings.save_every
+                if (is_terminated() or is_due) and done_in_epoch < steps:
+                    state.save(epoch, saved := done_in_epoch)
                 if is_terminated() and done_in_epoch < steps:
-                    state.save(epoch, done_in_epoch)
                     raise Terminated(f"{state.last}: saved after step {row['step']}")
             if validate and ((epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs):
                 found = validate(state.evaluated)

@@ -67,7 +67,7 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[object], *parts: s
 def test_train_writes_everything(trained):
     _, run = trained
     names = {".lock", "best.pth", "detections.png", "last.pth", "loss.png", "metrics.csv", "result.json"}
-    names.add("validation.csv")
+    names |= {"settings.json", "validation.csv"}
     assert {path.name for path in run.iterdir()} == names
     result = json.loads((run / "result.json").read_text())
     assert {"AP", "AP50", "AP75", "VOC07", "VOC12", "minutes_of_training"} <= set(result)
@@ -93,6 +93,35 @@ def test_two_epochs_of_the_detector_and_two_more_are_four(tmp_path, tree):
     assert any(not torch.equal(straight[name], half[name]) for name in straight)
     for name in straight:
         assert torch.equal(straight[name], resumed[name]), name
+
+
+def test_a_run_is_repeated_from_its_settings(trained, tmp_path, capsys):
+    _, run = trained
+    again = ["train", "--settings", str(run / "settings.json"), "--out", str(tmp_path / "again")]
+    assert main(again) == 0
+    first, second = (checkpoint.load(folder / "last.pth") for folder in (run, tmp_path / "again"))
+    for name, value in first["model"].items():
+        assert torch.equal(second["model"][name], value)
+    assert main([*again[:-1], str(tmp_path / "other"), "--lr", "0.001", "--epochs", "1"]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(run), str(tmp_path / "other")]) == 0
+    table = {line.split("  ")[0]: line.split()[-2:] for line in capsys.readouterr().out.splitlines()}
+    assert table.keys() == {
+        "run",
+        "epochs",
+        "lr",
+        "epochs done",
+        "last loss",
+        "best AP",
+        "AP50 then",
+        "of epoch",
+        "images/s",
+    }
+    assert table["lr"] == ["0.02", "0.001"]
+    assert table["epochs done"] == ["2", "1"]
+    fails(capsys, ["train", "--settings", run / "metrics.csv"], "metrics.csv", "not the settings.json of a run")
+    fails(capsys, ["train", "--settings"], "--settings")
+    fails(capsys, ["compare", tmp_path], "settings.json", "not the settings of a run")
 
 
 def test_eval_prints_a_table_and_repeats_the_result(trained, tmp_path, capsys):
@@ -404,7 +433,7 @@ def test_ctrl_c_exits_cleanly(tree, tmp_path):
     evaluated = {"best.pth", "validation.csv"} if checkpoint.load(out / "last.pth")["epoch"] else set()
     names = {path.name for path in out.iterdir()}
     assert {".lock", "last.pth", "metrics.csv", *evaluated} <= names
-    assert names <= {".lock", "last.pth", "metrics.csv", "best.pth", "validation.csv"}
+    assert names <= {".lock", "last.pth", "metrics.csv", "best.pth", "settings.json", "validation.csv"}
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "demo"])

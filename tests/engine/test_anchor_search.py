@@ -403,6 +403,15 @@ def test_a_default_stays_unless_the_quality_rises_by_a_hundredth(monkeypatch: py
     assert search(*data, useless, False).is_default
 
 
+def test_a_smaller_least_box_changes_no_other_candidate() -> None:
+    boxes, sizes, labels = make_boxes(400, 40, spread=0.2)
+    sides = table_of((boxes, sizes, labels), default_of("small")).sizes
+    boxes[0] = [100, 100, 108, 108]
+    with_smaller = table_of((boxes, sizes, labels), default_of("small")).sizes
+    assert set(sides) < set(with_smaller)
+    assert np.diff(np.log(sides)).max() < 0.13
+
+
 def test_large_data_sets_are_sampled_alike_each_time() -> None:
     data = join(make_boxes(60_000, 50, spread=0.6), make_boxes(500, 150, spread=0.3, seed=1))
     default = default_of("small")

@@ -113,6 +113,7 @@ def test_training_writes_its_files_and_learns(tmp_path, shapes, monkeypatch):
         "last.pth",
         "loss.png",
         "metrics.csv",
+        "settings.json",
     ]
     with (tmp_path / "run" / "metrics.csv").open() as file:
         reader = csv.DictReader(file)
@@ -561,3 +562,12 @@ def test_the_warm_up_of_a_short_run_is_short():
     assert max(rates) > 0.85
     assert rates[0] == pytest.approx(1 / 8)
     assert rates.index(max(rates)) == 7
+
+
+def test_checkpoints_within_an_epoch(tmp_path, shapes, monkeypatch):
+    saved, plain = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda path, content: saved.append(content) or plain(path, content))
+    settings = replace(SETTINGS, batch_size=1, log_every=1, epochs=2, save_every=3)
+    run(build_detector(), shapes, tmp_path, settings)
+    places = [(content["epoch"], content["step"]) for content in saved]
+    assert places == [(0, 0), (0, 3), (0, 6), (1, 0), (1, 3), (1, 6), (2, 0)]

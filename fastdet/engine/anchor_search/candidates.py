@@ -106,8 +106,10 @@ def _size_candidates(sides: Array, strides: tuple[int, ...], limit: float) -> li
         if level == len(strides) - 1:
             high = max(high, sides.max() * 1.5)
         low = min(low, limit / 2)
-        low, high = max(low, 1.0), min(high, MAX_SIDE)
-        exact = np.geomspace(low, high, math.ceil(math.log(high / low, _SIZE_STEP)) + 1)
+        # Powers of the step, so that a small change of a box changes no candidate but the outermost.
+        steps = (math.log(side, _SIZE_STEP) for side in (max(low, 1.0), min(high, MAX_SIDE)))
+        first, last = (round(step) for step in steps)
+        exact = _SIZE_STEP ** np.arange(first, last + 1)
         rounded = [float(round(size)) if size < 100 else _round(size) for size in exact.tolist()]
         candidates.append(np.unique(rounded))
     return candidates
