@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields
+from dataclasses import replace as replace_fields
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import nn
@@ -19,20 +21,36 @@ from tqdm import tqdm
 from fastdet import export, weights
 from fastdet.cli import compare, demo, doctor, lint
 from fastdet.cli.data import open_data, open_training_data
-from fastdet.cli.plan import describe_run, plan_detector, warn_of_random_weights
-from fastdet.cli.values import UserError, raise_user_errors
+from fastdet.cli.options import parse
+from fastdet.cli.plan import Plan, describe_run, plan_detector, warn_of_random_weights
+from fastdet.cli.values import UserError, raise_user_errors, read_arguments
 from fastdet.data import JoinedImages
 from fastdet.data.convert import write_coco
-from fastdet.engine import RECIPES, TrainSettings, build_model, detect, load_model, train
+from fastdet.engine import RECIPES, TrainSettings, build_model, build_optimizer, detect, load_model, train
 from fastdet.engine.evaluate import evaluate
+from fastdet.engine.recipes import build_average
+from fastdet.engine.replay import replay
+from fastdet.engine.run_state import RunState
+from fastdet.engine.trainer import augment_for
 from fastdet.metrics import require_pycocotools
 from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.safe_files import printable
 from fastdet.visualize import draw_detections, write_report
 
 
-def run_train(options: argparse.Namespace) -> None:
-    require_pycocotools()
+class _Run(NamedTuple):
+    """What a training run is made of."""
+
+    device: torch.device
+    settings: TrainSettings
+    data: JoinedImages
+    held_out: JoinedImages
+    plan: Plan
+    model: FasterRCNN
+
+
+def _prepare(options: argparse.Namespace) -> _Run:
+    """The data sets and the model, on its device, that the options of a training run name."""
     device, settings = _device(options), _train_settings(options)
     data, held_out = open_training_data(options)
     if held_out is None:
@@ -50,6 +68,23 @@ def run_train(options: argparse.Namespace) -> None:
     if options.weights:
         with raise_user_errors("--weights"):
             weights.load(model, options.weights, replace_predictor=options.replace_predictor)
+    return _Run(device, settings, data, held_out, plan, model.to(device))
+
+
+def _describe(options: argparse.Namespace, run: _Run) -> dict[str, Any]:
+    """What a run's files hold beside its settings."""
+    return {
+        "architecture": run.plan.architecture,
+        "class_names": run.data.class_names,
+        "arguments": options.arguments,
+        "environment": doctor.describe_environment(run.device),
+    }
+
+
+def run_train(options: argparse.Namespace) -> None:
+    require_pycocotools()
+    run = _prepare(options)
+    device, settings, data, held_out, plan, model = run
     print("\n".join(describe_run(options, plan, settings, device, data, held_out)))
 
     def validate(model: nn.Module) -> dict[str, float]:
@@ -58,16 +93,11 @@ def run_train(options: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     train(
-        model.to(device),
+        model,
         data,
         options.out,
         settings,
-        description={
-            "architecture": plan.architecture,
-            "class_names": data.class_names,
-            "arguments": options.arguments,
-            "environment": doctor.describe_environment(device),
-        },
+        description=_describe(options, run),
         resume=options.resume,
         overwrite=options.overwrite,
         stop_after=options.stop_after,
@@ -80,6 +110,23 @@ def run_train(options: argparse.Namespace) -> None:
         model = load_model(best)[0].to(device)
     _evaluate(options, model, held_out, data.class_names, settings.workers, metadata)
     print(f"trained in {minutes:.1f} minutes, all in {(time.perf_counter() - start) / 60:.1f}: {options.out}")
+
+
+def run_replay(options: argparse.Namespace) -> None:
+    path = options.run / "failure.json"
+    try:
+        record = json.loads(path.read_bytes())
+        step = int(record["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the record of a step: {error}") from error
+    given = parse(["train", *read_arguments([str(options.run / "settings.json")])[1:], "--out", str(options.run)])
+    run = _prepare(given)
+    average = build_average(run.model, run.settings.ema) if run.settings.ema else None
+    metadata = {**_describe(given, run), **asdict(run.settings), "images": len(run.data)}
+    state = RunState(options.run, metadata, run.model, build_optimizer(run.model, run.settings), average)
+    with raise_user_errors(str(path)):
+        lines = replay(state, run.data, augment_for(run.model, run.data, run.settings), run.settings, step)
+    print("\n".join(printable(line, 2000) for line in lines))
 
 
 def run_eval(options: argparse.Namespace) -> None:
@@ -157,6 +204,7 @@ def run_doctor(options: argparse.Namespace) -> None:
 
 COMMANDS = {
     "train": run_train,
+    "replay": run_replay,
     "eval": run_eval,
     "lint": run_lint,
     "convert": run_convert,
@@ -201,4 +249,4 @@ def _train_settings(options: argparse.Namespace) -> TrainSettings:
     given = {field.name: getattr(options, field.name, None) for field in fields(TrainSettings)}
     with raise_user_errors("training options"):
         recipe = RECIPES.get(options.backbone, TrainSettings())
-        return replace(recipe, **{name: value for name, value in given.items() if value is not None})
+        return replace_fields(recipe, **{name: value for name, value in given.items() if value is not None})

@@ -1,4 +1,4 @@
-"""The command line: `fastdet train`, `eval`, `detect`, `export`, `lint`, `convert`, `compare`, `doctor` and `demo`."""
+"""The command line: `fastdet train`, `eval`, `detect`, `export`, `lint`, `convert`, and the others of `--help`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, DataError, CheckpointError, ImportError, OSError) as error:
         message, code = _last_line(error), _USER_ERROR
     except FloatingPointError as error:
-        message, code = f"{error}; a lower --lr or a longer --warmup-steps may help", _FAILED
+        message, code = (
+            f"{error}; a lower --lr or a longer --warmup-steps may help, and fastdet replay takes the step again",
+            _FAILED,
+        )
     except (SelfCheckError, DataSetError) as error:
         message, code = str(error), _FAILED
     except torch.OutOfMemoryError:

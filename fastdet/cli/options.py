@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, text: str, device: str = "") -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        if name not in ("demo", "lint", "convert", "compare"):
+        if name not in ("demo", "lint", "convert", "compare", "replay"):
             added.add_argument("--device", help=f"{device}cuda if there is one, else cpu")
         if name in ("eval", "detect", "export"):
             added.add_argument("--weights", type=Path, required=True, help="best.pth or last.pth of a run")
@@ -111,6 +111,9 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--to", type=model_file, required=True, metavar="FILE", help=to)
     export.add_argument("--height", type=positive, help="of the images it takes, in pixels (padded --min-size)")
     export.add_argument("--width", type=positive, help="likewise (padded --max-size)")
+
+    replay = command("replay", "Take the step of a run again in which a loss or gradient was not finite.")
+    replay.add_argument("run", type=Path, metavar="RUN", help="folder of the run, with failure.json")
 
     compare = command("compare", "The settings in which runs differ, and how well each did.")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")

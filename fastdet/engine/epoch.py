@@ -20,6 +20,19 @@ from fastdet.engine.run_folder import Row
 from fastdet.models.losses import NAMES as LOSSES
 
 
+class NotFiniteError(FloatingPointError):
+    """A loss or gradient was not finite.
+
+    Attributes:
+        record: the step, its images with the seeds of their augmentation and their boxes, and the losses, as plain
+            values.
+    """
+
+    def __init__(self, message: str, record: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.record = record
+
+
 def train_epoch(
     model: nn.Module,
     optimizer: Optimizer,
@@ -91,9 +104,19 @@ def _read_losses(unread: list[tuple[int, BatchPlan, Tensor]], dataset: Dataset[I
     table = torch.stack([values for _, _, values in unread]).tolist()
     for (step, batch, _), values in zip(unread, table, strict=True):
         if not all(map(math.isfinite, values)):
-            listed = ", ".join(f"{name} {x:.3g}" for name, x in zip((*LOSSES, "gradient norm"), values, strict=True))
-            names = _image_names(dataset, batch)
-            raise FloatingPointError(f"step {step}: a loss or gradient is not finite ({listed}), images {names}")
+            named = dict(zip((*LOSSES, "gradient norm"), values, strict=True))
+            listed, names = ", ".join(f"{name} {x:.3g}" for name, x in named.items()), _image_names(dataset, batch)
+            target = getattr(dataset, "target", None)
+            record = {
+                "step": step,
+                "losses": {name: str(value) for name, value in named.items()},
+                "images": names,
+                "indices": [index for index, _ in batch],
+                "seeds": [seed for _, seed in batch],
+                "boxes": [target(index)["boxes"].tolist() for index, _ in batch] if target else None,
+            }
+            message = f"step {step}: a loss or gradient is not finite ({listed}), images {names}"
+            raise NotFiniteError(message, record)
     means = [sum(column) / len(table) for column in zip(*table, strict=True)][: len(LOSSES)]
     return {"loss": sum(means), **dict(zip(LOSSES, means, strict=True))}
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from fastdet.data import DataError, Item
 from fastdet.engine import run_folder
 from fastdet.engine.checkpoint import CheckpointError
-from fastdet.engine.epoch import train_epoch
+from fastdet.engine.epoch import NotFiniteError, train_epoch
 from fastdet.engine.loading import AugmentedDataset, load_batches
 from fastdet.engine.recipes import EpochPlans, TrainSettings, build_average, build_optimizer
 from fastdet.engine.run_folder import Row, Terminated
@@ -87,7 +87,8 @@ def train(
         DataError: an image cannot be decoded, the model does not take an image or target, no anchor lies inside any
             image where only those train, or a worker was killed.
         Terminated: SIGTERM came; the state is saved.
-        FloatingPointError: a loss or gradient is not finite; names the step and the images.
+        FloatingPointError: a loss or gradient is not finite; names the step and the images. `failure.json` has them
+            too, and `fastdet.engine.replay` takes the step again.
     """
     settings = settings or TrainSettings()
     length = len(dataset)  # type: ignore[arg-type]
@@ -100,7 +101,12 @@ def train(
             message = "the folder has a run already: resume it, overwrite it, or take another folder"
             raise CheckpointError(f"{last}: {message}")
         end = settings.epochs if stop_after is None else min(stop_after, settings.epochs)
-        return _train(model, dataset, Path(out), settings, metadata, resume, end, progress, is_terminated, validate)
+        try:
+            return _train(model, dataset, Path(out), settings, metadata, resume, end, progress, is_terminated, validate)
+        except NotFiniteError as error:
+            text = json.dumps(error.record, indent=2)
+            files.write(Path(out) / "failure.json", lambda file: file.write(f"{text}\n".encode()), kind="record")
+            raise
 
 
 def _train(
@@ -118,7 +124,7 @@ def _train(
     from tqdm import tqdm
 
     metrics, length, device = out / "metrics.csv", metadata["images"], next(model.parameters()).device
-    sizes, augmented = getattr(dataset, "sizes", None), _augment(model, dataset, settings)
+    sizes, augmented = getattr(dataset, "sizes", None), augment_for(model, dataset, settings)
     _check_anchors(model, sizes or ())
     average = build_average(model, settings.ema) if settings.ema else None
     state = RunState(out, metadata, model, build_optimizer(model, settings), average)
@@ -129,7 +135,7 @@ def _train(
             raise CheckpointError(f"{state.last}: step must be below the {steps} of an epoch, got {state.step}")
     else:
         torch.manual_seed(settings.seed)
-        for name in ("best.pth", "validation.csv"):
+        for name in ("best.pth", "validation.csv", "failure.json"):
             (out / name).unlink(missing_ok=True)
         text = json.dumps(metadata, indent=2, default=str)
         files.write(out / "settings.json", lambda file: file.write(f"{text}\n".encode()), kind="settings")
@@ -187,7 +193,7 @@ def _write_validation(path: Path, row: Row) -> None:
     files.write(path, lambda file: file.write(run_folder.to_csv(rows, columns, header=True)), kind="metrics")
 
 
-def _augment(model: nn.Module, dataset: Dataset[Item], settings: TrainSettings) -> AugmentedDataset:
+def augment_for(model: nn.Module, dataset: Dataset[Item], settings: TrainSettings) -> AugmentedDataset:
     """The data set with the augmentation of the settings, for the sizes to which the model resizes."""
     of_model: Settings | None = getattr(model, "settings", None)
     if of_model is None and settings.augmentation == "scale-jitter":

@@ -452,3 +452,26 @@ def test_without_pycocotools_nothing_is_trained_or_evaluated(tree, tmp_path, cap
 def test_a_setting_of_earlier_versions(tree, tmp_path, capsys):
     train = ["train", "--data", f"voc:{tree}", "--out", tmp_path / "run", "--epochs", "0", *SMALL]
     fails(capsys, [*train, "--set", "mask_padding=True"], "mask_padding=True", "size_buckets")
+
+
+def test_a_step_that_diverged_is_taken_again(tree, tmp_path, capsys):
+    run = ["train", "--data", f"voc:{tree}", "--out", str(tmp_path / "run"), "--epochs", "3", *SMALL, "--ema", "0.5"]
+    run += ["--lr", "1e9", "--clip-norm", "0", "--warmup-steps", "0", "--augmentation", "strong"]
+    assert main(run) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "not finite" in last
+    assert "fastdet replay" in last
+    record = json.loads((tmp_path / "run/failure.json").read_text())
+    assert len(record["indices"]) == len(record["seeds"]) == len(record["boxes"]) <= 2
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    capsys.readouterr()
+    assert main(["replay", str(tmp_path / "run")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[: record["step"]]] == [f"step {k + 1}" for k in range(record["step"])]
+    failed = lines[record["step"] - 1]
+    assert "a loss or gradient is not finite" in failed
+    assert record["images"] in failed
+    assert f"loss_classifier {float(record['losses']['loss_classifier']):.3g}" in failed
+    assert "not finite" in lines[-1]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    fails(capsys, ["replay", tmp_path], "failure.json", "not the record of a step")
