@@ -72,14 +72,14 @@ def _watch(model: nn.Module) -> Iterator[list[str]]:
     """The names of the layers, in the order of their calls, of which an output is not finite."""
     found: list[str] = []
 
-    def look(name: str, output: Any) -> None:
+    def inspect(name: str, output: Any) -> None:
         tensors = output if isinstance(output, (tuple, list)) else [output]
         if any(isinstance(x, Tensor) and x.is_floating_point() and not bool(x.isfinite().all()) for x in tensors):
             found.append(name)
 
     layers = [(name, layer) for name, layer in model.named_modules() if not any(True for _ in layer.children())]
     handles = [
-        layer.register_forward_hook(lambda _, __, output, name=name: look(name, output)) for name, layer in layers
+        layer.register_forward_hook(lambda _, __, output, name=name: inspect(name, output)) for name, layer in layers
     ]
     try:
         yield found
