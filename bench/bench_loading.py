@@ -13,7 +13,7 @@ from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
 import fastdet
-from fastdet.data import COCO, Shapes
+from fastdet.data import COCO, JoinedImages, Shapes
 from fastdet.engine import TrainSettings, train
 from fastdet.engine.loading import AugmentedDataset, load_batches
 from fastdet.engine.recipes import EpochPlans
@@ -81,8 +81,8 @@ def test_loader_alone(compare, folder, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_share_of_a_training_step(benchmark, folder, tmp_path, capsys, device, workers):
     """How much of training's time is spent waiting for data, from the second reading of the losses on."""
-    dataset, number = COCO(folder, folder / "instances.json"), count()
-    settings = TrainSettings(epochs=1, batch_size=BATCH, workers=workers, log_every=8)
+    dataset, number = JoinedImages([COCO(folder, folder / "instances.json")]).select(range(40)), count()
+    settings = TrainSettings(epochs=1, batch_size=BATCH, workers=workers, log_every=2)
     model = fastdet.FasterRCNN("mobilenet_v2_fpn", 5, min_size=384, max_size=512).to(device)
     shares = []
 

@@ -25,6 +25,7 @@ FAMILIES = {
     "training step": r"model, train.*",
     "detection": r"model, infer.*",
     "one image": r"one image, .*",
+    "loading images": r"loading",
     "`fastdet.accelerate`": r"accelerated, .*",
 }
 
