@@ -136,7 +136,11 @@ def open_data(
     for name in (options.classes or ()) if class_names is None else ():
         if name not in known:
             warnings.warn(f"--classes: {describe_unknown(name, dict.fromkeys(known))}", stacklevel=2)
-    joined = JoinedImages(opened, class_names or options.classes, leave_out_others=options.classes is not None)
+    joined = JoinedImages(
+        opened, class_names or options.classes, leave_out_others=options.classes is not None, problems=problems
+    )
+    if not len(joined) and not problems:
+        raise UserError(f"--data: {', '.join(f'{place.kind}:{place.path}' for place in places)}: there are no images")
     return joined if options.limit is None else joined.select(range(min(options.limit, len(joined))))
 
 

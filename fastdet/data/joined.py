@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fastdet.data.images import DataError
-from fastdet.data.records import Box, describe_unknown, warn_of
+from fastdet.data.records import Box, collect, describe_unknown, warn_of
 from fastdet.data.transforms import Item, make_item
 
 
@@ -46,6 +46,7 @@ class JoinedImages(Dataset[Item]):
         datasets: at least one.
         class_names: label k is `class_names[k - 1]`; when None, the names of the first, then new ones of the others.
         leave_out_others: boxes of other classes are left out, with a warning that counts them, and not an error.
+        problems: where a list is given, such errors are appended to it, and the boxes left out.
 
     Attributes: as of `DetectionDataset`.
 
@@ -59,6 +60,7 @@ class JoinedImages(Dataset[Item]):
         class_names: Sequence[str] | None = None,
         *,
         leave_out_others: bool = False,
+        problems: list[DataError] | None = None,
     ) -> None:
         known = tuple(dict.fromkeys(name for dataset in datasets for name in dataset.class_names))
         self.class_names = known if class_names is None else tuple(class_names)
@@ -76,7 +78,8 @@ class JoinedImages(Dataset[Item]):
                 names = [dataset.class_names[label - 1] for label in found[new_labels[found] == 0].tolist()]
                 if names and not leave_out_others:
                     place = dataset.image_path(index) or dataset.ids[index]
-                    raise DataError(f"{place}: {describe_unknown(names[0], labels)}")
+                    with collect(problems):
+                        raise DataError(f"{place}: {describe_unknown(names[0], labels)}; --classes leaves others out")
                 others.update(names)
         listed = [f"{name} ({times} boxes)" for name, times in others.items()]
         warn_of("classes", "left out, with all their boxes", listed)

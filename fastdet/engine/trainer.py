@@ -174,7 +174,7 @@ def _train(
                 _write_validation(out / "validation.csv", {"epoch": epoch + 1, "step": (epoch + 1) * steps, **found})
                 state.keep_best(epoch + 1, found["AP"])
                 if progress:
-                    best = f"the best of epoch {state.best['epoch']}"
+                    best = f"the best is epoch {state.best['epoch']}" if state.best["epoch"] else "none is the best"
                     bar.write(f"epoch {epoch + 1}: AP {found['AP']:.3f}, AP50 {found['AP50']:.3f}; {best}")
             state.save(epoch + 1)
             if is_terminated():

@@ -85,6 +85,26 @@ def test_data_without_anything_to_evaluate_on(capsys, tmp_path):
     assert "number between 0 and 1" in message(capsys, *train, "--data", "shapes:4", "--val-share", "1")
 
 
+def test_data_without_images(capsys, tmp_path):
+    train = ["train", "--out", tmp_path / "run", *SMALL]
+    assert "shapes:0: there are no images" in message(capsys, *train, "--data", "shapes:0", "--val-data", "shapes:2")
+    assert "shapes:0,3: there are no images" in message(
+        capsys, *train, "--data", "shapes:2", "--val-data", "shapes:0,3"
+    )
+
+
+def test_lint_lists_classes_that_only_validation_has(tree, tmp_path, capsys):
+    other = write_voc(tmp_path / "other", {"test": 2})
+    for path in (other / "Annotations").glob("*.xml"):
+        path.write_text(path.read_text().replace("<name>", "<name>un"))
+    lint = ["lint", "--data", f"voc:{tree}", "--val-data", f"voc:{other}", "--out", tmp_path / "lint"]
+    message(capsys, *lint, code=1)
+    content = json.loads((tmp_path / "lint/lint.json").read_text())
+    (unread,) = [finding["items"] for finding in content["findings"]["train"] if finding["is_error"]]
+    assert len(unread) == 2
+    assert all("is not among the 4 class names" in text for text in unread)
+
+
 def test_a_run_describes_what_it_trains(tree, tmp_path, capsys):
     run = ["train", "--data", f"voc:{tree}", "--out", str(tmp_path / "run"), "--epochs", "1", *SMALL]
     run = [*run[: run.index("--anchor-sizes")], *run[run.index("--anchor-sizes") + 2 :]]
