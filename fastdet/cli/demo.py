@@ -51,8 +51,8 @@ def load_data() -> tuple[Shapes, Shapes]:
 def run(out: str | Path, *, seed: int = 0, progress: bool = True) -> Evaluation:
     """Train on drawn shapes, evaluate on others, print the average precision and save everything into a folder.
 
-    The folder gets `last.pth`, which `fastdet detect` takes, `metrics.csv`, `loss.png`, `result.json` and
-    `detections.png`; what an earlier run left there is overwritten.
+    The folder gets `last.pth`, which `fastdet detect` takes, `settings.json`, `metrics.csv`, `loss.png`, `result.json`
+    and `detections.png`; what an earlier run left there is overwritten.
 
     Args:
         out: the folder, made if it is not there.

@@ -28,6 +28,7 @@ def test_the_demo_saves_what_detect_loads(tmp_path, capsys):
         "loss.png",
         "metrics.csv",
         "result.json",
+        "settings.json",
     }
     output = capsys.readouterr().out
     assert all(name in output for name in (*Shapes.class_names, "AP50", "minutes"))
