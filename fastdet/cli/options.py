@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_options(lint)
     add_split_options(lint)
     _add_detector_options(lint)
-    lint.set_defaults(set=[], weights=None, weights_backbone=None, trainable_backbone_layers=None)
+    lint.set_defaults(set=[], class_weights=None, weights=None, weights_backbone=None, trainable_backbone_layers=None)
     lint.add_argument("--out", type=Path, default=Path("runs/lint"), help="folder for the results (runs/lint)")
     lint.add_argument(
         "--fix", type=Path, metavar="DIR", help="write a cleaned copy, in COCO's format, into a new folder"
@@ -146,6 +146,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     initial.add_argument("--weights", type=Path, metavar="FILE", help="weights of a detector to start from")
     add("--replace-predictor", action="store_true", help="those of --weights are for other classes")
     add("--trainable-backbone-layers", type=int, metavar="N", help="stages not frozen, from the end")
+    weighed = "let the boxes of each class count alike in the classifier's loss"
+    add("--class-weights", choices=("balanced",), help=weighed)
     add("--set", type=setting, action="append", default=[], metavar="NAME=VALUE", help="a field of fastdet.Settings")
 
 

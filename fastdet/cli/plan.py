@@ -18,6 +18,7 @@ from fastdet.engine import TrainSettings, describe_anchors
 from fastdet.engine.checkpoint import require
 from fastdet.engine.defaults import (
     Objects,
+    balance_classes,
     choose_anchors,
     choose_min_size,
     collect_objects,
@@ -63,6 +64,8 @@ def plan_detector(options: argparse.Namespace, data: DetectionDataset) -> Plan:
     settings.update(resizing)
     if named.settings.rpn_min_size_in_original_pixels and "rpn_min_size" not in settings:
         settings["rpn_min_size"] = smallest_proposal(objects, named.settings.rpn_min_size)
+    if options.class_weights == "balanced":
+        settings["class_weights"] = balance_classes(objects, len(data.class_names) + 1)
     # Other names are refused when the model is built.
     known = {field.name for field in fields(Settings)}
     with raise_user_errors("--set"):
@@ -136,11 +139,7 @@ def describe_run(
     held_out: DetectionDataset,
 ) -> list[str]:
     """What is to be trained, for people."""
-    counts, ignored = Counter[int](), 0
-    for index in range(len(data)):
-        target = data.target(index)
-        counts.update(target["labels"][~target["ignore"]].tolist())
-        ignored += int(target["ignore"].sum())
+    counts, ignored = Counter(plan.objects.labels.tolist()), plan.objects.ignored
     listed = ", ".join(f"{printable(name, 40)} {counts[label]}" for label, name in enumerate(data.class_names, start=1))
     widths, heights = sorted(width for _, width in data.sizes), sorted(height for height, _ in data.sizes)
     low, high = f"{widths[0]} x {heights[0]}", f"{widths[-1]} x {heights[-1]}"

@@ -31,12 +31,14 @@ class Objects(NamedTuple):
         labels: int64 [N].
         image: int64 [N], the index of the image.
         sizes: int64 [B, 2], (height, width) of the images.
+        ignored: the number of boxes that are to be ignored, which are not among these.
     """
 
     boxes: NDArray[Any]
     labels: NDArray[Any]
     image: NDArray[Any]
     sizes: NDArray[Any]
+    ignored: int
 
     def resize(self, settings: Settings) -> tuple[NDArray[Any], NDArray[Any]]:
         """The boxes, and (height, width) [N, 2] of their images, as a detector resizes them in evaluation."""
@@ -49,9 +51,11 @@ class Objects(NamedTuple):
 def collect_objects(dataset: DetectionDataset) -> Objects:
     """All boxes of a data set that are not to be ignored."""
     boxes, labels, image = list[NDArray[Any]](), list[NDArray[Any]](), list[NDArray[Any]]()
+    ignored = 0
     for index, (height, width) in enumerate(dataset.sizes):
         target = dataset.target(index)
         kept = ~target["ignore"]
+        ignored += int((~kept).sum())
         boxes.append(np.clip(target["boxes"][kept], 0, [width, height, width, height]))
         labels.append(target["labels"][kept])
         image.append(np.full(int(kept.sum()), index))
@@ -61,6 +65,7 @@ def collect_objects(dataset: DetectionDataset) -> Objects:
         np.concatenate([np.zeros(0, np.int64), *labels]),
         np.concatenate([np.zeros(0, np.int64), *image]),
         sizes,
+        ignored,
     )
 
 
@@ -77,6 +82,17 @@ def choose_min_size(objects: Objects, stride: int, most: int) -> int:
     smallest = min(np.quantile(sides[objects.labels == k], _SHARE_BELOW) for k in np.unique(objects.labels))
     wanted = max(_SMALL_OBJECT, _SMALL_OBJECT_STRIDES * stride) / max(float(smallest), 1e-6)
     return int(min(most, max(_LEAST_SIDE, -(-wanted // _SIDE_STEP) * _SIDE_STEP)))
+
+
+def balance_classes(objects: Objects, num_classes: int) -> tuple[float, ...]:
+    """`Settings.class_weights` by which the boxes of each class count alike, the background's 1 first.
+
+    That of a class is the mean number of boxes of the classes that have any over its own; 1 for one without boxes.
+    """
+    counts = np.bincount(objects.labels, minlength=num_classes)[1:num_classes]
+    present = counts > 0
+    weights = np.where(present, counts[present].mean() / np.maximum(counts, 1), 1.0) if present.any() else counts + 1.0
+    return 1.0, *weights.tolist()
 
 
 def smallest_proposal(objects: Objects, default: float) -> float:

@@ -177,6 +177,17 @@ def test_images_are_resized_to_what_the_objects_need(tmp_path):
     assert largest.architecture["settings"]["min_size"] == largest.architecture["settings"]["max_size"] == 700
 
 
+def test_balanced_class_weights(tree):
+    chosen = plan(f"voc:{tree}", "--class-weights", "balanced", "--classes", "star,circle,none,square")
+    weights = chosen.architecture["settings"]["class_weights"]
+    counts = [int((chosen.objects.labels == label).sum()) for label in range(1, 5)]
+    assert counts[2] == 0
+    assert weights[0] == weights[3] == 1
+    products = [weight * count for weight, count in zip(weights[1:], counts, strict=True) if count]
+    assert products == pytest.approx([sum(counts) / 3] * 3)
+    assert "class_weights" not in plan(f"voc:{tree}").architecture["settings"]
+
+
 def test_anchors_that_are_given_are_taken(tmp_path):
     data = write_objects(tmp_path / "set", [40, 50, 60, 30, 20], (200, 200))
     given = plan(data, "--anchor-sizes", "10,20,30,40", "--aspect-ratios", "1,2")
