@@ -28,6 +28,7 @@ from fastdet.data import JoinedImages
 from fastdet.data.convert import write_coco
 from fastdet.engine import RECIPES, TrainSettings, build_model, build_optimizer, detect, load_model, train
 from fastdet.engine.evaluate import evaluate
+from fastdet.engine.loading import digest
 from fastdet.engine.recipes import build_average
 from fastdet.engine.replay import replay
 from fastdet.engine.run_state import RunState
@@ -122,7 +123,8 @@ def run_replay(options: argparse.Namespace) -> None:
     given = parse(["train", *read_arguments([str(options.run / "settings.json")])[1:], "--out", str(options.run)])
     run = _prepare(given)
     average = build_average(run.model, run.settings.ema) if run.settings.ema else None
-    metadata = {**_describe(given, run), **asdict(run.settings), "images": len(run.data)}
+    metadata = {**_describe(given, run), **asdict(run.settings)}
+    metadata |= {"images": len(run.data), "data": digest(run.data)}
     state = RunState(options.run, metadata, run.model, build_optimizer(run.model, run.settings), average)
     with raise_user_errors(str(path)):
         lines = replay(state, run.data, augment_for(run.model, run.data, run.settings), run.settings, step)
@@ -132,6 +134,9 @@ def run_replay(options: argparse.Namespace) -> None:
 def run_eval(options: argparse.Namespace) -> None:
     require_pycocotools()
     model, class_names = load_model(options.weights)
+    for name in options.classes or ():
+        if name not in class_names:
+            raise UserError(f"--classes: {options.weights} has no class {name!r}, but {', '.join(class_names)}")
     data = open_data(options, options.data, "val", options.split, class_names)
     _evaluate(
         options, model.to(_device(options)), data, class_names, options.workers, {"weights": str(options.weights)}

@@ -52,7 +52,7 @@ def parse_place(text: str) -> DataPlace:
     folder, _, annotations = path.rpartition(",")
     if kind == "coco" and folder and annotations:
         return DataPlace(kind, folder, annotations)
-    if kind == "shapes" and all(number.isdecimal() for number in path.split(",", 1)):
+    if kind == "shapes" and all(number.isdecimal() and len(number) < 10 for number in path.split(",", 1)):
         return DataPlace(kind, path)
     raise argparse.ArgumentTypeError(
         f"{text!r} is not of the form voc:PATH, coco:IMAGES,FILE, yolo:FILE or shapes:COUNT,SEED"
@@ -66,7 +66,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add("--zero-based", action="store_true", help="VOC's corners are counted from 0, not from 1")
     turned = "turn images as EXIF tells: as the annotated sizes fit (auto), all (applied), or none (stored)"
     add("--orientation", choices=("auto", "applied", "stored"), default="auto", help=turned)
-    add("--classes", type=names, help="keep only these, by commas; boxes of others are left out")
+    add("--classes", type=names, help="by commas; boxes of other classes are left out")
     add("--limit", type=positive, metavar="N", help="only the first N images of each split")
     add_max_pixels(parser)
 
@@ -107,6 +107,14 @@ def open_place(
     return Shapes(int(count), seed=int(seed or 0))
 
 
+def _default_split(place: DataPlace, role: Role) -> str:
+    """Of VOC's lists train and val, where there is no trainval."""
+    lists = Path(place.path) / "ImageSets" / "Main"
+    if place.kind == "voc" and not (lists / "trainval.txt").exists() and (lists / "train.txt").exists():
+        return "val" if role == "val" and not (lists / "test.txt").exists() else {"train": "train", "val": "test"}[role]
+    return _SPLITS[place.kind][role]
+
+
 def open_data(
     options: argparse.Namespace,
     places: Sequence[DataPlace],
@@ -128,8 +136,10 @@ def open_data(
     Raises:
         DataError: as the data sets, or a box is of another class, and there is no `--classes`.
     """
+    if split is not None and not any(place.has_splits for place in places):
+        raise UserError(f"{places[0].kind}:{places[0].path} has no splits, but {split!r} is asked for")
     opened = [
-        open_place(options, place, (split or _SPLITS[place.kind][role]) if place.has_splits else None, problems)
+        open_place(options, place, (split or _default_split(place, role)) if place.has_splits else None, problems)
         for place in places
     ]
     known = [name for dataset in opened for name in dataset.class_names]
@@ -145,13 +155,15 @@ def open_data(
 
 
 def open_training_data(
-    options: argparse.Namespace, problems: list[DataError] | None = None
+    options: argparse.Namespace,
+    problems: list[DataError] | None = None,
+    val_problems: list[DataError] | None = None,
 ) -> tuple[JoinedImages, JoinedImages | None]:
     """The images to train on, and those to evaluate on with the same classes, None where the options name none.
 
     Args:
         options: of the command.
-        problems: as of the data sets.
+        problems, val_problems: as of the data sets.
 
     Raises:
         UserError: there is more than one way to what is evaluated on.
@@ -165,4 +177,4 @@ def open_training_data(
     if not options.val_data and not all(place.has_splits for place in options.data):
         return train, None
     places = options.val_data or options.data
-    return train, open_data(options, places, "val", options.val_split, train.class_names, problems)
+    return train, open_data(options, places, "val", options.val_split, train.class_names, val_problems)

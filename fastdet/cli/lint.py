@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
 from fastdet.cli.data import open_training_data
@@ -24,6 +25,8 @@ from fastdet.visualize import draw_detections, tile
 
 # Images that are drawn, and descriptions of a finding that are printed.
 _DRAWN, _PRINTED = 12, 3
+# The longest side of an image that is drawn, in pixels.
+_LARGEST_DRAWN = 800
 
 
 class DataSetError(Exception):
@@ -35,11 +38,12 @@ def run(options: argparse.Namespace) -> bool:
     if options.fix and options.fix.exists():
         raise UserError(f"--fix: {options.fix} is there already, and nothing is overwritten")
     problems: list[DataError] = []
-    train, val = open_training_data(options, problems)
+    val_problems: list[DataError] = []
+    train, val = open_training_data(options, problems, val_problems)
     of_train = lint(train, problems, lambda items: tqdm(items, "images to train on"))
     findings: dict[str, list[Finding]] = {}
     if val is not None:
-        of_val = lint(val, (), lambda items: tqdm(items, "images to evaluate on"))
+        of_val = lint(val, val_problems, lambda items: tqdm(items, "images to evaluate on"))
         both = compare(train, val, of_train, of_val)
         findings["val"] = [*of_val.findings, *([both] if both.items else [])]
     used, found = _plan_both(options, train)
@@ -132,7 +136,11 @@ def _write(
                 image = dataset[index][0]  # type: ignore[index]
             except DataError:
                 continue
-            corners = torch.tensor([_show(mark.corners) for mark in of_image])
+            factor = min(1.0, _LARGEST_DRAWN / max(image.shape[-2:]))
+            if factor < 1:
+                size = [max(round(side * factor), 1) for side in image.shape[-2:]]
+                image = functional.resize(image, size, antialias=True)
+            corners = torch.tensor([_show([x * factor for x in mark.corners]) for mark in of_image])
             texts = [printable(mark.text, 60) for mark in of_image]
             drawn.append(draw_detections(image, corners, torch.arange(1, len(texts) + 1), class_names=texts))
         if drawn:

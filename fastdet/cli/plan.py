@@ -25,6 +25,7 @@ from fastdet.engine.defaults import (
     measure_reach,
     smallest_proposal,
 )
+from fastdet.models.anchors import AnchorGenerator
 from fastdet.models.backbones import NAMED, NamedBackbone
 from fastdet.models.settings import Settings
 from fastdet.safe_files import printable
@@ -97,10 +98,13 @@ def _choose_anchors(
 ) -> tuple[dict[str, Any], str]:
     """The "anchors" of the architecture, and where they come from."""
     strides, is_given = NAMED[options.backbone].strides, bool(options.anchor_sizes or options.aspect_ratios)
-    if is_given and options.anchors:
-        raise UserError(f"--anchors {options.anchors}: it does not go with --anchor-sizes or --aspect-ratios")
+    if options.anchors and (is_given or (options.weights and options.anchors == "auto")):
+        raise UserError(
+            f"--anchors {options.anchors}: it does not go with --anchor-sizes, --aspect-ratios or --weights"
+        )
     with raise_user_errors("--anchor-sizes"):
         anchors = describe_anchors(options.backbone, options.anchor_sizes, options.aspect_ratios)
+        AnchorGenerator(**anchors)
     if is_given or options.anchors == "default":
         return anchors, "given" if is_given else "the backbone's"
     # Weights of a detector are for its anchors.

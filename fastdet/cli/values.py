@@ -60,8 +60,11 @@ milestones = _number(int, lambda value: value > 0, "a list of positive whole num
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Names by commas."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    """Different names by commas."""
+    given = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not given or len(set(given)) < len(given):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different names, by commas")
+    return given
 
 
 def model_file(text: str) -> Path:

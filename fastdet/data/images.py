@@ -52,9 +52,16 @@ def read_header(path: str | Path) -> Header:
         DataError: the file is missing, or is not an image.
     """
     with _open_image(path) as (_, picture):
-        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-        known = orientation if type(orientation) is int and 1 <= orientation <= 8 else 1
-        return Header(picture.width, picture.height, known)
+        return Header(picture.width, picture.height, _read_orientation(picture))
+
+
+def _read_orientation(picture: Image.Image) -> int:
+    """How EXIF turns an image, 1..8, without decoding it."""
+    # Pillow turns a TIFF as it loads it, and loads a PNG to look for EXIF behind its pixels.
+    if picture.format == "TIFF" or (picture.format == "PNG" and "exif" not in picture.info):
+        return 1
+    orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation if type(orientation) is int and 1 <= orientation <= 8 else 1
 
 
 def check_pixels(path: str | Path, width: int, height: int, max_pixels: int) -> None:
@@ -81,12 +88,12 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, *, apply_exif_ori
     """
     with _open_image(path) as (file, picture):
         check_pixels(path, picture.width, picture.height, max_pixels)
-        is_turned = apply_exif_orientation and picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        is_turned = apply_exif_orientation and _read_orientation(picture) != 1
         if picture.format == "JPEG" and picture.mode in ("L", "RGB") and not is_turned:
             decoded = _decode_jpeg(file, 4 * picture.width * picture.height)
             if decoded is not None and decoded.shape == (3, picture.height, picture.width):
                 return decoded
-        if apply_exif_orientation:
+        if is_turned:
             picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I;16"):
             # Pillow's own conversion would cut off at 255 what reaches to 65535.

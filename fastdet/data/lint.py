@@ -12,6 +12,8 @@ from fastdet.data.joined import JoinedImages
 
 # Boxes of an image with at least this IoU are of one object.
 _SAME_OBJECT = 0.9
+# Ends of the kinds of what readers find that loses no ground truth.
+_HARMLESS = ("taken as background", "with another suffix")
 # Pixels that a box may reach over its image's border.
 _OVER_BORDER = 1.0
 
@@ -90,7 +92,7 @@ def lint(
         Finding("image(s) or annotation(s) that cannot be read", True, [str(error) for error in problems]),
         Finding("image(s) that cannot be decoded", True, undecodable),
         *(
-            Finding(kind, not kind.endswith("taken for background"), items, _mark_left_out(dataset, kind))
+            Finding(kind, not kind.endswith(_HARMLESS), items, _mark_left_out(dataset, kind))
             for kind, items in dataset.findings.items()
         ),
         Finding("image(s) whose pixels another has too", True, _describe_equal(dataset, digests)),
@@ -151,12 +153,17 @@ def _find_repeated_boxes(dataset: JoinedImages) -> tuple[dict[int, list[int]], l
     for index, name in enumerate(dataset.ids):
         target = dataset.target(index)
         rows = np.flatnonzero(~target["ignore"])
-        overlaps = np.triu(_overlaps(target["boxes"][rows]) >= _SAME_OBJECT, k=1)
-        labels = target["labels"][rows]
-        for second in np.flatnonzero(overlaps.any(0)).tolist():
-            first = int(overlaps[:, second].argmax())
+        boxes, labels = target["boxes"][rows], target["labels"][rows]
+        kept = np.ones(len(rows), dtype=np.bool_)
+        for second in range(1, len(rows)):
+            equal = np.flatnonzero(kept[:second] & (_overlaps(boxes[second], boxes[:second]) >= _SAME_OBJECT))
+            if not len(equal):
+                continue
+            of_class = equal[labels[equal] == labels[second]]
+            kept[second] = not len(of_class)
+            first = int((of_class if len(of_class) else equal)[0])
             classes = [dataset.class_names[labels[k] - 1] for k in (first, second)]
-            corners = target["boxes"][rows[second]].tolist()
+            corners = boxes[second].tolist()
             shown = ", ".join(f"{x:g}" for x in corners)
             described.append(f"{name} {' and '.join(dict.fromkeys(classes))} ({shown})")
             marks.append(Mark(index, tuple(corners), f"{classes[1]}: there twice"))
@@ -165,12 +172,11 @@ def _find_repeated_boxes(dataset: JoinedImages) -> tuple[dict[int, list[int]], l
     return repeated, described, marks
 
 
-def _overlaps(boxes: np.ndarray) -> np.ndarray:
-    """IoU of all pairs, [N, N]."""
-    low, high = np.maximum(boxes[:, None, :2], boxes[:, :2]), np.minimum(boxes[:, None, 2:], boxes[:, 2:])
+def _overlaps(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """IoU of a box [4] with others [N, 4]."""
+    low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
     both = np.maximum(high - low, 0).prod(-1)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
-    return both / (areas[:, None] + areas - both)
+    return both / ((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(-1) - both)
 
 
 def _find_over_border(dataset: JoinedImages) -> tuple[list[str], list[Mark]]:
@@ -186,5 +192,6 @@ def _find_over_border(dataset: JoinedImages) -> tuple[list[str], list[Mark]]:
 
 
 def _find_unused(dataset: JoinedImages) -> list[str]:
-    used = {label for index in range(len(dataset)) for label in dataset.target(index)["labels"].tolist()}
+    targets = map(dataset.target, range(len(dataset)))
+    used = {label for target in targets for label in target["labels"][~target["ignore"]].tolist()}
     return [name for label, name in enumerate(dataset.class_names, start=1) if label not in used]

@@ -139,8 +139,12 @@ class AnnotatedImages(Dataset[Item]):
                 written = " x ".join(f"{side:g}" for side in record.size or ())
                 other_sizes.append(f"{Path(record.source).name} {written}, {record.image.name} {width} x {height}")
             boxes = [_to_pixels(box, width, height) for box in record.boxes] if record.relative else record.boxes
-            kept = [box for box in boxes if _is_inside(box, width, height)]
-            self.left_out += [(index, box) for box in boxes if not _is_inside(box, width, height)]
+            kept: list[Box] = []
+            for box in map(_round, boxes):
+                if _is_inside(box, width, height):
+                    kept.append(box)
+                else:
+                    self.left_out.append((index, box))
             self.sizes.append((height, width))
             self._items.append((record.image, is_turned, _make_target(kept, labels)))
         self.findings["box(es) left out, empty, not finite or outside the image"] = [
@@ -151,13 +155,11 @@ class AnnotatedImages(Dataset[Item]):
         ]
         for kind, found in self.findings.items():
             warn_of(title, kind, found)
-        if oriented := sum(header.orientation != 1 for header in headers):
-            applied = sum(turned)
-            warnings.warn(
-                f"{title}: of {oriented} image(s) with an EXIF orientation it is applied to {applied} and not to "
-                f"{oriented - applied}, by the annotated sizes; orientation fixes it for all",
-                stacklevel=3,
-            )
+        oriented = [item for item, header in zip(self._items, headers, strict=True) if header.orientation != 1]
+        how = "by the annotated sizes" if orientation == "auto" else f"as orientation is {orientation!r}"
+        for is_turned, what in ((True, "is applied"), (False, "is not applied")):
+            names = [path.name for path, is_applied, _ in oriented if is_applied == is_turned]
+            warn_of(title, f"image(s) whose EXIF orientation {what}, {how}", names)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -207,6 +209,13 @@ def _to_pixels(box: Box, width: int, height: int) -> Box:
     return box._replace(corners=(x1 * width, y1 * height, x2 * width, y2 * height))
 
 
+def _round(box: Box) -> Box:
+    """With the corners as float32, which an item has."""
+    with np.errstate(over="ignore"):
+        x1, y1, x2, y2 = np.array(box.corners).astype(np.float32).tolist()
+    return box._replace(corners=(x1, y1, x2, y2))
+
+
 def _is_inside(box: Box, width: int, height: int) -> bool:
     """Whether it has an area, and at least a part of it is in the image."""
     x1, y1, x2, y2 = box.corners
@@ -230,7 +239,8 @@ def _make_target(boxes: Sequence[Box], labels: dict[str, int]) -> dict[str, np.n
 def describe_unknown(name: str, labels: Iterable[str]) -> str:
     """That a class is not among the known ones, and which are similar."""
     name, labels = name[:100], list(labels)
-    similar = (
+    # Among very many names the search would take seconds.
+    similar = len(labels) <= 300 and (
         difflib.get_close_matches(name, labels) or [known for known in labels if known.lower() == name.lower()][-1:]
     )
     hint = f"similar: {', '.join(similar)}" if similar else f"known: {', '.join(labels)}"

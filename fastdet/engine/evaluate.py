@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastdet.data import Item, collate
+from fastdet.engine.loading import sizes_of
 from fastdet.engine.predict import detect_in_batch
 from fastdet.metrics import (
     COCOResult,
@@ -123,8 +124,7 @@ def _plan_batches(dataset: Any, batch_size: int) -> list[list[int]]:
     Where the data set has no `sizes` each image is a batch.
     """
     groups: dict[Any, list[int]] = {}
-    sizes = getattr(dataset, "sizes", None) or range(len(dataset))
-    for index, size in enumerate(sizes):
+    for index, size in enumerate(sizes_of(dataset) or range(len(dataset))):
         groups.setdefault(size, []).append(index)
     return [group[k : k + batch_size] for group in groups.values() for k in range(0, len(group), batch_size)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -27,6 +28,32 @@ class AugmentedDataset(Dataset[Item]):
     def __getitem__(self, key: tuple[int, int]) -> Item:
         index, seed = key
         return augment(self.transform, make_item(*self.dataset[index]), seed)
+
+
+def sizes_of(dataset: Any) -> list[tuple[int, int]] | None:
+    """(height, width) of the images of a data set; None if it has no `sizes`.
+
+    Raises:
+        ValueError: it has another number of them, or one that is no size.
+    """
+    sizes = getattr(dataset, "sizes", None)
+    if sizes is None:
+        return None
+    found = [tuple(map(int, size)) for size in sizes]
+    if len(found) != len(dataset) or not all(len(size) == 2 and min(size) > 0 for size in found):
+        raise ValueError(f"sizes must be (height, width) of each of the {len(dataset)} images, got {found!r:.100}")
+    return found  # type: ignore[return-value]
+
+
+def digest(dataset: Any) -> str | None:
+    """Of the names and boxes of a data set of `fastdet.data`, to know it again; None of others."""
+    if not (hasattr(dataset, "ids") and callable(getattr(dataset, "target", None))):
+        return None
+    sums = hashlib.blake2b(digest_size=16)
+    for index, name in enumerate(dataset.ids):
+        target = dataset.target(index)
+        sums.update(repr((name, *(target[key].tolist() for key in ("boxes", "labels", "ignore")))).encode())
+    return sums.hexdigest()
 
 
 def load_batches(

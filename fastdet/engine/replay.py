@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fastdet.data import Item
 from fastdet.engine.epoch import NotFiniteError, train_epoch
-from fastdet.engine.loading import AugmentedDataset, load_batches
+from fastdet.engine.loading import AugmentedDataset, load_batches, sizes_of
 from fastdet.engine.recipes import EpochPlans, TrainSettings
 from fastdet.engine.run_state import RunState
 
@@ -40,7 +40,7 @@ def replay(
     state.restore()
     length: int = len(dataset)  # type: ignore[arg-type]
     epochs = range(state.epoch, state.epoch + 1)
-    plans = EpochPlans(length, settings, epochs, state.step, getattr(dataset, "sizes", None))
+    plans = EpochPlans(length, settings, epochs, state.step, sizes_of(dataset))
     first, last = state.epoch * plans.steps + state.step + 1, (state.epoch + 1) * plans.steps
     if not first <= step <= last:
         raise ValueError(f"step {step} is not in {first}..{last}, the steps after the checkpoint")

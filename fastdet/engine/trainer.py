@@ -18,7 +18,7 @@ from fastdet.data import DataError, Item
 from fastdet.engine import run_folder
 from fastdet.engine.checkpoint import CheckpointError
 from fastdet.engine.epoch import NotFiniteError, train_epoch
-from fastdet.engine.loading import AugmentedDataset, load_batches
+from fastdet.engine.loading import AugmentedDataset, digest, load_batches, sizes_of
 from fastdet.engine.recipes import EpochPlans, TrainSettings, build_average, build_optimizer
 from fastdet.engine.run_folder import Row, Terminated
 from fastdet.engine.run_state import RunState
@@ -81,7 +81,7 @@ def train(
         The rows of metrics.csv, those before a resumption included.
 
     Raises:
-        ValueError: the data set is empty.
+        ValueError: the data set is empty, or its `sizes` are not those of its images.
         CheckpointError: the folder has a run already or another process writes into it, a run is resumed with other
             settings, or the checkpoint cannot be read or written.
         DataError: an image cannot be decoded, the model does not take an image or target, no anchor lies inside any
@@ -94,7 +94,8 @@ def train(
     length = len(dataset)  # type: ignore[arg-type]
     if length == 0:
         raise ValueError("the data set has no images")
-    metadata = {**(description or {}), **asdict(settings), "images": length}
+    data = {"images": length, "data": digest(dataset)}
+    metadata = {**(description or {}), **asdict(settings), **data}
     with run_folder.own(Path(out)), run_folder.notice_sigterm() as is_terminated:
         last = Path(out) / "last.pth"
         if last.exists() and not (resume or overwrite):
@@ -124,7 +125,7 @@ def _train(
     from tqdm import tqdm
 
     metrics, length, device = out / "metrics.csv", metadata["images"], next(model.parameters()).device
-    sizes, augmented = getattr(dataset, "sizes", None), augment_for(model, dataset, settings)
+    sizes, augmented = sizes_of(dataset), augment_for(model, dataset, settings)
     _check_anchors(model, sizes or ())
     average = build_average(model, settings.ema) if settings.ema else None
     state = RunState(out, metadata, model, build_optimizer(model, settings), average)

@@ -100,7 +100,7 @@ def test_lint_lists_classes_that_only_validation_has(tree, tmp_path, capsys):
     lint = ["lint", "--data", f"voc:{tree}", "--val-data", f"voc:{other}", "--out", tmp_path / "lint"]
     message(capsys, *lint, code=1)
     content = json.loads((tmp_path / "lint/lint.json").read_text())
-    (unread,) = [finding["items"] for finding in content["findings"]["train"] if finding["is_error"]]
+    (unread,) = [finding["items"] for finding in content["findings"]["val"] if "cannot be read" in finding["kind"]]
     assert len(unread) == 2
     assert all("is not among the 4 class names" in text for text in unread)
 
@@ -275,3 +275,50 @@ def test_version(capsys):
         main(["--version"])
     assert end.value.code == 0
     assert capsys.readouterr().out.strip() == f"fastdet {fastdet.__version__}"
+
+
+def test_a_run_is_not_resumed_on_other_images(tree, tmp_path, capsys):
+    run = ["train", "--data", f"voc:{tree}", "--val-share", "0.5", "--out", tmp_path / "run", "--epochs", "2", *SMALL]
+    assert main([*map(str, run), "--stop-after", "1"]) == 0
+    assert "data is" in message(capsys, *run, "--resume", "--split-seed", "3")
+    assert "data is" in message(capsys, *run, "--resume", "--zero-based")
+    assert main([*map(str, run), "--resume"]) == 0
+
+
+def test_lists_without_trainval(tree, tmp_path):
+    lists = tree / "ImageSets/Main"
+    (lists / "trainval.txt").rename(lists / "train.txt")
+    train, val = opened("--data", f"voc:{tree}")
+    assert (len(train), len(val)) == (6, 3)
+    (lists / "test.txt").rename(lists / "val.txt")
+    assert opened("--data", f"voc:{tree}")[1].ids == val.ids
+
+
+def test_options_that_do_not_go_together(tree, tmp_path, capsys):
+    train = ["train", "--out", tmp_path / "run", "--data", f"voc:{tree}", *SMALL]
+    shapes = ["train", "--out", tmp_path / "run", "--data", "shapes:4", "--val-data", "shapes:2", *SMALL]
+    assert "has no splits, but 'x'" in message(capsys, *shapes, "--train-split", "x")
+    assert "different names" in message(capsys, *train, "--classes", "star,star")
+    huge = [argument for argument in train if argument != "12,20,32"]
+    huge.insert(huge.index("--anchor-sizes") + 1, "1e300,2")
+    assert "--anchor-sizes" in message(capsys, *huge)
+    assert "is not of the form" in message(capsys, *train, "--data", f"shapes:5,{'9' * 50}")
+    assert main([*map(str, train), "--epochs", "0"]) == 0
+    weights = ["--weights", tmp_path / "run/last.pth"]
+    assert "has no class 'stra'" in message(capsys, "eval", "--data", f"voc:{tree}", *weights, "--classes", "stra")
+
+
+def test_pictures_of_lint_are_not_larger_than_needed(tmp_path, capsys):
+    (tmp_path / "set").mkdir()
+    Image.new("L", (4000, 3000)).save(tmp_path / "set/a.png")
+    box = {"image_id": 1, "category_id": 1, "bbox": [3900, 10, 300, 50]}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [box],
+        "categories": [{"id": 1, "name": "b"}],
+    }
+    (tmp_path / "set/all.json").write_text(json.dumps(content))
+    data = f"coco:{tmp_path}/set,{tmp_path}/set/all.json"
+    assert main(["lint", "--data", data, "--out", str(tmp_path / "lint")]) == 0
+    with Image.open(tmp_path / "lint/train.png") as picture:
+        assert max(picture.size) < 900

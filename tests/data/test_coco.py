@@ -174,3 +174,29 @@ def test_images_of_coco(shared_dir: Path) -> None:
     assert sum(len(target["boxes"]) for target in targets) == 115
     assert sum(bool(target["ignore"].any()) for target in targets) == 3
     assert sum(len(target["boxes"]) == 0 for target in targets) == 1
+
+
+def test_paths_with_backslashes_and_images_in_another_place(tmp_path):
+    for folder in ("im", "im/train"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (9, 9), "red" if folder == "im" else "blue").save(tmp_path / folder / "a.png")
+    content = {"images": [{"id": 1, "file_name": "train\\a.png"}], "annotations": [], "categories": []}
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    assert COCO(tmp_path / "im", tmp_path / "all.json")[0][0][:, 0, 0].tolist() == [0, 0, 255]
+    content["images"][0]["file_name"] = "val/a.png"
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=r"in another place or with another suffix: a\.png for val/a\.png"):
+        COCO(tmp_path / "im", tmp_path / "all.json")
+
+
+@pytest.mark.parametrize(("value", "crowd"), [("0", False), ("false", False), ("1", True), (1, True), (False, False)])
+def test_crowds_by_words(tmp_path, value, crowd):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    box = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 3, 3], "iscrowd": value}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [box],
+        "categories": [{"id": 1, "name": "b"}],
+    }
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    assert COCO(tmp_path, tmp_path / "all.json")[0][1]["ignore"].tolist() == [crowd]

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdet.data import COCO, VOC, DataError, JoinedImages
+from fastdet.data import COCO, VOC, YOLO, DataError, JoinedImages
 from fastdet.data.convert import write_coco
 from fastdet.data.lint import clean, compare, lint
 from tests.helpers.voc import write_voc
+from tests.helpers.yolo import write_yolo
 
 
 @pytest.fixture
@@ -121,3 +122,23 @@ def test_of_boxes_that_are_there_twice_one_stays(root):
     data, found = check(root)
     rows = [row for row, box in enumerate(data.target(0)["boxes"].tolist()) if box == [4, 4, 25, 25]]
     assert found.repeated_boxes == {0: rows[1:]}
+
+
+def test_boxes_are_compared_with_those_that_stay(root):
+    for k in range(6):
+        add_object(root, "train_0", "star", (2, 2, 40, 40 + 3 * k))
+    for name in ("circle", "square", "square"):
+        add_object(root, "train_1", name, (30, 30, 60, 60))
+    data, found = check(root)
+    boxes = data.target(0)["boxes"].tolist()
+    left = [box for row, box in enumerate(boxes) if row not in found.repeated_boxes[0] and box[:3] == [1, 1, 40]]
+    assert [box[3] for box in left] == [40, 46, 52]
+    assert found.repeated_boxes[1] == [len(data.target(1)["labels"]) - 1]
+
+
+def test_images_without_labels_are_no_error(tmp_path):
+    path = write_yolo(tmp_path / "yolo", {"train": 3})
+    next((tmp_path / "yolo/labels/train").iterdir()).unlink()
+    found = lint(JoinedImages([YOLO(path)]), ())
+    assert not [finding for finding in found.findings if finding.is_error]
+    assert any("taken as background" in finding.kind for finding in found.findings)

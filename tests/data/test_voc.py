@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from fastdet.data import VOC, DataError, Shapes, collate, read_image
+from tests.helpers.voc import write_voc
 
 Boxed = tuple[str, tuple[object, ...], int]
 
@@ -207,7 +208,7 @@ def test_exif_orientation_is_applied_where_the_annotation_counts_so(
     (root / "JPEGImages/b.png").unlink()
     photo(root, "b", orientation)
     annotate(root, "b", [("block", (6, 31, 25, 50), 0)], size=size)
-    with pytest.warns(UserWarning, match=r"of 1 image\(s\) with an EXIF orientation it is applied to 1 and not to 0"):
+    with pytest.warns(UserWarning, match=r"1 image\(s\) whose EXIF orientation is applied, by the annotated sizes"):
         data = VOC(root, "val")
     assert data[0][0].shape == (3, 60, 40)
     assert red_share(data, 0) == 1
@@ -218,11 +219,13 @@ def test_exif_orientation_is_not_applied_where_the_annotation_counts_stored_pixe
     photo(root, "b", 6)
     # The block where it lies in the stored pixels, which are turned to the left.
     annotate(root, "b", [("block", (31, 16, 50, 35), 0)], size=(60, 40))
-    with pytest.warns(UserWarning, match="applied to 0 and not to 1"):
+    with pytest.warns(UserWarning, match=r"1 image\(s\) whose EXIF orientation is not applied"):
         data = VOC(root, "val")
     assert data[0][0].shape == (3, 40, 60)
     assert red_share(data, 0) == 1
-    with pytest.warns(UserWarning, match="applied to 1 and not to 0"):
+    with pytest.warns(
+        UserWarning, match=r"1 image\(s\) whose EXIF orientation is applied, as orientation is 'applied'"
+    ):
         assert VOC(root, "val", orientation="applied")[0][0].shape == (3, 60, 40)
     with pytest.raises(ValueError, match=r"orientation must be .*, got 'none'"):
         VOC(root, "val", orientation="none")  # type: ignore[arg-type]
@@ -233,7 +236,7 @@ def test_exif_orientation_that_no_size_decides_follows_the_others(root: Path) ->
         photo(root, stem, orientation)
         annotate(root, stem, [], size=size)
     (root / "ImageSets/Main/val.txt").write_text("c\nd\ne\nf\n")
-    with pytest.warns(UserWarning, match="of 4 image.* applied to 0 and not to 4"):
+    with pytest.warns(UserWarning, match=r"4 image\(s\) whose EXIF orientation is not applied"):
         data = VOC(root, "val")
     assert [tuple(data[k][0].shape[1:]) for k in range(4)] == [(40, 60), (40, 60), (60, 40), (40, 60)]
 
@@ -399,3 +402,75 @@ def test_collate_in_a_loader() -> None:
     for k in range(3):
         assert torch.equal(images[k], data[k][0])
         assert torch.equal(targets[k]["boxes"], data[k][1]["boxes"])
+
+
+def write_list(root: Path, text: str) -> None:
+    (root / "ImageSets/Main/train.txt").write_text(text)
+
+
+def test_names_that_end_in_a_number_are_no_list_of_a_class(tmp_path: Path) -> None:
+    tree = write_voc(tmp_path / "voc", {"train": 3})
+    for number, stem in enumerate(("scan 1", "scan 0", "scan")):
+        for folder, suffix in (("Annotations", "xml"), ("JPEGImages", "jpg")):
+            (tree / folder / f"train_{number}.{suffix}").rename(tree / folder / f"{stem}.{suffix}")
+    write_list(tree, "scan 1\nscan 0\n")
+    assert VOC(tree, "train").ids == ("scan 1", "scan 0")
+    write_list(tree, "scan  1\n")
+    assert VOC(tree, "train").ids == ("scan",)
+
+
+def test_xml_of_another_kind_is_not_taken_as_background(tmp_path: Path) -> None:
+    tree = write_voc(tmp_path / "voc", {"train": 1})
+    path = tree / "Annotations/train_0.xml"
+    text = path.read_text()
+    for changed, part in (
+        (text.replace("<annotation>", '<annotation xmlns="http://a.b">'), "not an <annotation>"),
+        (f"<annotations>{text}</annotations>", "it is <annotations>"),
+        (text.replace("<bndbox>", "<bndbox></bndbox><bndbox>", 1), "has 2 <bndbox>"),
+        (text.replace("<xmin>", "<xmin>1_", 1), "<xmin> is not a number"),
+    ):
+        path.write_text(changed)
+        with pytest.raises(DataError) as error:
+            VOC(tree, "train")
+        one_line(error, "train_0.xml", part)
+    (tree / "Annotations/sub").mkdir()
+    (tree / "Annotations/sub/more.xml").write_text(text)
+    path.write_text(text)
+    (tree / "Annotations/._train_0.xml").write_bytes(b"of a file manager")
+    with pytest.warns(UserWarning, match=r"1 folder\(s\) in that of the XML files, which are not read: sub"):
+        assert VOC(tree, None).ids == ("train_0",)
+
+
+def test_boxes_that_vanish_or_overflow_in_float32_are_left_out(tmp_path: Path) -> None:
+    tree = write_voc(tmp_path / "voc", {"train": 1})
+    path, objects = tree / "Annotations/train_0.xml", ""
+    for corners in ("0,0,1e40,1e40", "50,10,50.0000001,20", "2,2,9,9"):
+        names = ("xmin", "ymin", "xmax", "ymax")
+        box = "".join(f"<{n}>{x}</{n}>" for n, x in zip(names, corners.split(","), strict=True))
+        objects += f"<object><name>a</name><bndbox>{box}</bndbox></object>"
+    path.write_text(f"<annotation>{objects}</annotation>")
+    with pytest.warns(UserWarning, match=r"2 box\(es\) left out"):
+        data = VOC(tree, "train", zero_based=True)
+    assert data[0][1]["boxes"].tolist() == [[2, 2, 9, 9]]
+
+
+@pytest.mark.parametrize("suffix", ["tif", "png", "jpg"])
+def test_the_size_and_the_pixels_of_turned_images_agree(tmp_path: Path, suffix: str) -> None:
+    tree = write_voc(tmp_path / "voc", {"train": 1})
+    (tree / "JPEGImages/train_0.jpg").unlink()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (48, 64)).save(tree / f"JPEGImages/train_0.{suffix}", exif=exif)
+    for orientation in ("auto", "applied", "stored"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = VOC(tree, "train", orientation=orientation)
+        assert tuple(data[0][0].shape[1:]) == data.sizes[0]
+
+
+def test_png_files_are_not_decoded_when_they_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = write_voc(tmp_path / "voc", {"train": 1})
+    (tree / "JPEGImages/train_0.jpg").unlink()
+    Image.new("RGB", (48, 64)).save(tree / "JPEGImages/train_0.png")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", None)
+    assert VOC(tree, "train").sizes == [(64, 48)]

@@ -162,7 +162,7 @@ def test_exif_orientation_is_applied(root: Path) -> None:
     (root / "labels/train/a.txt").write_text("1 0.25 0.5 0.5 1\n")
     data, messages = warnings_of(root)
     assert len(messages) == 1
-    assert "it is applied to 1 and not to 0" in messages[0]
+    assert "1 image(s) whose EXIF orientation is applied" in messages[0]
     assert data[0][0].shape == (3, 40, 20)
     assert boxes_of(data) == [[0, 0, 10, 40]]
     assert boxes_of(warnings_of(root, orientation="stored")[0]) == [[0, 0, 20, 20]]

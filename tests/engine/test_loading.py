@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 
 from fastdet.data import VOC, DataError, JoinedImages, Shapes
 from fastdet.data.augmentation import PRESETS
-from fastdet.engine.loading import AugmentedDataset, load_batches
+from fastdet.engine.loading import AugmentedDataset, load_batches, sizes_of
 from fastdet.engine.recipes import EpochPlans, TrainSettings, plan_epoch
 from tests.helpers.voc import write_voc
 
@@ -136,3 +136,18 @@ def test_an_error_in_a_worker_names_the_file(root, tmp_path):
 def test_drawn_shapes_are_a_data_set_like_the_others():
     shapes = Shapes(7, size=40)
     assert_equal(batches_of(JoinedImages([shapes]), 0), batches_of(shapes, 0))
+
+
+@pytest.mark.parametrize("sizes", [[(40, 50)] * 6, [(40, 50)] * 8, [(40, 0)] * 7, [(40, 50, 3)] * 7])
+def test_sizes_that_are_not_those_of_the_images(sizes):
+    data = Bare(torch.zeros(3, 40, 50), torch.zeros(0, 4))
+    data.sizes = sizes
+    with pytest.raises(ValueError, match=r"sizes must be .* of each of the 7 images"):
+        sizes_of(data)
+
+
+def test_sizes_in_arrays():
+    data = Bare(torch.zeros(3, 40, 50), torch.zeros(0, 4))
+    assert sizes_of(data) is None
+    for data.sizes in ([[40, 50]] * 7, np.array([(40, 50)] * 7), torch.tensor([(40, 50)] * 7)):
+        assert sizes_of(data) == [(40, 50)] * 7

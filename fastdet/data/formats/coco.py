@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from fastdet.data.formats.text_files import is_true
 from fastdet.data.images import MAX_PIXELS, DataError
 from fastdet.data.records import AnnotatedImages, Box, Orientation, Record, base_name, collect, find_images, stem_of
 from fastdet.safe_files import open_regular, printable
@@ -66,10 +67,10 @@ class COCO(AnnotatedImages):
                     boxes[image].append(box)
                 else:
                     strangers.append(f"{place} of {image!r:.100}")
-        found, records = find_images(folder), []
+        found, records, substituted = find_images(folder), list[Record](), list[str]()
         for key, (place, entry) in listed.items():
             with collect(problems):
-                records.append(_to_record(path, place, entry, folder, found, boxes[key]))
+                records.append(_to_record(path, place, entry, folder, found, boxes[key], substituted))
         ordered = [names[key] for key in sorted(names, key=lambda key: (isinstance(key, str), key))]
         super().__init__(
             f"{path}",
@@ -77,7 +78,10 @@ class COCO(AnnotatedImages):
             ordered if class_names is None else class_names,
             orientation=orientation,
             max_pixels=max_pixels,
-            findings={"annotation(s) of images that are not listed, left out": strangers},
+            findings={
+                "annotation(s) of images that are not listed, left out": strangers,
+                "image(s) with the name that is listed, in another place or with another suffix": substituted,
+            },
             problems=problems,
         )
 
@@ -147,23 +151,32 @@ def _to_box(path: Path, place: str, entry: dict[str, Any], name: str) -> Box:
     # A whole number can be larger than a float.
     x, y, width, height = (float(value) if abs(value) < 1e300 else math.nan for value in bbox)
     shown = ", ".join(f"{value:g}" for value in (x, y, width, height))
-    return Box(name, (x, y, x + width, y + height), bool(entry.get("iscrowd", 0)), shown)
+    return Box(name, (x, y, x + width, y + height), is_true(str(entry.get("iscrowd", 0))), shown)
 
 
 def _to_record(
-    path: Path, place: str, entry: dict[str, Any], folder: Path, found: dict[str, list[str]], boxes: list[Box]
+    path: Path,
+    place: str,
+    entry: dict[str, Any],
+    folder: Path,
+    found: dict[str, list[str]],
+    boxes: list[Box],
+    substituted: list[str],
 ) -> Record:
+    """`substituted` gets a description where the image is of another path or suffix than the entry names."""
     name = _get(path, place, entry, "file_name", (str,))
     width, height = entry.get("width"), entry.get("height")
     size = (float(width), float(height)) if _is_side(width) and _is_side(height) else None
-    image = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts or not os.path.isfile(image):
+    slashed = Path(name.replace("\\", "/"))
+    image = folder / slashed
+    if slashed.is_absolute() or ".." in slashed.parts or not os.path.isfile(image):
         # Of another machine, or with another suffix.
         names, base = found.get(stem_of(name), []), base_name(name)
         if base not in names and len(names) != 1:
             problem = f"several of {', '.join(names)} fit" if names else "no image fits"
             raise DataError(f"{path}: {place}: {problem} {printable(name, 200)} in {folder}")
         image = folder / (base if base in names else names[0])
+        substituted.append(f"{image.name} for {printable(name, 100)}")
     return Record(name, image, f"{path} {place}", size, boxes)
 
 

@@ -1,6 +1,7 @@
 """Text and YAML files of data sets, which come from strangers: bounded, and with errors of one line."""
 
 import io
+import math
 import os
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
@@ -37,6 +38,14 @@ def read_text(path: Path, max_bytes: int) -> str:
         raise
     except (OSError, ValueError) as error:
         raise error_at(path, f"the file cannot be read: {error}") from error
+
+
+def is_true(text: str) -> bool:
+    """Whether it is a number other than 0, or a word for it; what is nothing that is known is as if absent."""
+    try:
+        return float(text) not in (0, math.inf, -math.inf) and not math.isnan(float(text))
+    except ValueError:
+        return text.strip().lower() in ("true", "yes")
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:

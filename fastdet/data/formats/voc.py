@@ -4,12 +4,12 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, ParseError
 
-from fastdet.data.formats.text_files import lines_of, read_text
+from fastdet.data.formats.text_files import is_true, lines_of, read_text
 from fastdet.data.images import MAX_PIXELS, SUFFIXES, DataError
 from fastdet.data.records import (
     AnnotatedImages,
@@ -72,9 +72,10 @@ class VOC(AnnotatedImages):
         self.root, self.split = Path(root), split
         annotations, images = _find_folders(self.root)
         found = find_images(images)
-        every_stem = sorted(stem for stem, suffix in map(os.path.splitext, os.listdir(annotations)) if suffix == ".xml")
+        files = sorted(name for name in os.listdir(annotations) if not name.startswith("."))
+        every_stem = [stem for stem, suffix in map(os.path.splitext, files) if suffix == ".xml"]
         repeated, chosen = list[str](), list[str]()
-        stems = every_stem if split is None else _read_split(self.root, split, repeated)
+        stems = every_stem if split is None else _read_split(self.root, split, set(every_stem), repeated)
         if not stems:
             raise DataError(f"{annotations}: the folder has no XML file")
         records = []
@@ -89,6 +90,9 @@ class VOC(AnnotatedImages):
             "image(s) taken of several with one stem": chosen,
         }
         if split is None:
+            findings["folder(s) in that of the XML files, which are not read"] = [
+                name for name in files if (annotations / name).is_dir() and any((annotations / name).rglob("*.xml"))
+            ]
             used = {record.image.name for record in records}
             findings["image(s) without an XML file, left out"] = [
                 name for names in found.values() for name in names if name not in used
@@ -159,8 +163,11 @@ def _to_box(item: _Object, zero_based: bool) -> Box:
     return Box(item.name, (xmin - first, ymin - first, xmax, ymax), item.difficult, shown)
 
 
-def _read_split(root: Path, split: str, repeated: list[str]) -> list[str]:
-    """The stems of a list, each once; those that are there several times are appended to `repeated`."""
+def _read_split(root: Path, split: str, known: Container[str], repeated: list[str]) -> list[str]:
+    """The stems of a list, each once; those that are there several times are appended to `repeated`.
+
+    `known` are the stems of the XML files: a name of them may end in a number, as lines of VOC's lists of a class do.
+    """
     folder = root / "ImageSets" / "Main"
     if not has_lists(root):
         raise DataError(f"{folder}: no such folder, so {root} has no list of a split {split}")
@@ -172,7 +179,7 @@ def _read_split(root: Path, split: str, repeated: list[str]) -> list[str]:
     if not lines:
         raise DataError(f"{path}: the split is empty")
     # VOC's lists of a class: whether an image has it. Its images are those of the split all the same.
-    if all(re.search(r"\s(1|-1|0)$", line) for line in lines):
+    if all(re.search(r"\s(1|-1|0)$", line) and stem_of(line) not in known for line in lines):
         lines = [line.rsplit(maxsplit=1)[0] for line in lines]
     stems = [stem_of(line) for line in lines]
     repeated += sorted(stem for stem, times in Counter(stems).items() if times > 1)
@@ -196,6 +203,8 @@ def _read_annotation(path: Path) -> _Annotation:
     except (ParseError, ValueError, LookupError, OSError) as error:
         raise DataError(f"{path}: the XML does not parse: {error}") from error
     elements = root.findall("object")
+    if root.tag != "annotation" and not elements:
+        raise DataError(f"{path}: it is <{root.tag[:100]}>, not an <annotation>, and has no object")
     if len(elements) > _MAX_OBJECTS:
         raise DataError(f"{path}: the annotation has {len(elements)} objects, more than {_MAX_OBJECTS}")
     objects = [_read_object(element, path) for element in elements]
@@ -226,19 +235,12 @@ def _read_object(element: Element, path: Path) -> _Object:
     name = (element.findtext("name") or "").strip()
     if not name:
         raise DataError(f"{path}: an object has no <name>")
-    box = element.find("bndbox")
-    if box is None:
-        raise DataError(f"{path}: an object '{name}' has no <bndbox>")
+    boxes = element.findall("bndbox")
+    if len(boxes) != 1:
+        raise DataError(f"{path}: an object '{name}' has {len(boxes) or 'no'} <bndbox>")
+    (box,) = boxes
     corners = tuple(_read_number(box, field, path) for field in ("xmin", "ymin", "xmax", "ymax"))
-    return _Object(name, corners, _is_true(element.findtext("difficult") or ""))
-
-
-def _is_true(text: str) -> bool:
-    """A number other than 0, or a word for it; what is nothing that is known is as if absent."""
-    try:
-        return float(text) != 0
-    except ValueError:
-        return text.strip().lower() in ("true", "yes")
+    return _Object(name, corners, is_true(element.findtext("difficult") or ""))
 
 
 def _read_number(parent: Element, field: str, path: Path) -> float:
@@ -246,6 +248,8 @@ def _read_number(parent: Element, field: str, path: Path) -> float:
     if text is None:
         raise DataError(f"{path}: <{parent.tag}> has no <{field}>")
     try:
+        if "_" in text:
+            raise ValueError
         return float(text)
     except ValueError:
         raise DataError(f"{path}: <{field}> is not a number: {text.strip()!r:.100}") from None
