@@ -163,7 +163,7 @@ def open_training_data(
 
     Args:
         options: of the command.
-        problems, val_problems: as of the data sets.
+        problems, val_problems: as of the data sets; that there is nothing to evaluate on is among the first.
 
     Raises:
         UserError: there is more than one way to what is evaluated on.
@@ -177,4 +177,10 @@ def open_training_data(
     if not options.val_data and not all(place.has_splits for place in options.data):
         return train, None
     places = options.val_data or options.data
-    return train, open_data(options, places, "val", options.val_split, train.class_names, val_problems)
+    try:
+        return train, open_data(options, places, "val", options.val_split, train.class_names, val_problems)
+    except DataError as error:
+        if problems is None:
+            raise
+        problems.append(error)
+        return train, None

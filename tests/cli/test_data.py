@@ -322,3 +322,12 @@ def test_pictures_of_lint_are_not_larger_than_needed(tmp_path, capsys):
     assert main(["lint", "--data", data, "--out", str(tmp_path / "lint")]) == 0
     with Image.open(tmp_path / "lint/train.png") as picture:
         assert max(picture.size) < 900
+
+
+def test_lint_of_a_data_set_with_nothing_to_evaluate_on(tree, tmp_path, capsys):
+    (tree / "ImageSets/Main/test.txt").unlink()
+    message(capsys, "lint", "--data", f"voc:{tree}", "--out", tmp_path / "lint", code=1)
+    content = json.loads((tmp_path / "lint/lint.json").read_text())
+    assert content["images"] == {"train": 6}
+    (missing,) = [finding["items"] for finding in content["findings"]["train"] if finding["is_error"]]
+    assert "no such split" in missing[0]
