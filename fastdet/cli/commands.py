@@ -8,7 +8,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from dataclasses import replace as replace_fields
 from itertools import count
 from pathlib import Path
@@ -28,10 +28,9 @@ from fastdet.data import JoinedImages
 from fastdet.data.convert import write_coco
 from fastdet.engine import RECIPES, TrainSettings, build_model, build_optimizer, detect, load_model, train
 from fastdet.engine.evaluate import evaluate
-from fastdet.engine.loading import digest
 from fastdet.engine.recipes import build_average
 from fastdet.engine.replay import replay
-from fastdet.engine.run_state import RunState
+from fastdet.engine.run_state import RunState, build_metadata
 from fastdet.engine.trainer import augment_for
 from fastdet.metrics import require_pycocotools
 from fastdet.models.faster_rcnn import FasterRCNN
@@ -123,8 +122,7 @@ def run_replay(options: argparse.Namespace) -> None:
     given = parse(["train", *read_arguments([str(options.run / "settings.json")])[1:], "--out", str(options.run)])
     run = _prepare(given)
     average = build_average(run.model, run.settings.ema) if run.settings.ema else None
-    metadata = {**_describe(given, run), **asdict(run.settings)}
-    metadata |= {"images": len(run.data), "data": digest(run.data)}
+    metadata = build_metadata(run.data, run.settings, _describe(given, run))
     state = RunState(options.run, metadata, run.model, build_optimizer(run.model, run.settings), average)
     with raise_user_errors(str(path)):
         lines = replay(state, run.data, augment_for(run.model, run.data, run.settings), run.settings, step)

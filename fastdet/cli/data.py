@@ -19,11 +19,6 @@ FORMS = (
     "COCO's format; yolo:FILE, a data.yaml; or shapes:COUNT,SEED, drawn"
 )
 Role = Literal["train", "val"]
-# The split of each role where the options name none.
-_SPLITS: dict[str, dict[Role, str]] = {
-    "voc": {"train": "trainval", "val": "test"},
-    "yolo": {"train": "train", "val": "val"},
-}
 
 
 class DataPlace(NamedTuple):
@@ -108,11 +103,14 @@ def open_place(
 
 
 def _default_split(place: DataPlace, role: Role) -> str:
-    """Of VOC's lists train and val, where there is no trainval."""
-    lists = Path(place.path) / "ImageSets" / "Main"
-    if place.kind == "voc" and not (lists / "trainval.txt").exists() and (lists / "train.txt").exists():
-        return "val" if role == "val" and not (lists / "test.txt").exists() else {"train": "train", "val": "test"}[role]
-    return _SPLITS[place.kind][role]
+    """The split of a role; of VOC's lists trainval and test, or train and val where there is no trainval."""
+    if place.kind == "yolo":
+        return role
+    folder = Path(place.path) / "ImageSets" / "Main"
+    lists = {file.stem for file in folder.glob("*.txt")}
+    usual = "trainval" if role == "train" else "test"
+    # Where trainval is trained on, val is a part of it.
+    return role if "trainval" not in lists and "train" in lists and usual not in lists else usual
 
 
 def open_data(

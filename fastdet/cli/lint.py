@@ -19,7 +19,7 @@ from fastdet.cli.plan import Plan, plan_detector
 from fastdet.cli.values import UserError
 from fastdet.data import DataError, JoinedImages
 from fastdet.data.convert import write_coco
-from fastdet.data.lint import Finding, Mark, clean, compare, lint
+from fastdet.data.lint import Finding, Mark, clean, find_shared_images, lint
 from fastdet.safe_files import printable, replace_file
 from fastdet.visualize import draw_detections, tile
 
@@ -40,11 +40,11 @@ def run(options: argparse.Namespace) -> bool:
     problems: list[DataError] = []
     val_problems: list[DataError] = []
     train, val = open_training_data(options, problems, val_problems)
-    of_train = lint(train, problems, lambda items: tqdm(items, "images to train on"))
+    of_train, of_val = lint(train, problems, lambda items: tqdm(items, "images to train on")), None
     findings: dict[str, list[Finding]] = {}
     if val is not None:
         of_val = lint(val, val_problems, lambda items: tqdm(items, "images to evaluate on"))
-        both = compare(train, val, of_train, of_val)
+        both = find_shared_images(train, val, of_train, of_val)
         findings["val"] = [*of_val.findings, *([both] if both.items else [])]
     used, found = _plan_both(options, train)
     unreached = _find_unreached(train, used)
@@ -52,16 +52,13 @@ def run(options: argparse.Namespace) -> bool:
     classes = _summarize_classes(train, used, found)
     _write(options.out, findings, classes, found, {"train": train, "val": val})
     if options.fix:
-        write_coco(*_arrange(clean(train, of_train, of_val.digests if val else ()), options.fix / "train"))
-        if val:
-            write_coco(*_arrange(clean(val, of_val), options.fix / "val"))
+        cleaned = {"train": clean(train, of_train, of_val.digests if of_val else ())}
+        if val is not None and of_val is not None:
+            cleaned["val"] = clean(val, of_val)
+        for part, (dataset, repeated) in cleaned.items():
+            write_coco(dataset, options.fix / part, tqdm, repeated)
     print("\n".join(printable(line, 300) for line in _describe(findings, classes, used, found)))
     return any(finding.is_error for finding in chain(*findings.values()))
-
-
-def _arrange(cleaned: tuple[JoinedImages, dict[int, list[int]]], out: Path) -> tuple[Any, ...]:
-    dataset, repeated = cleaned
-    return dataset, out, tqdm, repeated
 
 
 def _plan_both(options: argparse.Namespace, data: JoinedImages) -> tuple[Plan, Plan]:

@@ -79,7 +79,9 @@ class JoinedImages(Dataset[Item]):
                 if names and not leave_out_others:
                     place = dataset.image_path(index) or dataset.ids[index]
                     with collect(problems):
-                        raise DataError(f"{place}: {describe_unknown(names[0], labels)}; --classes leaves others out")
+                        raise DataError(
+                            f"{place}: {describe_unknown(names[0], labels)}; others can be left out (--classes)"
+                        )
                 others.update(names)
         listed = [f"{name} ({times} boxes)" for name, times in others.items()]
         warn_of("classes", "left out, with all their boxes", listed)

@@ -103,7 +103,7 @@ def lint(
     return Lint([finding for finding in findings if finding.items], digests, repeated)
 
 
-def compare(train: JoinedImages, val: JoinedImages, of_train: Lint, of_val: Lint) -> Finding:
+def find_shared_images(train: JoinedImages, val: JoinedImages, of_train: Lint, of_val: Lint) -> Finding:
     """The images that are in both of two data sets, by their pixels."""
     names = {digest: train.ids[index] for index, digest in enumerate(of_train.digests) if digest}
     return Finding(

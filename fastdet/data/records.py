@@ -240,10 +240,10 @@ def describe_unknown(name: str, labels: Iterable[str]) -> str:
     """That a class is not among the known ones, and which are similar."""
     name, labels = name[:100], list(labels)
     # Among very many names the search would take seconds.
-    similar = len(labels) <= 300 and (
-        difflib.get_close_matches(name, labels) or [known for known in labels if known.lower() == name.lower()][-1:]
-    )
-    hint = f"similar: {', '.join(similar)}" if similar else f"known: {', '.join(labels)}"
+    similar = difflib.get_close_matches(name, labels) if len(labels) <= 300 else []
+    similar = similar or [known for known in labels if known.lower() == name.lower()][-1:]
+    known = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
+    hint = f"similar: {', '.join(similar)}" if similar else f"known: {known}"
     return f"class '{name}' is not among the {len(labels)} class names ({hint})"
 
 

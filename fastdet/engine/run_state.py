@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import Dataset
 
 from fastdet import weights
+from fastdet.data import Item
 from fastdet.engine import checkpoint
 from fastdet.engine.checkpoint import CheckpointError
+from fastdet.engine.loading import digest
+from fastdet.engine.recipes import TrainSettings
 from fastdet.safe_files import printable
 from fastdet.weights.files import one_line
 
@@ -23,6 +27,14 @@ _FREE_ON_RESUME = (
     *("epochs", "workers", "log_every", "eval_every", "save_every", "patience"),
     *("arguments", "environment"),
 )
+
+
+def build_metadata(
+    dataset: Dataset[Item], settings: TrainSettings, description: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What a checkpoint has of a run beside its state: the caller's description, the settings, and of which data."""
+    length: int = len(dataset)  # type: ignore[arg-type]
+    return {**(description or {}), **asdict(settings), "images": length, "data": digest(dataset)}
 
 
 def _no_evaluation() -> dict[str, float]:
@@ -35,7 +47,7 @@ class RunState:
 
     Attributes:
         out: the folder.
-        metadata: the description of the model, the settings, the number of images.
+        metadata: as of `build_metadata`.
         model: on its device.
         optimizer: of its parameters.
         average: of the weights, if the settings have one.
@@ -117,7 +129,7 @@ class RunState:
                 torch.cuda.set_rng_state(saved["random"]["cuda"], device)
         except CheckpointError:
             raise
-        # Any thing that the file has in place of what belongs there.
+        # Anything that the file has in place of what belongs there.
         except Exception as error:
             raise CheckpointError(f"{path}: the checkpoint does not fit the model: {one_line(error)}") from error
         self.best, self.epoch, self.step = dict(saved["best"]), saved["epoch"], saved["step"]

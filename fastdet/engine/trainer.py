@@ -6,7 +6,6 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from fastdet.data import DataError, Item
 from fastdet.engine import run_folder
 from fastdet.engine.checkpoint import CheckpointError
 from fastdet.engine.epoch import NotFiniteError, train_epoch
-from fastdet.engine.loading import AugmentedDataset, digest, load_batches, sizes_of
+from fastdet.engine.loading import AugmentedDataset, load_batches, sizes_of
 from fastdet.engine.recipes import EpochPlans, TrainSettings, build_average, build_optimizer
 from fastdet.engine.run_folder import Row, Terminated
-from fastdet.engine.run_state import RunState
+from fastdet.engine.run_state import RunState, build_metadata
 from fastdet.models.anchors import Size, has_anchor_inside
 from fastdet.models.preprocessing import resized_size
 from fastdet.models.settings import Settings
@@ -91,11 +90,9 @@ def train(
             too, and `fastdet.engine.replay` takes the step again.
     """
     settings = settings or TrainSettings()
-    length = len(dataset)  # type: ignore[arg-type]
-    if length == 0:
+    if len(dataset) == 0:  # type: ignore[arg-type]
         raise ValueError("the data set has no images")
-    data = {"images": length, "data": digest(dataset)}
-    metadata = {**(description or {}), **asdict(settings), **data}
+    metadata = build_metadata(dataset, settings, description)
     with run_folder.own(Path(out)), run_folder.notice_sigterm() as is_terminated:
         last = Path(out) / "last.pth"
         if last.exists() and not (resume or overwrite):
@@ -136,11 +133,13 @@ def _train(
             raise CheckpointError(f"{state.last}: step must be below the {steps} of an epoch, got {state.step}")
     else:
         torch.manual_seed(settings.seed)
-        for name in ("best.pth", "validation.csv", "failure.json"):
+        for name in ("best.pth", "validation.csv"):
             (out / name).unlink(missing_ok=True)
         text = json.dumps(metadata, indent=2, default=str)
         files.write(out / "settings.json", lambda file: file.write(f"{text}\n".encode()), kind="settings")
         state.save(0)
+    # Of an earlier attempt.
+    (out / "failure.json").unlink(missing_ok=True)
     start, done_steps = state.epoch, state.epoch * steps + state.step
     rows = run_folder.read_rows(metrics, done_steps) if resume else []
     files.write(metrics, lambda file: file.write(run_folder.to_csv(rows, header=True)), kind="metrics")

@@ -8,7 +8,7 @@ import torch
 
 from fastdet.data import COCO, VOC, YOLO, DataError, JoinedImages
 from fastdet.data.convert import write_coco
-from fastdet.data.lint import clean, compare, lint
+from fastdet.data.lint import clean, find_shared_images, lint
 from tests.helpers.voc import write_voc
 from tests.helpers.yolo import write_yolo
 
@@ -95,11 +95,11 @@ def test_images_to_evaluate_on_that_are_trained_on(root):
     shutil.copyfile(root / "JPEGImages/train_3.jpg", root / "JPEGImages/test_1.jpg")
     train, of_train = check(root)
     val, of_val = check(root, "test")
-    both = compare(train, val, of_train, of_val)
+    both = find_shared_images(train, val, of_train, of_val)
     assert (both.is_error, both.items) == (True, ["test_1 as train_3"])
     cleaned, _ = clean(train, of_train, of_val.digests)
     assert cleaned.ids == ("train_0", "train_1", "train_2", "train_4", "train_5")
-    assert not compare(cleaned, val, lint(cleaned, ()), of_val).items
+    assert not find_shared_images(cleaned, val, lint(cleaned, ()), of_val).items
 
 
 def test_crowds_may_lie_on_objects(root):

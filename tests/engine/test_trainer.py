@@ -510,6 +510,16 @@ def test_a_new_run_forgets_the_best_of_the_old(tmp_path, shapes):
     assert not (tmp_path / "validation.csv").exists()
 
 
+def test_the_record_of_a_failure_goes_with_the_next_attempt(tmp_path, shapes):
+    run(build_detector(), shapes, tmp_path, stop_after=1)
+    (tmp_path / "failure.json").write_text("of an earlier attempt")
+    with pytest.raises(CheckpointError, match="lr is"):
+        run(StandInDetector(), shapes, tmp_path, replace(SETTINGS, lr=0.9), resume=True)
+    assert (tmp_path / "failure.json").exists()
+    run(StandInDetector(), shapes, tmp_path, resume=True)
+    assert not (tmp_path / "failure.json").exists()
+
+
 def test_the_average_of_the_weights_by_value(tmp_path, shapes):
     decay, history, plain = 0.3, [], build_detector()
     step = torch.optim.SGD.step
