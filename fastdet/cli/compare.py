@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdet.cli.values import UserError
-from fastdet.engine.run_folder import COLUMNS, VALIDATION_COLUMNS, Row, read_rows
+from fastdet.engine.run.folder import COLUMNS, VALIDATION_COLUMNS, Row, read_rows
 
 # What differs between any two runs.
 _OF_A_RUN = ("arguments",)
