@@ -5,6 +5,7 @@ the resized image, fp32; labels are int64, 0 is background. Named tuples, so tha
 take them.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,11 @@ class Targets(NamedTuple):
     def valid(self) -> Tensor:
         """bool [B, G]: the boxes that are trained on."""
         return (self.labels > 0) & ~self.ignore
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Targets":
+        """With a function applied to each tensor."""
+        seeds = None if self.seeds is None else function(self.seeds)
+        return Targets(function(self.boxes), function(self.labels), function(self.ignore), seeds)
 
     def ignored(self, iof_thresh: float | None) -> dict[str, Any]:
         """The arguments of `ops.match` for the ignored boxes; none of them if `iof_thresh` is None."""

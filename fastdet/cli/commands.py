@@ -26,11 +26,10 @@ from fastdet.cli.plan import Plan, describe_run, plan_detector, warn_of_random_w
 from fastdet.cli.values import UserError, raise_user_errors, read_arguments
 from fastdet.data import JoinedImages
 from fastdet.data.convert import write_coco
-from fastdet.engine import RECIPES, TrainSettings, build_model, build_optimizer, detect, load_model, train
+from fastdet.engine import RECIPES, TrainSettings, build_model, detect, load_model, train
 from fastdet.engine.evaluate import evaluate
-from fastdet.engine.recipes import build_average
 from fastdet.engine.run.replay import replay
-from fastdet.engine.run.state import RunState, build_metadata
+from fastdet.engine.run.state import build_metadata, build_state
 from fastdet.engine.trainer import augment_for
 from fastdet.metrics import require_pycocotools
 from fastdet.models.faster_rcnn import FasterRCNN
@@ -121,9 +120,8 @@ def run_replay(options: argparse.Namespace) -> None:
         raise UserError(f"{path}: not the record of a step: {error}") from error
     given = parse(["train", *read_arguments([str(options.run / "settings.json")])[1:], "--out", str(options.run)])
     run = _prepare(given)
-    average = build_average(run.model, run.settings.ema) if run.settings.ema else None
     metadata = build_metadata(run.data, run.settings, _describe(given, run))
-    state = RunState(options.run, metadata, run.model, build_optimizer(run.model, run.settings), average)
+    state = build_state(options.run, run.model, run.settings, metadata)
     with raise_user_errors(str(path)):
         lines = replay(state, run.data, augment_for(run.model, run.data, run.settings), run.settings, step)
     print("\n".join(printable(line, 2000) for line in lines))

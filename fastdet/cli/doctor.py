@@ -70,7 +70,7 @@ def run_self_check(device: torch.device) -> str | None:
         sizes = torch.tensor([[128, 128], [112, 96]])
         expected = _detect_padded(model.eval(), images, sizes)
         model.to(device)
-        images, sizes, targets = images.to(device), sizes.to(device), Targets(*(part.to(device) for part in targets))
+        images, sizes, targets = images.to(device), sizes.to(device), targets.map(lambda part: part.to(device))
         found = Detections(*(part.cpu() for part in _detect_padded(model, images, sizes)))
         extra, missing = count_unmatched(found, expected), count_unmatched(expected, found)
         total = int(found.count.sum() + expected.count.sum())
@@ -136,7 +136,7 @@ def measure_training_memory(model: FasterRCNN, batch: int, height: int, width: i
 
     images = torch.zeros(batch, len(model.settings.image_mean), height, width, device=device)
     sizes = torch.tensor([[height, width]] * batch, device=device)
-    targets = Targets(*(part.to(device) for part in _make_targets(batch, height, width)))
+    targets = _make_targets(batch, height, width).map(lambda part: part.to(device))
     with (
         preserve_rng(device),
         preserve_tensors(list(model.buffers())),

@@ -91,6 +91,7 @@ _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "class_names": ("a list of names", _is_names),
     "model": ("a state dict", lambda x: not files.describe_problem(x)),
     "optimizer": ("the state of an optimizer", lambda x: _is_dict(x, "state", "param_groups")),
+    "loss_scale": ("a scale and a growth_tracker", lambda x: _is_dict(x, "scale", "growth_tracker")),
     "best": (
         "what the best evaluation was",
         lambda x: (

@@ -20,14 +20,16 @@ Batch = tuple[list[Tensor], list[Target]]
 
 
 class AugmentedDataset(Dataset[Item]):
-    """A data set whose keys are an index and the seed of the item's augmentation, so that workers draw nothing else."""
+    """A data set whose keys are an index and the seed of all that is drawn for the item: workers draw nothing else."""
 
     def __init__(self, dataset: Dataset[Item], preset: Preset, sizes: tuple[int, int]) -> None:
         self.dataset, self.transform = dataset, build(preset, sizes)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         index, seed = key
-        return augment(self.transform, make_item(*self.dataset[index]), seed)
+        image, target = augment(self.transform, make_item(*self.dataset[index]), seed)
+        # What is sampled in the image then depends neither on what is beside it nor on which process has it.
+        return image, {**target, "seed": torch.tensor(seed)}
 
 
 def sizes_of(dataset: Any) -> list[tuple[int, int]] | None:

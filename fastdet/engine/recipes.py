@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from fastdet.data.augmentation import PRESETS, Preset
+from fastdet.engine.distributed import ALONE, Processes
 
 # The images of a step: their indices, each with the seed of its augmentation.
 BatchPlan = list[tuple[int, int]]
@@ -36,7 +37,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("a whole number, at least 0", lambda value: _is_whole(value, 0)),
     ),
     **dict.fromkeys(
-        ("batch_size", "log_every", "eval_every"), ("a whole number, at least 1", lambda value: _is_whole(value, 1))
+        ("batch_size", "accumulate", "log_every", "eval_every"),
+        ("a whole number, at least 1", lambda value: _is_whole(value, 1)),
     ),
     **dict.fromkeys(
         ("momentum", "weight_decay", "bias_lr_factor", "gamma", "clip_norm"), ("at least 0 and finite", _is_finite)
@@ -51,8 +53,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "augmentation": (f"one of {', '.join(PRESETS)}", lambda value: value in PRESETS),
     "optimizer_name": ("'sgd' or 'adamw'", lambda value: value in ("sgd", "adamw")),
     "schedule": ("'cosine' or 'step'", lambda value: value in ("cosine", "step")),
-    # fp16 needs a loss scale, which `fastdet.graphs.GraphedTrainer` has.
-    "amp": ("None or 'bfloat16'", lambda value: value in (None, "bfloat16")),
+    "amp": ("'auto', 'bfloat16', 'float16' or None", lambda value: value in ("auto", "bfloat16", "float16", None)),
+    "graphs": ("True or False", lambda value: isinstance(value, bool)),
 }
 
 
@@ -62,7 +64,9 @@ class TrainSettings:
 
     Attributes:
         epochs: passes over the data set.
-        batch_size: images a step; the last batch of an epoch may be smaller.
+        batch_size: images a step, of all processes together; the last batch of an epoch may be smaller.
+        accumulate: parts of a batch that go through the network one after another, for less memory. The step is that of
+            the whole batch, and takes a third longer.
         optimizer_name: "sgd" or "adamw".
         lr: learning rate after the warm-up.
         momentum: of SGD.
@@ -79,7 +83,9 @@ class TrainSettings:
         eval_every: epochs between two evaluations; there is one after the last epoch too.
         save_every: steps between two checkpoints within an epoch, each at the next reading of the losses; 0 has none.
         patience: evaluations without a better one after which the run ends; 0 never does.
-        amp: "bfloat16" for the networks in mixed precision; None for fp32.
+        amp: "bfloat16" or "float16" for the networks in mixed precision, the latter with a loss scale; None for fp32.
+            "auto" is the first that a GPU supports, and fp32 on a CPU.
+        graphs: on a GPU take each step as one CUDA graph, of at most six padded shapes.
         augmentation: a preset of `fastdet.data.augmentation`; "flip" mirrors half the images left to right.
         aspect_groups: steps a doubling of width / height, by which images are grouped so that those of a batch need
             little padding; 0 does not group. Only for data sets with `sizes`.
@@ -90,6 +96,7 @@ class TrainSettings:
 
     epochs: int = 12
     batch_size: int = 4
+    accumulate: int = 1
     optimizer_name: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.02
     momentum: float = 0.9
@@ -105,7 +112,8 @@ class TrainSettings:
     eval_every: int = 1
     save_every: int = 0
     patience: int = 0
-    amp: Literal["bfloat16"] | None = None
+    amp: Literal["auto", "bfloat16", "float16"] | None = "auto"
+    graphs: bool = True
     augmentation: Preset = "flip"
     aspect_groups: int = 3
     seed: int = 0
@@ -171,13 +179,22 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str
     return groups
 
 
+def amp_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on a device; None for none."""
+    if settings.amp != "auto":
+        return None if settings.amp is None else getattr(torch, settings.amp)
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
 def build_optimizer(model: nn.Module, settings: TrainSettings) -> Optimizer:
-    """torch's optimizer over the trainable parameters of a model on its final device; on a GPU the fused variant."""
-    groups = parameter_groups(model, settings)
-    fused = True if next(model.parameters()).device.type == "cuda" else None
+    """torch's optimizer over the trainable parameters of a model on its final device, of a kind that a CUDA graph can
+    hold: fused, with tensors as learning rates."""
+    groups, lr = parameter_groups(model, settings), torch.tensor(settings.lr)
     if settings.optimizer_name == "adamw":
-        return AdamW(groups, lr=settings.lr, fused=fused)
-    return SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
+        return AdamW(groups, lr=lr, fused=True, capturable=True)
+    return SGD(groups, lr=lr, momentum=settings.momentum, fused=True)
 
 
 def build_average(model: nn.Module, decay: float) -> AveragedModel:
@@ -236,12 +253,20 @@ class EpochPlans:
         epochs: those to plan, counted from 0.
         first: steps of the first of them that are done already.
         sizes: (height, width) of the images, if they are known.
+        processes: that share each batch.
     """
 
     def __init__(
-        self, length: int, settings: TrainSettings, epochs: range, first: int, sizes: Sequence[Size] | None
+        self,
+        length: int,
+        settings: TrainSettings,
+        epochs: range,
+        first: int,
+        sizes: Sequence[Size] | None,
+        processes: Processes = ALONE,
     ) -> None:
         self.length, self.settings, self.epochs, self.first, self.sizes = length, settings, epochs, first, sizes
+        self.processes = processes
 
     @property
     def steps(self) -> int:
@@ -249,10 +274,11 @@ class EpochPlans:
         return -(-self.length // self.settings.batch_size)
 
     def __iter__(self) -> Iterator[BatchPlan]:
+        """What this process loads: its share of each batch; where that is nothing, any image."""
         for epoch in self.epochs:
-            yield from self.of(epoch)
+            yield from (self.processes.share(batch) or batch[:1] for batch in self.of(epoch))
 
     def of(self, epoch: int) -> list[BatchPlan]:
-        """The batches of one epoch that are to be done."""
+        """The batches of one epoch that are to be done, of all processes."""
         plan = plan_epoch(self.length, self.settings, epoch, self.sizes)
         return plan[self.first :] if epoch == self.epochs.start else plan

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch.utils.data import Dataset
 
 from fastdet.data import DataError, Item
 from fastdet.engine.checkpoint import CheckpointError
+from fastdet.engine.distributed import ALONE, Processes
 from fastdet.engine.epoch import NotFiniteError, train_epoch
 from fastdet.engine.loading import AugmentedDataset, load_batches, sizes_of
-from fastdet.engine.recipes import EpochPlans, TrainSettings, build_average, build_optimizer
+from fastdet.engine.recipes import EpochPlans, TrainSettings
 from fastdet.engine.run import folder as run_folder
 from fastdet.engine.run.folder import Row, Terminated
-from fastdet.engine.run.state import RunState, build_metadata
+from fastdet.engine.run.state import RunState, build_metadata, build_state
+from fastdet.engine.step import Stepper, build_stepper
 from fastdet.models.anchors import Size, has_anchor_inside
 from fastdet.models.preprocessing import resized_size
 from fastdet.models.settings import Settings
@@ -29,6 +32,9 @@ from fastdet.weights import files
 
 # Seconds from which on a run on a CPU is worth a warning.
 _LONG = 3600.0
+
+
+Validate = Callable[[nn.Module], Mapping[str, float]]
 
 
 def train(
@@ -42,29 +48,30 @@ def train(
     overwrite: bool = False,
     stop_after: int | None = None,
     progress: bool = True,
-    validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    validate: Validate | None = None,
+    processes: Processes = ALONE,
 ) -> list[Row]:
     """Train a detector on its device, and write what comes of it into a folder.
 
     That is `last.pth`, `settings.json`, `metrics.csv` and `loss.png`; with `validate` also `best.pth`, the weights with
-    the highest AP, and `validation.csv`. The folder belongs to one process at a time. At SIGTERM the run ends after the
+    the highest AP, and `validation.csv`. The folder belongs to one run at a time. At SIGTERM the run ends after the
     step, with a checkpoint.
 
     The checkpoint, `last.pth`, is written at the start, after each epoch, and every `save_every` steps, with the model,
-    the optimizer, the epoch and the state of torch's generators; order and augmentation follow from the seed and the
-    epoch. A run resumed from it equals one that was not interrupted, bitwise where the device's kernels repeat bitwise.
-    A new run seeds torch's global generator.
+    the optimizer, the epoch and the state of torch's generators; order, augmentation and sampling follow from the seed
+    and the epoch. A run resumed from it equals one that was not interrupted, bitwise where the device's kernels repeat
+    bitwise. A new run seeds torch's global generator.
 
-    Losses are read, averaged and written every `log_every` steps. Only then a loss or a gradient that is not finite is
-    noticed, so it stops the run that many steps late; it never gets into a checkpoint.
+    A step with a loss or a gradient that is not finite changes nothing. Losses are read, averaged and written every
+    `log_every` steps; only then such a step is noticed, and ends the run.
 
     Args:
         model: called with a list of images [3, H, W], uint8 or 0..1, on the device of its parameters, and a list of
-            targets on the CPU, it returns the four losses.
+            targets on the CPU, it returns the four losses. A `fastdet.FasterRCNN` on a GPU trains in CUDA graphs.
         dataset: items (image, target), and a length: `fastdet.data`'s, or any whose images are tensors [3, H, W] uint8
             or in 0..1, or tv_tensors, and whose targets have "boxes", "labels" and perhaps "ignore". Its `ids`, if it
             has them, name images in errors; by its `sizes` (height, width) images of similar shapes are put together.
-        out: the folder, made if it is not there.
+        out: the folder, made if it is not there; of several processes the same.
         settings: None takes `TrainSettings()`.
         description: plain values to put into the checkpoint, such as the "architecture" and "class_names" that
             `fastdet.engine.load_model` needs.
@@ -75,6 +82,7 @@ def train(
         progress: show a bar.
         validate: given the model, or the average of its weights, it returns "AP", "AP50" and "AP75". It is called every
             `eval_every` epochs, and must leave torch's generators as they are.
+        processes: that train together, as of `fastdet.engine.distributed.join`, each with this call.
 
     Returns:
         The rows of metrics.csv, those before a resumption included.
@@ -89,101 +97,129 @@ def train(
         FloatingPointError: a loss or gradient is not finite; names the step and the images. `failure.json` has them
             too, and `fastdet.engine.run.replay` takes the step again.
     """
-    settings = settings or TrainSettings()
+    settings, out = settings or TrainSettings(), Path(out)
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise ValueError("the data set has no images")
     metadata = build_metadata(dataset, settings, description)
-    with run_folder.own(Path(out)), run_folder.notice_sigterm() as is_terminated:
-        last = Path(out) / "last.pth"
-        if last.exists() and not (resume or overwrite):
+    lock = run_folder.own(out) if processes.writes else nullcontext()
+    with lock, run_folder.notice_sigterm() as came:
+        if processes.writes and (out / "last.pth").exists() and not (resume or overwrite):
             message = "the folder has a run already: resume it, overwrite it, or take another folder"
-            raise CheckpointError(f"{last}: {message}")
-        end = settings.epochs if stop_after is None else min(stop_after, settings.epochs)
+            raise CheckpointError(f"{out / 'last.pth'}: {message}")
+        sizes = sizes_of(dataset)
+        _check_anchors(model, sizes or ())
+        state = build_state(out, model, settings, metadata, processes)
+        _begin(state, settings, resume)
+        device, end = next(model.parameters()).device, settings.epochs
+        run = _Run(
+            dataset=dataset,
+            augmented=augment_for(model, dataset, settings),
+            settings=settings,
+            state=state,
+            stepper=build_stepper(state, dataset, settings),
+            sizes=sizes,
+            end=end if stop_after is None else min(stop_after, end),
+            validate=validate,
+            is_terminated=lambda: processes.any(came(), device),
+            progress=progress and processes.writes,
+        )
         try:
-            return _train(model, dataset, Path(out), settings, metadata, resume, end, progress, is_terminated, validate)
+            return _train(run)
         except NotFiniteError as error:
-            text = json.dumps(error.record, indent=2)
-            files.write(Path(out) / "failure.json", lambda file: file.write(f"{text}\n".encode()), kind="record")
+            if processes.writes:
+                run_folder.write_json(out / "failure.json", error.record, kind="record")
             raise
 
 
-def _train(
-    model: nn.Module,
-    dataset: Dataset[Item],
-    out: Path,
-    settings: TrainSettings,
-    metadata: Mapping[str, Any],
-    resume: bool,
-    end: int,
-    progress: bool,
-    is_terminated: Callable[[], bool],
-    validate: Callable[[nn.Module], Mapping[str, float]] | None,
-) -> list[Row]:
-    from tqdm import tqdm
+@dataclass(frozen=True)
+class _Run:
+    """What the loop needs; `end` counts epochs."""
 
-    metrics, length, device = out / "metrics.csv", metadata["images"], next(model.parameters()).device
-    sizes, augmented = sizes_of(dataset), augment_for(model, dataset, settings)
-    _check_anchors(model, sizes or ())
-    average = build_average(model, settings.ema) if settings.ema else None
-    state = RunState(out, metadata, model, build_optimizer(model, settings), average)
-    steps = -(-length // settings.batch_size)
+    dataset: Dataset[Item]
+    augmented: AugmentedDataset
+    settings: TrainSettings
+    state: RunState
+    stepper: Stepper
+    sizes: list[Size] | None
+    end: int
+    validate: Validate | None
+    is_terminated: Callable[[], bool]
+    progress: bool
+
+
+def _begin(state: RunState, settings: TrainSettings, resume: bool) -> None:
+    """Bring a run to where it goes on, or to its start; the files of an earlier one are removed."""
     if resume:
         state.restore()
-        if state.step >= steps:
-            raise CheckpointError(f"{state.last}: step must be below the {steps} of an epoch, got {state.step}")
+        if state.step >= state.steps_per_epoch:
+            wanted = f"below the {state.steps_per_epoch} of an epoch"
+            raise CheckpointError(f"{state.last}: step must be {wanted}, got {state.step}")
+        gone = ["failure.json"]
     else:
         torch.manual_seed(settings.seed)
-        for name in ("best.pth", "validation.csv"):
-            (out / name).unlink(missing_ok=True)
-        text = json.dumps(metadata, indent=2, default=str)
-        files.write(out / "settings.json", lambda file: file.write(f"{text}\n".encode()), kind="settings")
+        gone = ["failure.json", "best.pth", "validation.csv"]
+    if state.processes.writes:
+        for name in gone:
+            (state.out / name).unlink(missing_ok=True)
+        if not resume:
+            run_folder.write_json(state.out / "settings.json", state.metadata, kind="settings")
+    if not resume:
         state.save(0)
-    # Of an earlier attempt.
-    (out / "failure.json").unlink(missing_ok=True)
-    start, done_steps = state.epoch, state.epoch * steps + state.step
-    rows = run_folder.read_rows(metrics, done_steps) if resume else []
-    files.write(metrics, lambda file: file.write(run_folder.to_csv(rows, header=True)), kind="metrics")
-    done = min(start * length + state.step * settings.batch_size, end * length)
-    plans = EpochPlans(length, settings, range(start, end), state.step, sizes)
-    batches = load_batches(augmented, plans, settings.workers, settings.seed + start, device)
+
+
+def _train(run: _Run) -> list[Row]:
+    from tqdm import tqdm
+
+    state, settings, end = run.state, run.settings, run.end
+    length, steps, device = state.images, state.steps_per_epoch, next(state.model.parameters()).device
+    start, done = state.epoch, min(state.epoch * length + state.step * settings.batch_size, end * length)
+    plans = EpochPlans(length, settings, range(start, end), state.step, run.sizes, state.processes)
+    batches = load_batches(run.augmented, plans, settings.workers, settings.seed + start, device)
+    done_steps, writes = start * steps + state.step, state.processes.writes
     with (
-        metrics.open("ab") as file,
-        tqdm(total=end * length, initial=done, unit=" images", disable=not progress) as bar,
+        run_folder.MetricsFile(state.out / "metrics.csv", done_steps, writes) as metrics,
+        tqdm(total=end * length, initial=done, unit=" images", disable=not run.progress) as bar,
     ):
         for epoch in range(start, end):
             if settings.patience and state.best["evaluations_since"] >= settings.patience:
                 break
             bar.set_description(f"epoch {epoch + 1} of {end}")
             saved = state.step if epoch == start else 0
-            for row in train_epoch(
-                model, state.optimizer, dataset, batches, plans, epoch, bar, is_terminated, average=average
-            ):
-                if not rows and device.type == "cpu":
+            rows = train_epoch(
+                run.stepper, run.dataset, batches, plans, epoch, bar, run.is_terminated, average=state.average
+            )
+            for row in rows:
+                if not metrics.rows and device.type == "cpu":
                     _warn_of_long_runs((end * length - bar.n) / row["images_per_second"])
-                rows.append(row)
-                file.write(run_folder.to_csv([row]))
-                file.flush()
-                done_in_epoch = int(row["step"]) - epoch * steps
+                metrics.add(row)
+                done_in_epoch, terminated = int(row["step"]) - epoch * steps, run.is_terminated()
                 is_due = bool(settings.save_every) and done_in_epoch >= saved + settings.save_every
-                if (is_terminated() or is_due) and done_in_epoch < steps:
+                if (terminated or is_due) and done_in_epoch < steps:
                     state.save(epoch, saved := done_in_epoch)
-                if is_terminated() and done_in_epoch < steps:
+                if terminated and done_in_epoch < steps:
                     raise Terminated(f"{state.last}: saved after step {row['step']}")
-            if validate and ((epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs):
-                found = validate(state.evaluated)
-                _write_validation(out / "validation.csv", {"epoch": epoch + 1, "step": (epoch + 1) * steps, **found})
-                state.keep_best(epoch + 1, found["AP"])
-                if progress:
-                    best = f"the best is epoch {state.best['epoch']}" if state.best["epoch"] else "none is the best"
-                    bar.write(f"epoch {epoch + 1}: AP {found['AP']:.3f}, AP50 {found['AP50']:.3f}; {best}")
+            if run.validate and ((epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs):
+                _validate(run.validate, state, epoch + 1, bar if run.progress else None)
             state.save(epoch + 1)
-            if is_terminated():
+            if run.is_terminated():
                 raise Terminated(f"{state.last}: saved after epoch {epoch + 1}")
-    if rows:
+    if metrics.rows and writes:
         picture = io.BytesIO()
-        plot_losses(metrics, picture)
-        files.write(out / "loss.png", lambda file: file.write(picture.getvalue()), kind="picture")
-    return rows
+        plot_losses(state.out / "metrics.csv", picture)
+        files.write(state.out / "loss.png", lambda file: file.write(picture.getvalue()), kind="picture")
+    return metrics.rows
+
+
+def _validate(validate: Validate, state: RunState, epoch: int, bar: Any) -> None:
+    """Evaluate after so many epochs; note it, and keep the weights if they are the best."""
+    found = validate(state.evaluated)
+    row = {"epoch": epoch, "step": epoch * state.steps_per_epoch, **found}
+    if state.processes.writes:
+        _write_validation(state.out / "validation.csv", row)
+    state.keep_best(epoch, found["AP"])
+    if bar is not None:
+        best = f"the best is epoch {state.best['epoch']}" if state.best["epoch"] else "none is the best"
+        bar.write(f"epoch {epoch}: AP {found['AP']:.3f}, AP50 {found['AP50']:.3f}; {best}")
 
 
 def _write_validation(path: Path, row: Row) -> None:

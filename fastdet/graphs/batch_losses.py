@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -53,10 +54,8 @@ def batch_losses(
         total: given the counts of this batch, as of `fastdet.models.losses.count`, what to divide by; None: the counts.
     """
     size = -(-len(batch.images) // accumulate)
-    parts = [
-        (Batch(*(tensor[start : start + size] for tensor in batch)), _rows(targets, start, size))
-        for start in range(0, len(batch.images), size)
-    ]
+    slices = [slice(start, start + size) for start in range(0, len(batch.images), size)]
+    parts = [(Batch(*(tensor[rows] for tensor in batch)), targets.map(itemgetter(rows))) for rows in slices]
     if len(parts) == 1:
         return [partial(padded_losses, module, batch, targets, total, amp=amp)]
     counts = torch.zeros(len(NAMES), device=batch.images.device)
@@ -70,10 +69,6 @@ def batch_losses(
             padded_losses(module, *part, add, amp=amp)
     divisors = divisor(counts) if total is None else total(counts)
     return [partial(padded_losses, module, *part, lambda _: divisors, amp=amp) for part in parts]
-
-
-def _rows(targets: Targets, start: int, size: int) -> Targets:
-    return Targets(*(None if tensor is None else tensor[start : start + size] for tensor in targets))
 
 
 class PaddedLosses(nn.Module):

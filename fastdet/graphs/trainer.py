@@ -142,7 +142,7 @@ class GraphedTrainer(GraphedModel):
         assert padded is not None
         # Without rows of padding that the step does not hold.
         rows = max(self.max_boxes, *(len(target["boxes"]) for target in targets))
-        padded = Targets(*(tensor[:, :rows] for tensor in padded[:3]), padded.seeds)
+        padded = Targets(padded.boxes[:, :rows], padded.labels[:, :rows], padded.ignore[:, :rows], padded.seeds)
         self.step_padded(batch.images, batch.sizes, padded, batch.scales, ids)
 
     def step_padded(
@@ -167,6 +167,12 @@ class GraphedTrainer(GraphedModel):
         self._steps += 1
         self._unread.checked = checked_columns(self.amp, self.clip_norm, self.check_gradients)
         self._unread.add(self._steps, ", ".join(map(str, range(len(images)) if ids is None else ids)), row)
+
+    def holds(self, batch: Batch, targets: Targets) -> bool:
+        """Whether a bucket takes a batch, with its ground truth."""
+        count, _, height, width = batch.images.shape
+        fits = any(bucket[0] == count and bucket[2] >= height and bucket[3] >= width for bucket in self.buckets)
+        return fits and targets.labels.shape[1] <= self.max_boxes
 
     def replay(self, images: Tensor, sizes: Tensor, targets: Targets, scales: Tensor | None = None) -> Tensor:
         """As `step_padded`, but the row of the step, as of `fastdet.graphs.step.training_step`, is given back at once,
@@ -276,4 +282,5 @@ class GraphedTrainer(GraphedModel):
         targets = static_inputs.allocate_targets(bucket[0], self.max_boxes, self.device)
         state = [value for each in self.optimizer.state.values() for value in each.values() if torch.is_tensor(value)]
         changed = [*self.model.parameters(), *self.model.buffers(), *state, *self.loss_scale]
-        return StaticStep(step, (*batch, *targets), changed)
+        inputs = *batch, *(tensor for tensor in targets if tensor is not None)
+        return StaticStep(step, inputs, changed)

@@ -1,9 +1,9 @@
 """Codes of candidates, whose order is that in which they are sampled, and the search for the k smallest of them.
 
 Keys are not read but computed, from the image's seed and the candidate's index in it alone, so that no order of the
-work changes them, nor does what else is in the batch. A candidate's code is one int32: its key of KEY_BITS bits for a positive, NEGATIVE more for a negative, IGNORED
-for the rest. Codes order the positives before the negatives before the rest, and a bound for the k smallest is found
-bit by bit, in passes that count: about log2(N) of them, at most KEY_BITS.
+work changes them, nor does what else is in the batch. A candidate's code is one int32: its key of KEY_BITS bits for a
+positive, NEGATIVE more for a negative, IGNORED for the rest. Codes order the positives before the negatives before the
+rest, and a bound for the k smallest is found bit by bit, in passes that count: about log2(N) of them, at most KEY_BITS.
 """
 
 import triton

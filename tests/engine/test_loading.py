@@ -104,7 +104,7 @@ def test_items_of_plain_tensors(preset):
     for images, targets in expected:
         for image_, target in zip(images, targets, strict=True):
             assert type(image_) is type(target["boxes"]) is torch.Tensor
-            assert target.keys() == {"boxes", "labels", "ignore"}
+            assert target.keys() == {"boxes", "labels", "ignore", "seed"}
             assert target["boxes"].dtype == torch.float32
             assert len(target["boxes"]) == len(target["labels"]) == len(target["ignore"])
     floats = batches_of(Bare(image / 255, corners), 0, preset)

@@ -1,9 +1,12 @@
 """The folder of a training run: it belongs to one process at a time, which ends in order when it is asked to; and the
 rows of its metrics file."""
 
+from __future__ import annotations
+
 import contextlib
 import csv
 import io
+import json
 import os
 import shutil
 import signal
@@ -11,10 +14,11 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastdet.engine.checkpoint import CheckpointError
 from fastdet.models.losses import NAMES as LOSSES
+from fastdet.weights import files
 
 COLUMNS = ("epoch", "step", "lr", "loss", *LOSSES, "images_per_second", "data_wait")
 
@@ -77,6 +81,43 @@ def notice_sigterm() -> Iterator[Callable[[], bool]]:
         yield came.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def write_json(path: Path, content: Any, kind: str) -> None:
+    """Write plain values; what is something else is written as text."""
+    text = json.dumps(content, indent=2, default=str)
+    files.write(path, lambda file: file.write(f"{text}\n".encode()), kind=kind)
+
+
+class MetricsFile:
+    """The rows of a metrics file, up to a step and those that are added; a context manager.
+
+    Args:
+        path: of the file; rows after the step, which an interrupted run has left, are dropped.
+        last_step: 0 begins anew.
+        writes: False neither reads nor writes a file.
+    """
+
+    def __init__(self, path: Path, last_step: int, writes: bool) -> None:
+        self.rows = read_rows(path, last_step) if writes and last_step else []
+        self._path = path if writes else None
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> MetricsFile:
+        if self._path is not None:
+            files.write(self._path, lambda file: file.write(to_csv(self.rows, header=True)), kind="metrics")
+            self._file = self._path.open("ab")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        if self._file is not None:
+            self._file.write(to_csv([row]))
+            self._file.flush()
 
 
 def to_csv(rows: list[Row], columns: Sequence[str] = COLUMNS, *, header: bool = False) -> bytes:

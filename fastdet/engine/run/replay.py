@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from fastdet.engine.epoch import NotFiniteError, train_epoch
 from fastdet.engine.loading import AugmentedDataset, load_batches, sizes_of
 from fastdet.engine.recipes import EpochPlans, TrainSettings
 from fastdet.engine.run.state import RunState
+from fastdet.engine.step import Stepper
 
 
 def replay(
@@ -45,44 +47,51 @@ def replay(
     if not first <= step <= last:
         raise ValueError(f"step {step} is not in {first}..{last}, the steps after the checkpoint")
     model, lines = state.model, list[str]()
+    stepper = Stepper(model, state.optimizer, settings, state.loss_scale)
     batches = load_batches(augmented, plans, 0, settings.seed + state.epoch, next(model.parameters()).device)
     with tqdm(total=length, initial=state.step * settings.batch_size, unit=" images", desc="replay") as bar:
         # It reads the losses after each step, so that the next call takes one step.
-        rows = train_epoch(
-            model, state.optimizer, dataset, batches, plans, state.epoch, bar, lambda: True, state.average
-        )
+        rows = train_epoch(stepper, dataset, batches, plans, state.epoch, bar, lambda: True, state.average)
         for before in range(first, step):
             lines.append(f"step {before}: loss {next(rows)['loss']:.6g}")
-        with _watch(model) as not_finite:
+        with _watch(model) as (not_finite, wrong):
             try:
                 lines.append(f"step {step}: loss {next(rows)['loss']:.6g}, all finite this time")
             except NotFiniteError as error:
                 lines.append(str(error))
     if not_finite:
         lines.append(f"the first layer that gives values that are not finite: {not_finite[0]}")
-    gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-    wrong = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
     if wrong:
-        lines.append(f"gradients that are not finite: {len(wrong)} of {len(gradients)}, such as {', '.join(wrong[:3])}")
+        lines.append(f"parameters with gradients that are not finite: {len(wrong)}, such as {', '.join(wrong[:3])}")
     return lines
 
 
 @contextmanager
-def _watch(model: nn.Module) -> Iterator[list[str]]:
-    """The names of the layers, in the order of their calls, of which an output is not finite."""
-    found: list[str] = []
+def _watch(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
+    """The names of the layers, in the order of their calls, of which an output is not finite, and of the parameters
+    with such gradients."""
+    found, wrong = list[str](), list[str]()
 
     def inspect(name: str, output: Any) -> None:
         tensors = output if isinstance(output, (tuple, list)) else [output]
         if any(isinstance(x, Tensor) and x.is_floating_point() and not bool(x.isfinite().all()) for x in tensors):
             found.append(name)
 
+    def inspect_gradient(name: str, gradient: Tensor) -> None:
+        if not bool(gradient.isfinite().all()):
+            wrong.append(name)
+
     layers = [(name, layer) for name, layer in model.named_modules() if not any(True for _ in layer.children())]
     handles = [
         layer.register_forward_hook(lambda _, __, output, name=name: inspect(name, output)) for name, layer in layers
     ]
+    handles += [
+        parameter.register_hook(partial(inspect_gradient, name))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
     try:
-        yield found
+        yield found, wrong
     finally:
         for handle in handles:
             handle.remove()

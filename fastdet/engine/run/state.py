@@ -17,8 +17,10 @@ from fastdet import weights
 from fastdet.data import Item
 from fastdet.engine import checkpoint
 from fastdet.engine.checkpoint import CheckpointError
+from fastdet.engine.distributed import ALONE, Processes
 from fastdet.engine.loading import digest
-from fastdet.engine.recipes import TrainSettings
+from fastdet.engine.recipes import TrainSettings, amp_dtype, build_average, build_optimizer
+from fastdet.graphs.step import LossScale
 from fastdet.safe_files import printable
 from fastdet.weights.files import one_line
 
@@ -50,7 +52,9 @@ class RunState:
         metadata: as of `build_metadata`.
         model: on its device.
         optimizer: of its parameters.
+        loss_scale: of fp16; else it stays 1.
         average: of the weights, if the settings have one.
+        processes: that share the run; one of them writes.
         best: the "epoch" and "AP" of the best evaluation, and how many there were since.
         epoch, step: the epochs that are done, and the steps of the next.
     """
@@ -59,10 +63,21 @@ class RunState:
     metadata: Mapping[str, Any]
     model: nn.Module
     optimizer: Optimizer
+    loss_scale: LossScale
     average: AveragedModel | None
+    processes: Processes = ALONE
     best: dict[str, float] = field(default_factory=_no_evaluation)
     epoch: int = 0
     step: int = 0
+
+    @property
+    def images(self) -> int:
+        """Of the data set."""
+        return int(self.metadata["images"])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.images // int(self.metadata["batch_size"]))
 
     @property
     def last(self) -> Path:
@@ -77,6 +92,8 @@ class RunState:
     def save(self, epoch: int, step: int = 0) -> None:
         """Write the state after so many epochs, and so many steps of the next."""
         self.epoch, self.step = epoch, step
+        if not self.processes.writes:
+            return
         device = next(self.model.parameters()).device
         random = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
@@ -85,6 +102,7 @@ class RunState:
             **self.metadata,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "loss_scale": {name: tensor.clone() for name, tensor in self.loss_scale._asdict().items()},
             "average": None if self.average is None else self.average.module.state_dict(),
             "averaged": 0 if self.average is None else int(self.average.n_averaged),
             "best": self.best,
@@ -99,6 +117,8 @@ class RunState:
         self.best["evaluations_since"] += 1
         if average_precision > self.best["AP"]:
             self.best = {"epoch": epoch, "AP": average_precision, "evaluations_since": 0}
+            if not self.processes.writes:
+                return
             content = {**self.metadata, "model": self.evaluated.state_dict(), "epoch": epoch, "AP": average_precision}
             checkpoint.save(self.out / "best.pth", content)
 
@@ -109,7 +129,7 @@ class RunState:
             CheckpointError: the file cannot be read, or is of another run.
         """
         path, saved = self.last, {"step": 0, **checkpoint.load(self.last)}
-        names = ("model", "optimizer", "average", "averaged", "best", "random", "epoch", "step")
+        names = ("model", "optimizer", "loss_scale", "average", "averaged", "best", "random", "epoch", "step")
         checkpoint.require(path, saved, (*self.metadata, *names), "of a run")
         epochs = self.metadata["epochs"]
         try:
@@ -123,6 +143,8 @@ class RunState:
                 weights.load(self.average.module, saved["average"], name="its average")
                 self.average.n_averaged.fill_(saved["averaged"])
             checkpoint.load_optimizer(self.optimizer, saved["optimizer"])
+            for name, tensor in self.loss_scale._asdict().items():
+                tensor.copy_(saved["loss_scale"][name])
             torch.set_rng_state(saved["random"]["cpu"])
             device = next(self.model.parameters()).device
             if device.type == "cuda" and "cuda" in saved["random"]:
@@ -133,6 +155,26 @@ class RunState:
         except Exception as error:
             raise CheckpointError(f"{path}: the checkpoint does not fit the model: {one_line(error)}") from error
         self.best, self.epoch, self.step = dict(saved["best"]), saved["epoch"], saved["step"]
+
+
+def build_state(
+    out: Path,
+    model: nn.Module,
+    settings: TrainSettings,
+    metadata: Mapping[str, Any],
+    processes: Processes = ALONE,
+) -> RunState:
+    """The state at the start of a run of a model on its device; `metadata` is that of `build_metadata`."""
+    device = next(model.parameters()).device
+    return RunState(
+        out,
+        metadata,
+        model,
+        build_optimizer(model, settings),
+        LossScale.initial(amp_dtype(settings, device), device),
+        build_average(model, settings.ema) if settings.ema else None,
+        processes,
+    )
 
 
 def _first_difference(name: str, value: Any, saved: Any) -> str:

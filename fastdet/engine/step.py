@@ -1,0 +1,136 @@
+"""The steps of a training run: each one CUDA graph where that is possible, else eager; in one process or several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from fastdet.data import Item, Target
+from fastdet.engine.buckets import GraphPlan, plan_graphs
+from fastdet.engine.distributed import ALONE, Processes
+from fastdet.engine.recipes import TrainSettings, amp_dtype
+from fastdet.engine.run.state import RunState
+from fastdet.graphs import GraphedTrainer
+from fastdet.graphs.batch_losses import PaddedLosses, autocast, batch_losses
+from fastdet.graphs.optimizers import prepare_optimizer
+from fastdet.graphs.step import LossScale, checked_columns, training_step
+from fastdet.models.faster_rcnn import FasterRCNN
+
+
+class Stepper:
+    """Takes steps of `fastdet.graphs.step.training_step` on batches of lists.
+
+    Args:
+        model: as of `fastdet.engine.train`, on its device.
+        optimizer: as of `fastdet.engine.build_optimizer`, with its state; it gets learning rates on the device.
+        settings: of the run.
+        loss_scale: changed by the steps.
+        graphs: what to capture; a batch that it does not hold is taken eagerly. None: all are.
+        processes: with which each batch is shared.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        settings: TrainSettings,
+        loss_scale: LossScale,
+        graphs: GraphPlan | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.model, self.optimizer, self.settings, self.loss_scale = model, optimizer, settings, loss_scale
+        self.processes = processes
+        self.amp = amp_dtype(settings, next(model.parameters()).device)
+        # Of `COLUMNS`, those that must be finite.
+        self.checked = checked_columns(self.amp, settings.clip_norm)
+        self._graphed = None
+        if graphs is None or not isinstance(model, FasterRCNN):
+            prepare_optimizer(optimizer, model)
+        else:
+            self._graphed = GraphedTrainer(
+                model,
+                optimizer,
+                graphs.shapes,
+                graphs.max_boxes,
+                amp=self.amp,
+                clip_norm=settings.clip_norm,
+                accumulate=settings.accumulate,
+            )
+            self._graphed.loss_scale = loss_scale
+        self._module: nn.Module = PaddedLosses(model) if isinstance(model, FasterRCNN) else model
+        if self.processes.count > 1:
+            self._module = DistributedDataParallel(self._module)
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate from the next step on, times the "lr_factor" of each group; no host sync."""
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(lr * group["lr_factor"])
+
+    def __call__(self, images: Sequence[Tensor], targets: Sequence[Target], batch_size: int) -> Tensor:
+        """Take a step; its row, as of `training_step`, is on the device. The mean of all processes' is the batch's.
+
+        Args:
+            images: those of this process, on the device; where the batch has fewer images than there are processes,
+                any image, of which nothing is learned then.
+            targets: theirs, on the CPU.
+            batch_size: images of all processes.
+
+        Raises:
+            ValueError: bad images or targets.
+        """
+        learns = self.processes.rank < batch_size
+        if not isinstance(self.model, FasterRCNN):
+            weight = learns * self.processes.count / batch_size
+            return self._step(self._list_losses(images, targets, weight))
+        batch, padded, _ = self.model.preprocess(images, targets)
+        assert padded is not None
+        if self._graphed is not None and self._graphed.holds(batch, padded):
+            return self._graphed.replay(batch.images, batch.sizes, padded, batch.scales)
+        total = partial(self.processes.divisors, learns) if self.processes.count > 1 else None
+        losses = batch_losses(
+            self._module, batch, padded, amp=self.amp, accumulate=self.settings.accumulate, total=total
+        )
+        return self._step(losses)
+
+    def _step(self, losses: Sequence[Callable[[], Mapping[str, Tensor]]]) -> Tensor:
+        ddp: Any = self._module
+        return training_step(
+            self.model,
+            self.optimizer,
+            self.loss_scale,
+            losses,
+            amp=self.amp,
+            clip_norm=self.settings.clip_norm,
+            no_sync=ddp.no_sync if self.processes.count > 1 else nullcontext,
+        )
+
+    def _list_losses(
+        self, images: Sequence[Tensor], targets: Sequence[Target], weight: float
+    ) -> list[Callable[[], Mapping[str, Tensor]]]:
+        """The parts of a step of a model that is not ours: its losses are taken to be means over images, each of which
+        has this weight."""
+        size = -(-len(images) // self.settings.accumulate)
+
+        def losses(start: int) -> Mapping[str, Tensor]:
+            part = images[start : start + size]
+            with autocast(part[0].device, self.amp):
+                found: Mapping[str, Tensor] = self._module(part, targets[start : start + size])
+            return {name: value * (weight * len(part)) for name, value in found.items()}
+
+        return [partial(losses, start) for start in range(0, len(images), size)]
+
+
+def build_stepper(state: RunState, dataset: Dataset[Item], settings: TrainSettings) -> Stepper:
+    """The stepper of a run; on a GPU it captures a detector's steps, of one process, unless the settings forbid it."""
+    model, processes, graphs = state.model, state.processes, None
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    if isinstance(model, FasterRCNN) and on_gpu and settings.graphs and processes.count == 1:
+        graphs = plan_graphs(model.settings, settings, dataset)
+    return Stepper(model, state.optimizer, settings, state.loss_scale, graphs, processes)
