@@ -12,10 +12,11 @@ import fastdet
 from fastdet.cli.data import open_training_data
 from fastdet.cli.main import main
 from fastdet.cli.options import build_parser
-from fastdet.cli.plan import plan_detector
+from fastdet.cli.plan import DetectorOptions, plan_detector
 from fastdet.cli.values import UserError
 from fastdet.data import COCO, JoinedImages
 from fastdet.engine import checkpoint
+from fastdet.engine.defaults import collect_objects
 from tests.helpers.voc import SMALL, write_voc
 
 
@@ -136,7 +137,8 @@ def test_random_weights_are_a_warning(tree, tmp_path, capsys):
 
 def plan(data: str, *options: str):
     parsed = build_parser().parse_args(["train", "--out", "x", "--data", data, "--val-share", "0.2", *options])
-    return plan_detector(parsed, open_training_data(parsed)[0])
+    data = open_training_data(parsed)[0]
+    return plan_detector(DetectorOptions.of(parsed), collect_objects(data), data.class_names)
 
 
 def write_objects(root: Path, sides: list[int], size: tuple[int, int]) -> str:
