@@ -22,11 +22,12 @@ from fastdet import export, weights
 from fastdet.cli import compare, demo, doctor, lint
 from fastdet.cli.data import open_data, open_training_data
 from fastdet.cli.options import parse
-from fastdet.cli.plan import Plan, describe_run, plan_detector, warn_of_random_weights
+from fastdet.cli.plan import DetectorOptions, Plan, describe_run, plan_detector, warn_of_random_weights
 from fastdet.cli.values import UserError, raise_user_errors, read_arguments
 from fastdet.data import JoinedImages
 from fastdet.data.convert import write_coco
 from fastdet.engine import RECIPES, TrainSettings, build_model, detect, load_model, train
+from fastdet.engine.defaults import collect_objects
 from fastdet.engine.evaluate import evaluate
 from fastdet.engine.run.replay import replay
 from fastdet.engine.run.state import build_metadata, build_state
@@ -56,7 +57,7 @@ def _prepare(options: argparse.Namespace) -> _Run:
         raise UserError("--val-data: --data has no split to evaluate on; or --val-share keeps some of its images apart")
     if not data.class_names:
         raise UserError(f"--data: {', '.join(place.path for place in options.data)}: no annotation has an object")
-    plan = plan_detector(options, data)
+    plan = plan_detector(DetectorOptions.of(options), collect_objects(data), data.class_names)
     if options.replace_predictor and not options.weights:
         raise UserError("--replace-predictor: it goes with --weights")
     warn_of_random_weights(options)

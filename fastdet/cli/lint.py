@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
 from fastdet.cli.data import open_training_data
-from fastdet.cli.plan import Plan, plan_detector
+from fastdet.cli.plan import DetectorOptions, Plan, plan_detector
 from fastdet.cli.values import UserError
 from fastdet.data import DataError, JoinedImages
 from fastdet.data.convert import write_coco
-from fastdet.data.lint import Finding, Mark, clean, find_shared_images, lint
+from fastdet.data.findings import Finding, Kind, Mark, group, summarize
+from fastdet.data.lint import clean, find_shared_images, lint
+from fastdet.engine.defaults import collect_objects
 from fastdet.safe_files import printable, replace_file
 from fastdet.visualize import draw_detections, tile
 
-# Images that are drawn, and descriptions of a finding that are printed.
-_DRAWN, _PRINTED = 12, 3
+# Images that are drawn, boxes that are marked in one, and findings of a kind that are printed.
+_DRAWN, _MARKED, _PRINTED = 12, 100, 3
 # The longest side of an image that is drawn, in pixels.
 _LARGEST_DRAWN = 800
 
@@ -41,14 +44,14 @@ def run(options: argparse.Namespace) -> bool:
     val_problems: list[DataError] = []
     train, val = open_training_data(options, problems, val_problems)
     of_train, of_val = lint(train, problems, lambda items: tqdm(items, "images to train on")), None
-    findings: dict[str, list[Finding]] = {}
+    used, found = _plan_both(DetectorOptions.of(options), train)
+    findings = {"train": [*of_train.findings, *_find_unreached(train, used)]}
     if val is not None:
         of_val = lint(val, val_problems, lambda items: tqdm(items, "images to evaluate on"))
-        both = find_shared_images(train, val, of_train, of_val)
-        findings["val"] = [*of_val.findings, *([both] if both.items else [])]
-    used, found = _plan_both(options, train)
-    unreached = _find_unreached(train, used)
-    findings["train"] = [*of_train.findings, *([unreached] if unreached.items else [])]
+        # What is found of a whole data set is the same of its other part.
+        common = {finding for finding in of_train.findings if finding.item is None}
+        new = [finding for finding in of_val.findings if finding not in common]
+        findings["val"] = [*new, *find_shared_images(train, val, of_train, of_val)]
     classes = _summarize_classes(train, used, found)
     _write(options.out, findings, classes, found, {"train": train, "val": val})
     if options.fix:
@@ -58,31 +61,27 @@ def run(options: argparse.Namespace) -> bool:
         for part, (dataset, repeated) in cleaned.items():
             write_coco(dataset, options.fix / part, tqdm, repeated)
     print("\n".join(printable(line, 300) for line in _describe(findings, classes, used, found)))
-    return any(finding.is_error for finding in chain(*findings.values()))
+    return any(finding.kind.is_error for finding in chain(*findings.values()))
 
 
-def _plan_both(options: argparse.Namespace, data: JoinedImages) -> tuple[Plan, Plan]:
+def _plan_both(options: DetectorOptions, data: JoinedImages) -> tuple[Plan, Plan]:
     """The detector with the anchors that are given, or the backbone's own; and with those that fit the data."""
     is_given = options.anchor_sizes is not None or options.aspect_ratios is not None
-    used = {"anchors": None if is_given else "default"}
-    found = {"anchors": "auto", "anchor_sizes": None, "aspect_ratios": None}
-    first, second = (
-        plan_detector(argparse.Namespace(**{**vars(options), **changes}), data) for changes in (used, found)
-    )
-    return first, second
+    objects = collect_objects(data)
+    used = replace(options, anchors=None if is_given else "default")
+    found = replace(options, anchors="auto", anchor_sizes=None, aspect_ratios=None)
+    return plan_detector(used, objects, data.class_names), plan_detector(found, objects, data.class_names)
 
 
-def _find_unreached(data: JoinedImages, plan: Plan) -> Finding:
+def _find_unreached(data: JoinedImages, plan: Plan) -> Iterator[Finding]:
     """The boxes that no anchor has an IoU of .5 with, the least first."""
-    marks, described = list[Mark](), list[str]()
     for row in np.argsort(plan.overlaps, kind="stable").tolist():
         if plan.overlaps[row] >= 0.5:
             break
-        item, corners = int(plan.objects.image[row]), plan.objects.boxes[row].tolist()
+        item, corners = int(plan.objects.image[row]), tuple(plan.objects.boxes[row].tolist())
         text = f"{data.class_names[plan.objects.labels[row] - 1]}: IoU {plan.overlaps[row]:.2f} with an anchor"
-        marks.append(Mark(item, tuple(corners), text))
-        described.append(f"{data.ids[item]} {text} ({', '.join(f'{x:g}' for x in corners)})")
-    return Finding("box(es) that no anchor reaches at IoU .5", False, described, marks)
+        listed = f"{data.ids[item]} {text} ({', '.join(f'{x:g}' for x in corners)})"
+        yield Finding(Kind.UNREACHED, listed, item, Mark(corners, text))
 
 
 def _summarize_classes(data: JoinedImages, used: Plan, found: Plan) -> dict[str, dict[str, float | None]]:
@@ -113,7 +112,10 @@ def _write(
     content = {
         "images": {part: len(dataset) for part, dataset in datasets.items() if dataset is not None},
         "findings": {
-            part: [{"kind": f.kind, "is_error": f.is_error, "items": f.items} for f in of_part]
+            part: [
+                {"kind": kind.words, "is_error": kind.is_error, "items": [finding.text for finding in found]}
+                for kind, found in group(of_part).items()
+            ]
             for part, of_part in findings.items()
         },
         "classes": classes,
@@ -124,9 +126,10 @@ def _write(
     replace_file(out / "lint.json", lambda file: file.write(f"{text}\n".encode()))
     for part, of_part in findings.items():
         dataset = datasets[part]
-        marks: dict[int, list[Any]] = {}
-        for mark in chain(*(finding.marks for finding in of_part)):
-            marks.setdefault(mark.item, []).append(mark)
+        marks: dict[int, list[Mark]] = {}
+        for finding in of_part:
+            if finding.item is not None and finding.mark is not None:
+                marks.setdefault(finding.item, []).append(finding.mark)
         drawn = []
         for index, of_image in list(marks.items())[:_DRAWN]:
             try:
@@ -137,8 +140,9 @@ def _write(
             if factor < 1:
                 size = [max(round(side * factor), 1) for side in image.shape[-2:]]
                 image = functional.resize(image, size, antialias=True)
-            corners = torch.tensor([_show([x * factor for x in mark.corners]) for mark in of_image])
-            texts = [printable(mark.text, 60) for mark in of_image]
+            shown = of_image[:_MARKED]
+            corners = torch.tensor([_show([x * factor for x in mark.corners]) for mark in shown])
+            texts = [printable(mark.text, 60) for mark in shown]
             drawn.append(draw_detections(image, corners, torch.arange(1, len(texts) + 1), class_names=texts))
         if drawn:
             sheet = tile(drawn, columns=3)
@@ -171,10 +175,8 @@ def _describe(
     ratios = ",".join(f"{ratio:g}" for ratio in anchors["aspect_ratios"][0])
     lines.append(f"options for the found anchors: --anchor-sizes {sizes} --aspect-ratios {ratios}")
     for part, of_part in findings.items():
-        for finding in of_part:
-            listed = "; ".join(finding.items[:_PRINTED]) + ("; ..." if len(finding.items) > _PRINTED else "")
-            kind = "error" if finding.is_error else "note"
-            lines.append(f"{kind}, {part}: {len(finding.items)} {finding.kind}: {listed}")
+        for kind, of_kind in group(of_part).items():
+            lines.append(f"{'error' if kind.is_error else 'note'}, {part}: {summarize(kind, of_kind, _PRINTED)}")
     if not any(findings.values()):
         lines.append("nothing is wrong")
     return lines

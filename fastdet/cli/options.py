@@ -82,7 +82,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_options(lint)
     add_split_options(lint)
     _add_detector_options(lint)
-    lint.set_defaults(set=[], class_weights=None, weights=None, weights_backbone=None, trainable_backbone_layers=None)
     lint.add_argument("--out", type=Path, default=Path("runs/lint"), help="folder for the results (runs/lint)")
     lint.add_argument(
         "--fix", type=Path, metavar="DIR", help="write a cleaned copy, in COCO's format, into a new folder"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,6 @@ from fastdet.engine.defaults import (
     balance_classes,
     choose_anchors,
     choose_min_size,
-    collect_objects,
     measure_reach,
     smallest_proposal,
 )
@@ -30,6 +30,30 @@ from fastdet.models.backbones import NAMED, NamedBackbone
 from fastdet.models.settings import Settings
 from fastdet.safe_files import printable
 from fastdet.weights.files import read
+
+
+@dataclass(frozen=True)
+class DetectorOptions:
+    """The options of a detector, by their names; None of what is not given."""
+
+    backbone: str
+    set: Sequence[tuple[str, Any]] = ()
+    min_size: int | None = None
+    max_size: int | None = None
+    anchors: str | None = None
+    anchor_sizes: Sequence[float] | None = None
+    aspect_ratios: Sequence[float] | None = None
+    class_weights: str | None = None
+    trainable_backbone_layers: int | None = None
+    weights_backbone: str | None = None
+    weights: Path | None = None
+    replace_predictor: bool = False
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> DetectorOptions:
+        """Those that a command has."""
+        given = vars(options)
+        return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
 
 
 class Plan(NamedTuple):
@@ -48,8 +72,8 @@ class Plan(NamedTuple):
     overlaps: NDArray[Any]
 
 
-def plan_detector(options: argparse.Namespace, data: DetectionDataset) -> Plan:
-    """The detector for the options and the objects of a data set.
+def plan_detector(options: DetectorOptions, objects: Objects, class_names: tuple[str, ...]) -> Plan:
+    """The detector for the options and the objects of a data set, whose labels are of `class_names`.
 
     Raises:
         UserError: options that do not go together, or a checkpoint to start from of other classes or anchors.
@@ -60,24 +84,24 @@ def plan_detector(options: argparse.Namespace, data: DetectionDataset) -> Plan:
     if options.backbone not in NAMED:
         raise UserError(f"--backbone: {options.backbone!r} is none of {', '.join(NAMED)}")
     settings.update({n: getattr(options, n) for n in ("min_size", "max_size") if getattr(options, n) is not None})
-    named, objects, origin = NAMED[options.backbone], collect_objects(data), _read_origin(options)
+    named, origin = NAMED[options.backbone], _read_origin(options)
     resizing = _choose_resizing(settings, named, objects)
     settings.update(resizing)
     if named.settings.rpn_min_size_in_original_pixels and "rpn_min_size" not in settings:
         settings["rpn_min_size"] = smallest_proposal(objects, named.settings.rpn_min_size)
     if options.class_weights == "balanced":
-        settings["class_weights"] = balance_classes(objects, len(data.class_names) + 1)
+        settings["class_weights"] = balance_classes(objects, len(class_names) + 1)
     # Other names are refused when the model is built.
     known = {field.name for field in fields(Settings)}
     with raise_user_errors("--set"):
         detector = named.settings.override(**{name: value for name, value in settings.items() if name in known})
     anchors, how = _choose_anchors(options, objects, detector, origin)
     if origin is not None:
-        _check_origin(options, origin, anchors, data.class_names)
+        _check_origin(options, origin, anchors, class_names)
     pretrained = bool(options.weights_backbone or options.weights)
     architecture = {
         "backbone": options.backbone,
-        "num_classes": len(data.class_names) + 1,
+        "num_classes": len(class_names) + 1,
         "anchors": anchors,
         "settings": settings,
         # Written even where it is the default of pretrained weights: a checkpoint is loaded without them.
@@ -94,7 +118,7 @@ def plan_detector(options: argparse.Namespace, data: DetectionDataset) -> Plan:
 
 
 def _choose_anchors(
-    options: argparse.Namespace, objects: Objects, detector: Settings, origin: Mapping[str, Any] | None
+    options: DetectorOptions, objects: Objects, detector: Settings, origin: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], str]:
     """The "anchors" of the architecture, and where they come from."""
     strides, is_given = NAMED[options.backbone].strides, bool(options.anchor_sizes or options.aspect_ratios)
@@ -172,7 +196,7 @@ def warn_of_random_weights(options: argparse.Namespace) -> None:
         )
 
 
-def _read_origin(options: argparse.Namespace) -> Mapping[str, Any] | None:
+def _read_origin(options: DetectorOptions) -> Mapping[str, Any] | None:
     """The checkpoint of a run that is to be started from, if it is one."""
     if not options.weights:
         return None
@@ -186,7 +210,7 @@ def _read_origin(options: argparse.Namespace) -> Mapping[str, Any] | None:
 
 
 def _check_origin(
-    options: argparse.Namespace, origin: Mapping[str, Any], anchors: Mapping[str, Any], class_names: tuple[str, ...]
+    options: DetectorOptions, origin: Mapping[str, Any], anchors: Mapping[str, Any], class_names: tuple[str, ...]
 ) -> None:
     """Raises UserError if a checkpoint to start from is of other classes or anchors."""
     saved_anchors = origin["architecture"].get("anchors")

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from fastdet.data.findings import Finding, Kind, warn_of
 from fastdet.data.images import DataError
-from fastdet.data.records import Box, collect, describe_unknown, warn_of
+from fastdet.data.records import collect, describe_unknown
 from fastdet.data.transforms import Item, make_item
 
 
@@ -83,8 +84,8 @@ class JoinedImages(Dataset[Item]):
                             f"{place}: {describe_unknown(names[0], labels)}; others can be left out (--classes)"
                         )
                 others.update(names)
-        listed = [f"{name} ({times} boxes)" for name, times in others.items()]
-        warn_of("classes", "left out, with all their boxes", listed)
+        self._findings = [Finding(Kind.CLASS_LEFT_OUT, f"{name} ({times} boxes)") for name, times in others.items()]
+        warn_of("classes", self._findings)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -109,23 +110,14 @@ class JoinedImages(Dataset[Item]):
         return {"boxes": target["boxes"][kept], "labels": labels[kept], "ignore": target["ignore"][kept]}
 
     @property
-    def findings(self) -> dict[str, list[str]]:
-        """What the data sets warned of, as of `AnnotatedImages`."""
-        found: dict[str, list[str]] = {}
-        for dataset in self._datasets:
-            for kind, descriptions in getattr(dataset, "findings", {}).items():
-                found.setdefault(kind, []).extend(descriptions)
-        return found
-
-    @property
-    def left_out(self) -> list[tuple[int, Box]]:
-        """The boxes that the data sets left out, each with the index of its item."""
+    def findings(self) -> list[Finding]:
+        """What the data sets warned of, but for what is about images that are not among these."""
         indices = {place: index for index, place in enumerate(self._places)}
-        return [
-            (indices[k, inner], box)
+        return self._findings + [
+            finding if finding.item is None else finding._replace(item=indices[k, finding.item])
             for k, dataset in enumerate(self._datasets)
-            for inner, box in getattr(dataset, "left_out", ())
-            if (k, inner) in indices
+            for finding in getattr(dataset, "findings", ())
+            if finding.item is None or (k, finding.item) in indices
         ]
 
     def select(self, indices: Sequence[int]) -> "JoinedImages":

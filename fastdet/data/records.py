@@ -9,8 +9,6 @@ import difflib
 import math
 import os
 import re
-import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,11 +17,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from fastdet.data.findings import Finding, Kind, Mark, warn_of
 from fastdet.data.images import MAX_PIXELS, SUFFIXES, DataError, Header, check_pixels, read_header, read_image
 from fastdet.data.transforms import Item, make_item
 
 Orientation = Literal["auto", "applied", "stored"]
-_REPORTED = 5
 
 
 class Box(NamedTuple):
@@ -72,8 +70,8 @@ class AnnotatedImages(Dataset[Item]):
     The image's header is read at once, and is right where the annotation has another size. An EXIF orientation is
     applied where the annotated size fits the turned image, and not where it fits the stored pixels. Where it fits both
     or neither, it is done as for most of the images for which it decides, and applied if there are none. Boxes that are
-    empty, not finite or wholly outside the image are left out. Each of these is a warning with the number and the first
-    few.
+    empty, not finite or wholly outside the image are left out. What is found is a warning for each kind, with the
+    number and the first few.
 
     Args:
         title: what warnings call the data set.
@@ -81,7 +79,7 @@ class AnnotatedImages(Dataset[Item]):
         class_names: label k is `class_names[k - 1]`; when None, the sorted names of all boxes.
         orientation: "applied" or "stored" decides it for all images.
         max_pixels: of an image, as of `fastdet.data.read_image`.
-        findings: what the reader of the format found, by kind, to warn of.
+        findings: what the reader of the format found.
         problems: where a list is given, errors of single records are appended to it and the records left out.
 
     Attributes:
@@ -89,8 +87,7 @@ class AnnotatedImages(Dataset[Item]):
         class_names: the names of labels 1, 2, ...
         ids: the names of the records.
         sizes: (height, width) of the images, with their orientation applied or not, as they are given.
-        findings: by kind, a description of each thing that was warned of.
-        left_out: the boxes left out, each with the index of its item.
+        findings: what was warned of.
 
     Raises:
         DataError: an image is missing, has no readable header or too many pixels, or a class is not among
@@ -105,7 +102,7 @@ class AnnotatedImages(Dataset[Item]):
         *,
         orientation: Orientation = "auto",
         max_pixels: int = MAX_PIXELS,
-        findings: dict[str, list[str]] | None = None,
+        findings: Iterable[Finding] = (),
         problems: list[DataError] | None = None,
     ) -> None:
         if orientation not in ("auto", "applied", "stored"):
@@ -127,39 +124,28 @@ class AnnotatedImages(Dataset[Item]):
         turned = _decide_orientation(readable, headers, orientation)
 
         self.ids = tuple(record.name for record in readable)
-        self.findings = findings or {}
-        self.left_out: list[tuple[int, Box]] = []
+        self.findings = list(findings)
         self.sizes: list[tuple[int, int]] = []
         # NumPy, not tensors: each tensor of a data set costs a file descriptor when it is sent to a loader's worker.
         self._items: list[tuple[Path, bool, dict[str, np.ndarray]]] = []
-        other_sizes = self.findings.setdefault("annotation(s) of another size than the image, which is right", [])
+        sources: dict[Path, str] = {}
         for index, (record, header, is_turned) in enumerate(zip(readable, headers, turned, strict=True)):
             width, height = header.turned_size if is_turned else header.size
+            kept, found = _check_boxes(record, width, height)
             if record.size not in (None, (width, height)):
                 written = " x ".join(f"{side:g}" for side in record.size or ())
-                other_sizes.append(f"{Path(record.source).name} {written}, {record.image.name} {width} x {height}")
-            boxes = [_to_pixels(box, width, height) for box in record.boxes] if record.relative else record.boxes
-            kept: list[Box] = []
-            for box in map(_round, boxes):
-                if _is_inside(box, width, height):
-                    kept.append(box)
-                else:
-                    self.left_out.append((index, box))
+                text = f"{Path(record.source).name} {written}, {record.image.name} {width} x {height}"
+                found.append(Finding(Kind.OTHER_SIZE, text))
+            if record.image in sources:
+                text = f"{record.image.name} in {sources[record.image]} and {Path(record.source).name}"
+                found.append(Finding(Kind.SEVERAL_ANNOTATIONS, text))
+            sources[record.image] = Path(record.source).name
+            if header.orientation != 1:
+                found.append(Finding(Kind.TURNED if is_turned else Kind.NOT_TURNED, record.image.name))
+            self.findings += [finding._replace(item=index) for finding in found]
             self.sizes.append((height, width))
             self._items.append((record.image, is_turned, _make_target(kept, labels)))
-        self.findings["box(es) left out, empty, not finite or outside the image"] = [
-            f"{Path(readable[index].source).name} {box.name} ({box.shown})" for index, box in self.left_out
-        ]
-        self.findings["image(s) with several annotations"] = [
-            path.name for path, count in Counter(record.image for record in readable).items() if count > 1
-        ]
-        for kind, found in self.findings.items():
-            warn_of(title, kind, found)
-        oriented = [item for item, header in zip(self._items, headers, strict=True) if header.orientation != 1]
-        how = "by the annotated sizes" if orientation == "auto" else f"as orientation is {orientation!r}"
-        for is_turned, what in ((True, "is applied"), (False, "is not applied")):
-            names = [path.name for path, is_applied, _ in oriented if is_applied == is_turned]
-            warn_of(title, f"image(s) whose EXIF orientation {what}, {how}", names)
+        warn_of(title, self.findings)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -222,6 +208,20 @@ def _is_inside(box: Box, width: int, height: int) -> bool:
     return all(map(math.isfinite, box.corners)) and max(x1, 0) < x2 and max(y1, 0) < y2 and x1 < width and y1 < height
 
 
+def _check_boxes(record: Record, width: int, height: int) -> tuple[list[Box], list[Finding]]:
+    """The boxes of a record in pixels, and those that are left out."""
+    kept, left_out = list[Box](), list[Finding]()
+    for box in map(
+        _round, (_to_pixels(box, width, height) for box in record.boxes) if record.relative else record.boxes
+    ):
+        if _is_inside(box, width, height):
+            kept.append(box)
+        else:
+            text = f"{Path(record.source).name} {box.name} ({box.shown})"
+            left_out.append(Finding(Kind.BOX_LEFT_OUT, text, mark=Mark(box.corners, f"{box.name}: left out")))
+    return kept, left_out
+
+
 def _check_names(record: Record, labels: dict[str, int]) -> None:
     for box in record.boxes:
         if box.name not in labels:
@@ -245,13 +245,6 @@ def describe_unknown(name: str, labels: Iterable[str]) -> str:
     known = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
     hint = f"similar: {', '.join(similar)}" if similar else f"known: {known}"
     return f"class '{name}' is not among the {len(labels)} class names ({hint})"
-
-
-def warn_of(title: str, what: str, found: Sequence[str]) -> None:
-    """One warning of everything `found`, with the first few."""
-    if found:
-        shown = "; ".join(found[:_REPORTED]) + ("; ..." if len(found) > _REPORTED else "")
-        warnings.warn(f"{title}: {len(found)} {what}: {shown}", stacklevel=3)
 
 
 def find_images(folder: Path) -> dict[str, list[str]]:

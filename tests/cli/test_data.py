@@ -1,7 +1,6 @@
 """The options that name data sets, `fastdet convert` and `fastdet lint`."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,33 +11,17 @@ import fastdet
 from fastdet.cli.data import open_training_data
 from fastdet.cli.main import main
 from fastdet.cli.options import build_parser
-from fastdet.cli.plan import plan_detector
+from fastdet.cli.plan import DetectorOptions, plan_detector
 from fastdet.cli.values import UserError
 from fastdet.data import COCO, JoinedImages
 from fastdet.engine import checkpoint
-from tests.helpers.voc import SMALL, write_voc
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_voc(tmp_path_factory.mktemp("pristine") / "voc", {"trainval": 6, "test": 3})
-
-
-@pytest.fixture
-def tree(pristine: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(pristine, tmp_path / "voc"))
+from fastdet.engine.defaults import collect_objects
+from tests.helpers.cli import message
+from tests.helpers.voc import SMALL
 
 
 def opened(*options: object) -> tuple[JoinedImages, JoinedImages | None]:
     return open_training_data(build_parser().parse_args(["train", "--out", "x", *map(str, options)]))
-
-
-def message(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == code
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastdet: ")]
-    (last,) = [line for line in lines if "warning: " not in line]
-    return last
 
 
 def test_splits_of_a_voc_tree(tree):
@@ -93,18 +76,6 @@ def test_data_without_images(capsys, tmp_path):
     )
 
 
-def test_lint_lists_classes_that_only_validation_has(tree, tmp_path, capsys):
-    other = write_voc(tmp_path / "other", {"test": 2})
-    for path in (other / "Annotations").glob("*.xml"):
-        path.write_text(path.read_text().replace("<name>", "<name>un"))
-    lint = ["lint", "--data", f"voc:{tree}", "--val-data", f"voc:{other}", "--out", tmp_path / "lint"]
-    message(capsys, *lint, code=1)
-    content = json.loads((tmp_path / "lint/lint.json").read_text())
-    (unread,) = [finding["items"] for finding in content["findings"]["val"] if "cannot be read" in finding["kind"]]
-    assert len(unread) == 2
-    assert all("is not among the 4 class names" in text for text in unread)
-
-
 def test_a_run_describes_what_it_trains(tree, tmp_path, capsys):
     run = ["train", "--data", f"voc:{tree}", "--out", str(tmp_path / "run"), "--epochs", "1", *SMALL]
     run = [*run[: run.index("--anchor-sizes")], *run[run.index("--anchor-sizes") + 2 :]]
@@ -136,7 +107,8 @@ def test_random_weights_are_a_warning(tree, tmp_path, capsys):
 
 def plan(data: str, *options: str):
     parsed = build_parser().parse_args(["train", "--out", "x", "--data", data, "--val-share", "0.2", *options])
-    return plan_detector(parsed, open_training_data(parsed)[0])
+    data = open_training_data(parsed)[0]
+    return plan_detector(DetectorOptions.of(parsed), collect_objects(data), data.class_names)
 
 
 def write_objects(root: Path, sides: list[int], size: tuple[int, int]) -> str:
@@ -218,58 +190,6 @@ def test_convert_and_back(tree, tmp_path, capsys):
     assert "coco:DIR" in message(capsys, "convert", "--data", "shapes:2", "--to", out)
 
 
-def test_lint_of_a_right_data_set(tree, tmp_path, capsys):
-    assert main(["lint", "--data", f"voc:{tree}", "--out", str(tmp_path / "lint")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["class", "boxes", "side", "IoU", ".5", ".7", "found", ".5", ".7"]
-    assert any(line.startswith("options for the found anchors: --anchor-sizes ") for line in lines)
-    content = json.loads((tmp_path / "lint/lint.json").read_text())
-    assert content["images"] == {"train": 6, "val": 3}
-    train = opened("--data", f"voc:{tree}")[0]
-    counts = [label for index in range(6) for label in train.target(index)["labels"].tolist()]
-    for label, name in enumerate(train.class_names, start=1):
-        assert content["classes"][name]["boxes"] == counts.count(label)
-    assert not [finding for part in content["findings"].values() for finding in part if finding["is_error"]]
-
-
-def test_lint_of_a_wrong_data_set(tree, tmp_path, capsys):
-    path = tree / "Annotations/trainval_2.xml"
-    bad = "<object><name>star</name><bndbox><xmin>9</xmin><ymin>9</ymin><xmax>9</xmax><ymax>30</ymax></bndbox></object>"
-    path.write_text(path.read_text().replace("</annotation>", f"{bad}</annotation>"))
-    image = tree / "JPEGImages/trainval_4.jpg"
-    image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
-    before = {path: path.read_bytes() for path in tree.rglob("*") if path.is_file()}
-    lint = ["lint", "--data", f"voc:{tree}", "--out", tmp_path / "lint", "--fix", tmp_path / "fixed"]
-    assert "lint.json" in message(capsys, *lint, code=1)
-    assert before == {path: path.read_bytes() for path in tree.rglob("*") if path.is_file()}
-    content = json.loads((tmp_path / "lint/lint.json").read_text())
-    errors = {finding["kind"]: finding["items"] for finding in content["findings"]["train"] if finding["is_error"]}
-    assert [list(map(str, items)) for kind, items in errors.items() if "left out" in kind] == [
-        ["trainval_2.xml star (9, 9, 9, 30)"]
-    ]
-    assert [len(items) for kind, items in errors.items() if "decoded" in kind] == [1]
-    with Image.open(tmp_path / "lint/train.png") as picture:
-        assert picture.width > 64
-    assert "there already" in message(capsys, *lint)
-    for part, count in (("train", 5), ("val", 3)):
-        folder = tmp_path / "fixed" / part
-        assert len(COCO(folder / "images", folder / "instances.json")) == count
-    fixed = [f"coco:{tmp_path}/fixed/{part}/images,{tmp_path}/fixed/{part}/instances.json" for part in ("train", "val")]
-    again = ["lint", "--data", fixed[0], "--val-data", fixed[1], "--out", str(tmp_path / "again")]
-    assert main(again) == 0
-
-
-def test_lint_names_every_file_that_is_missing(tree, tmp_path, capsys):
-    for stem in ("trainval_1", "trainval_3"):
-        (tree / f"JPEGImages/{stem}.jpg").unlink()
-    (tree / "Annotations/trainval_0.xml").unlink()
-    message(capsys, "lint", "--data", f"voc:{tree}", "--out", tmp_path / "lint", code=1)
-    content = json.loads((tmp_path / "lint/lint.json").read_text())
-    (missing,) = [f["items"] for f in content["findings"]["train"] if "cannot be read" in f["kind"]]
-    assert len(missing) == 3
-    assert content["images"]["train"] == 3
-
-
 def test_version(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--version"])
@@ -306,28 +226,3 @@ def test_options_that_do_not_go_together(tree, tmp_path, capsys):
     assert main([*map(str, train), "--epochs", "0"]) == 0
     weights = ["--weights", tmp_path / "run/last.pth"]
     assert "has no class 'stra'" in message(capsys, "eval", "--data", f"voc:{tree}", *weights, "--classes", "stra")
-
-
-def test_pictures_of_lint_are_not_larger_than_needed(tmp_path, capsys):
-    (tmp_path / "set").mkdir()
-    Image.new("L", (4000, 3000)).save(tmp_path / "set/a.png")
-    box = {"image_id": 1, "category_id": 1, "bbox": [3900, 10, 300, 50]}
-    content = {
-        "images": [{"id": 1, "file_name": "a.png"}],
-        "annotations": [box],
-        "categories": [{"id": 1, "name": "b"}],
-    }
-    (tmp_path / "set/all.json").write_text(json.dumps(content))
-    data = f"coco:{tmp_path}/set,{tmp_path}/set/all.json"
-    assert main(["lint", "--data", data, "--out", str(tmp_path / "lint")]) == 0
-    with Image.open(tmp_path / "lint/train.png") as picture:
-        assert max(picture.size) < 900
-
-
-def test_lint_of_a_data_set_with_nothing_to_evaluate_on(tree, tmp_path, capsys):
-    (tree / "ImageSets/Main/test.txt").unlink()
-    message(capsys, "lint", "--data", f"voc:{tree}", "--out", tmp_path / "lint", code=1)
-    content = json.loads((tmp_path / "lint/lint.json").read_text())
-    assert content["images"] == {"train": 6}
-    (missing,) = [finding["items"] for finding in content["findings"]["train"] if finding["is_error"]]
-    assert "no such split" in missing[0]

@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_counted(tmp_path: Path, content: Content) -> None:
         data = open_coco(tmp_path, content)
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == 3
-    assert "1 annotation(s) of images that are not listed, left out: annotations[9] of 99" in messages[0]
+    assert "1 annotation(s) of images that are not listed, left out: instances.json annotations[9] of 99" in messages[0]
     assert "1 annotation(s) of another size than the image" in messages[1]
     assert "instances.json images[0] 30 x 40, a.jpg 40 x 30" in messages[1]
     assert "6 box(es) left out" in messages[2]

@@ -33,7 +33,7 @@ def test_classes_without_names(root: Path) -> None:
     data, messages = warnings_of(root)
     assert data.class_names == ("0", "1")
     assert len(messages) == 1
-    assert "2 class(es) without a name, named by their numbers: 0; 1" in messages[0]
+    assert "2 class(es) without a name, named by their numbers: 0 in data.yaml; 1 in data.yaml" in messages[0]
 
 
 @pytest.mark.parametrize(

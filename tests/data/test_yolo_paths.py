@@ -38,7 +38,7 @@ def test_paths(root: Path, text: str) -> None:
     assert sorted(data[k][1]["labels"].item() for k in range(2)) == [1, 2]
     if "part" in text:
         assert len(messages) == 1
-        assert "1 image(s) more than once in the split, taken once: images/train/part/b.jpg" in messages[0]
+        assert "1 image(s) more than once in the list, taken once: images/train/part/b.jpg" in messages[0]
     else:
         assert not messages
 
@@ -136,7 +136,7 @@ def test_lists_keep_their_order_and_take_images_once(root: Path) -> None:
     data, messages = warnings_of(configure(root, f"train: list.txt\n{NAMES}"))
     assert data.ids == ("images/train/part/b.jpg", "images/train/a.jpg")
     assert len(messages) == 1
-    assert "1 image(s) more than once in the split, taken once: images/train/a.jpg" in messages[0]
+    assert "1 image(s) more than once in the list, taken once: images/train/a.jpg" in messages[0]
 
 
 @pytest.mark.parametrize(

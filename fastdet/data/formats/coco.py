@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from fastdet.data.findings import Finding, Kind
 from fastdet.data.formats.text_files import is_true
 from fastdet.data.images import MAX_PIXELS, DataError
 from fastdet.data.records import AnnotatedImages, Box, Orientation, Record, base_name, collect, find_images, stem_of
@@ -56,7 +57,7 @@ class COCO(AnnotatedImages):
         names = _read_categories(path, content)
         listed = _index(path, content, "images", "id")
         boxes: dict[Any, list[Box]] = {key: [] for key in listed}
-        strangers = []
+        findings = list[Finding]()
         for place, entry in _entries(path, content, "annotations"):
             with collect(problems):
                 image, category = (_get(path, place, entry, key, (int, str)) for key in ("image_id", "category_id"))
@@ -66,11 +67,11 @@ class COCO(AnnotatedImages):
                 if image in boxes:
                     boxes[image].append(box)
                 else:
-                    strangers.append(f"{place} of {image!r:.100}")
-        found, records, substituted = find_images(folder), list[Record](), list[str]()
+                    findings.append(Finding(Kind.UNLISTED_IMAGE, f"{path.name} {place} of {image!r:.100}"))
+        found, records = find_images(folder), list[Record]()
         for key, (place, entry) in listed.items():
             with collect(problems):
-                records.append(_to_record(path, place, entry, folder, found, boxes[key], substituted))
+                records.append(_to_record(path, place, entry, folder, found, boxes[key], findings))
         ordered = [names[key] for key in sorted(names, key=lambda key: (isinstance(key, str), key))]
         super().__init__(
             f"{path}",
@@ -78,10 +79,7 @@ class COCO(AnnotatedImages):
             ordered if class_names is None else class_names,
             orientation=orientation,
             max_pixels=max_pixels,
-            findings={
-                "annotation(s) of images that are not listed, left out": strangers,
-                "image(s) with the name that is listed, in another place or with another suffix": substituted,
-            },
+            findings=findings,
             problems=problems,
         )
 
@@ -161,9 +159,9 @@ def _to_record(
     folder: Path,
     found: dict[str, list[str]],
     boxes: list[Box],
-    substituted: list[str],
+    findings: list[Finding],
 ) -> Record:
-    """`substituted` gets a description where the image is of another path or suffix than the entry names."""
+    """`findings` gets one where the image is of another path or suffix than the entry names."""
     name = _get(path, place, entry, "file_name", (str,))
     width, height = entry.get("width"), entry.get("height")
     size = (float(width), float(height)) if _is_side(width) and _is_side(height) else None
@@ -176,7 +174,7 @@ def _to_record(
             problem = f"several of {', '.join(names)} fit" if names else "no image fits"
             raise DataError(f"{path}: {place}: {problem} {printable(name, 200)} in {folder}")
         image = folder / (base if base in names else names[0])
-        substituted.append(f"{image.name} for {printable(name, 100)}")
+        findings.append(Finding(Kind.OTHER_FILE, f"{image.name} for {printable(name, 100)}"))
     return Record(name, image, f"{path} {place}", size, boxes)
 
 

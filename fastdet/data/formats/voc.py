@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, ParseError
 
+from fastdet.data.findings import Finding, Kind
 from fastdet.data.formats.text_files import is_true, lines_of, read_text
 from fastdet.data.images import MAX_PIXELS, SUFFIXES, DataError
 from fastdet.data.records import (
@@ -74,36 +75,32 @@ class VOC(AnnotatedImages):
         found = find_images(images)
         files = sorted(name for name in os.listdir(annotations) if not name.startswith("."))
         every_stem = [stem for stem, suffix in map(os.path.splitext, files) if suffix == ".xml"]
-        repeated, chosen = list[str](), list[str]()
-        stems = every_stem if split is None else _read_split(self.root, split, set(every_stem), repeated)
+        findings = list[Finding]()
+        stems = every_stem if split is None else _read_split(self.root, split, set(every_stem), findings)
         if not stems:
             raise DataError(f"{annotations}: the folder has no XML file")
         records = []
         for stem in stems:
             with collect(problems):
                 annotation = _read_annotation(annotations / f"{stem}.xml")
-                image = _choose_image(images, stem, annotation, found, chosen)
+                image = _choose_image(images, stem, annotation, found, findings)
                 boxes = [_to_box(item, zero_based) for item in annotation.objects]
                 records.append(Record(stem, image, str(annotation.path), annotation.size, boxes))
-        findings = {
-            "name(s) more than once in the list, taken once": repeated,
-            "image(s) taken of several with one stem": chosen,
-        }
         if split is None:
-            findings["folder(s) in that of the XML files, which are not read"] = [
+            folders = [
                 name for name in files if (annotations / name).is_dir() and any((annotations / name).rglob("*.xml"))
             ]
+            findings += [Finding(Kind.INNER_FOLDER, name) for name in folders]
             used = {record.image.name for record in records}
-            findings["image(s) without an XML file, left out"] = [
-                name for names in found.values() for name in names if name not in used
-            ]
+            unused = [name for names in found.values() for name in names if name not in used]
+            findings += [Finding(Kind.WITHOUT_ANNOTATION, name) for name in unused]
         if class_names is None:
             names, unread = {box.name for record in records for box in record.boxes}, list[DataError]()
             for stem in sorted(set(every_stem) - set(stems)):
                 with collect(unread):
                     names |= {item.name for item in _read_annotation(annotations / f"{stem}.xml").objects}
             class_names = sorted(names)
-            findings["XML file(s) of other splits that do not parse"] = [str(error) for error in unread]
+            findings += [Finding(Kind.UNREAD_ANNOTATION, str(error)) for error in unread]
         super().__init__(
             str(self.root) if split is None else f"{self.root} ({split})",
             records,
@@ -163,8 +160,8 @@ def _to_box(item: _Object, zero_based: bool) -> Box:
     return Box(item.name, (xmin - first, ymin - first, xmax, ymax), item.difficult, shown)
 
 
-def _read_split(root: Path, split: str, known: Container[str], repeated: list[str]) -> list[str]:
-    """The stems of a list, each once; those that are there several times are appended to `repeated`.
+def _read_split(root: Path, split: str, known: Container[str], findings: list[Finding]) -> list[str]:
+    """The stems of a list, each once; `findings` gets those that are there several times.
 
     `known` are the stems of the XML files: a name of them may end in a number, as lines of VOC's lists of a class do.
     """
@@ -182,7 +179,8 @@ def _read_split(root: Path, split: str, known: Container[str], repeated: list[st
     if all(re.search(r"\s(1|-1|0)$", line) and stem_of(line) not in known for line in lines):
         lines = [line.rsplit(maxsplit=1)[0] for line in lines]
     stems = [stem_of(line) for line in lines]
-    repeated += sorted(stem for stem, times in Counter(stems).items() if times > 1)
+    repeated = sorted(stem for stem, times in Counter(stems).items() if times > 1)
+    findings += [Finding(Kind.LISTED_TWICE, f"{stem} in {path.name}") for stem in repeated]
     return list(dict.fromkeys(stems))
 
 
@@ -256,9 +254,9 @@ def _read_number(parent: Element, field: str, path: Path) -> float:
 
 
 def _choose_image(
-    folder: Path, stem: str, annotation: _Annotation, images: dict[str, list[str]], chosen: list[str]
+    folder: Path, stem: str, annotation: _Annotation, images: dict[str, list[str]], findings: list[Finding]
 ) -> Path:
-    """The image of an annotation; where several have its stem and none is named, the first, appended to `chosen`."""
+    """The image of an annotation; where several have its stem and none is named, the first, which is a finding."""
     # A path was written on another machine: it means nothing here, and must not lead out of the folder.
     named = base_name(annotation.filename)
     names = images.get(stem) or images.get(stem_of(named), [])
@@ -267,5 +265,5 @@ def _choose_image(
     if named in names:
         return folder / named
     if len(names) > 1:
-        chosen.append(f"{names[0]} of {', '.join(names)}")
+        findings.append(Finding(Kind.SEVERAL_IMAGES, f"{names[0]} of {', '.join(names)}"))
     return folder / names[0]

@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+from fastdet.data.findings import Finding, Kind
 from fastdet.data.formats.text_files import error_at, lines_of, read_text
 from fastdet.data.formats.yolo_config import Config, join_within, read_config, with_slashes
 from fastdet.data.images import MAX_PIXELS, SUFFIXES, DataError
@@ -63,47 +63,42 @@ class YOLO(AnnotatedImages):
         problems: list[DataError] | None = None,
     ) -> None:
         config = read_config(Path(path) / "data.yaml" if os.path.isdir(path) else Path(path))
-        found = _find_images(config, split, problems)
-        labels = _find_labels(found.images, config.root)
-        records, unlabeled, labeled = [], list[str](), dict[Path, list[str]]()
-        for image, label in zip(found.images, labels, strict=True):
+        findings = [Finding(Kind.CLASS_WITHOUT_NAME, f"{name} in {config.path.name}") for name in config.unnamed]
+        images, folders = _find_images(config, split, findings, problems)
+        labels = _find_labels(images, config.root)
+        records, labeled = [], dict[Path, list[str]]()
+        for image, label in zip(images, labels, strict=True):
             name = image.relative_to(config.root).as_posix()
             with collect(problems):
                 boxes = _read_boxes(label, config, problems)
                 if boxes is None:
-                    unlabeled.append(f"{name} has no {os.path.relpath(label, config.root)}")
+                    text = f"{name} has no {os.path.relpath(label, config.root)}"
+                    findings.append(Finding(Kind.WITHOUT_LABELS, text))
                 else:
                     labeled.setdefault(label, []).append(image.name)
                 records.append(Record(name, image, printable(label), None, boxes or [], relative=True))
-        findings = {
-            "class(es) without a name, named by their numbers": config.unnamed,
-            **found.findings,
-            "image(s) without a file of labels, taken as background": unlabeled,
-            "file(s) of labels without an image": _find_strangers(found.folders, set(labels), config.root),
-            "file(s) of labels that several images have in common": [
-                f"{label.name} of {', '.join(names)}" for label, names in labeled.items() if len(names) > 1
-            ],
-        }
+        strangers = _find_strangers(folders, set(labels), config.root)
+        findings += [Finding(Kind.WITHOUT_IMAGE, name) for name in strangers]
+        findings += [
+            Finding(Kind.SHARED_LABELS, f"{label.name} of {', '.join(names)}")
+            for label, names in labeled.items()
+            if len(names) > 1
+        ]
         super().__init__(
             printable(f"{config.path} ({split})"),
             records,
             [config.names[number] for number in sorted(config.names)] if class_names is None else class_names,
             orientation=orientation,
             max_pixels=max_pixels,
-            findings={kind: [printable(text, 300) for text in texts] for kind, texts in findings.items()},
+            findings=findings,
             problems=problems,
         )
 
 
-class _Images(NamedTuple):
+def _find_images(
+    config: Config, split: str, findings: list[Finding], problems: list[DataError] | None
+) -> tuple[list[Path], list[Path]]:
     """The images of a split, each once, and the folders that have been searched for them."""
-
-    images: list[Path]
-    folders: list[Path]
-    findings: dict[str, list[str]]
-
-
-def _find_images(config: Config, split: str, problems: list[DataError] | None) -> _Images:
     path, content, root = config.path, config.content, config.root
     keys = [key for key in (_VAL if split in _VAL else (split,)) if key in content]
     if not keys or split in ("path", "names", "nc", "kpt_shape"):
@@ -112,11 +107,11 @@ def _find_images(config: Config, split: str, problems: list[DataError] | None) -
     sources = content[keys[0]] if isinstance(content[keys[0]], list) else [content[keys[0]]]
     if not all(isinstance(source, str) for source in sources):
         raise error_at(path, f"{keys[0]} is {sources!r:.100}, not a path or a list of paths")
-    images, folders, linked, elsewhere = list[Path](), list[Path](), list[str](), list[str]()
+    images, folders, linked = list[Path](), list[Path](), list[str]()
     for written in sources:
         source = _find_source(config, keys[0], written)
         if join_within(root, root, written) is None and os.path.exists(root / with_slashes(written)):
-            elsewhere.append(f"{written} as {source}")
+            findings.append(Finding(Kind.OUTSIDE_PATH, f"{written} as {source}"))
         if os.path.isdir(source):
             folders.append(source)
             images += _walk(source, SUFFIXES, linked)
@@ -124,14 +119,10 @@ def _find_images(config: Config, split: str, problems: list[DataError] | None) -
             images += _read_list(source, root, problems)
     if not images:
         raise error_at(path, f"{keys[0]}: no images in {', '.join(sources)} of {root}")
-    findings = {
-        "path(s) that lead out of the data set's folder, taken within it": elsewhere,
-        "link(s) to folders in a folder of images, not followed": linked,
-        "image(s) more than once in the split, taken once": [
-            path.relative_to(root).as_posix() for path, times in Counter(images).items() if times > 1
-        ],
-    }
-    return _Images(list(dict.fromkeys(images)), folders, findings)
+    findings += [Finding(Kind.LINKED_FOLDER, name) for name in linked]
+    repeated = [path.relative_to(root).as_posix() for path, times in Counter(images).items() if times > 1]
+    findings += [Finding(Kind.LISTED_TWICE, name) for name in repeated]
+    return list(dict.fromkeys(images)), folders
 
 
 def _find_source(config: Config, key: str, written: str) -> Path:
