@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fastdet.kernels.common.boxes import load_boxes, store_rows_of_4
-from fastdet.kernels.common.nms_overlap import are_finite, arrive_last, half_ulp, is_compiled, pairwise_exceeds
+from fastdet.kernels.common.nms_overlap import are_finite, half_ulp, is_compiled, pairwise_exceeds
 
 
 @triton.jit
@@ -22,6 +22,29 @@ def pack_words(
     words: tl.constexpr = flags.shape[len(flags.shape) - 1] // 32
     bits = tl.reshape(flags, [ROWS, words, 32]) << tl.arange(0, 32)[None, None, :]
     return tl.sum(bits, axis=2).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def pack_overlaps(
+    cx1,  # [32] fp32, pixels, as are the other corners of the columns
+    cy1,
+    cx2,
+    cy2,
+    column,  # [32], their priorities: 0 is the highest
+    x1,  # [N] fp32, pixels, as are the other corners of the rows
+    y1,
+    x2,
+    y2,
+    row,  # [N], their priorities
+    iou_threshold,
+    half_ulp,
+    FUSED: tl.constexpr,
+):
+    """int32 [N], of which bit c is set if column c has a higher priority than the row and overlaps it."""
+    # Compare all pairs, [32, N], and pack 32 comparisons into a word.
+    overlaps = pairwise_exceeds(cx1, cy1, cx2, cy2, x1, y1, x2, y2, iou_threshold, half_ulp, FUSED)
+    overlaps &= column[:, None] < row[None, :]
+    return tl.sum(overlaps.to(tl.int32) << tl.arange(0, 32)[:, None], axis=0)
 
 
 @triton.jit
@@ -88,35 +111,28 @@ def _load_candidates(
 
 
 @triton.jit
-def settle_block(
+def overlap_block(
     # Tensors, all contiguous
     boxes_ptr,  # [groups, N, 4] fp32, pixels
     valid_ptr,  # [groups, N] bool
     survivors_ptr,  # [groups, CHUNK] int32, rows, from the filter; not read if FIRST
-    number_ptr,  # [groups] int32, how many of them there are; set to 0
-    overlap_ptr,  # [groups, CHUNK / 32, CHUNK] int32, scratch
-    removed_ptr,  # [groups, STEP] int8, set to 0 if FIRST
-    cursor_ptr,  # [groups] int32, set to CHUNK if FIRST
-    kept_ptr,  # [groups, max_keep, 4] fp32, pixels, appended to
-    index_ptr,  # [groups, max_keep] int64, appended to; filled up with 0 if FIRST
-    count_ptr,  # [groups] int64, kept boxes, updated; not read if FIRST
-    arrivals_ptr,  # [groups] int32, 0 before and after
+    overlap_ptr,  # [groups, CHUNK / 32, CHUNK] int32, output
     # Sizes
     num_boxes,
-    max_keep,
+    number,  # of boxes in the chunk
     # Scalars
     iou_threshold,
     half_ulp,
-    block,  # of rows, of all groups
+    group,
+    block,  # of rows
     word,  # of 32 columns
     # Constexprs
     CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     FIRST: tl.constexpr,
     FUSED: tl.constexpr,
 ):
-    """Compare the rows of a block with 32 boxes of the chunk; the last of a group decides it and appends what is kept.
+    """Compare the rows of a block with 32 boxes of the chunk.
 
                         BLOCK_ROWS rows
                  +-------------------------+
@@ -124,72 +140,48 @@ def settle_block(
     one word     | bit of column 1   ...   |     if box 32 w + c has a higher priority than the row's and overlaps it
                  +-------------------------+     by more than the threshold
 
-    The last one then holds the whole matrix in registers, one row a box. Words above the diagonal, and of tiles without
-    an eligible row, are left unwritten: they are never read.
-
-    Returns whether the chunk of the group is decided: by this one, or because no box is in it.
+    Words above the diagonal, and of blocks past the last box, are left unwritten: they are never read.
     """
-    WORDS: tl.constexpr = CHUNK // 32
-    row_blocks: tl.constexpr = CHUNK // BLOCK_ROWS
-    group = tl.cast(block // row_blocks, tl.int64)
-    block %= row_blocks
-    if FIRST:
-        number = tl.minimum(num_boxes, CHUNK)
-    else:
-        number = tl.load(number_ptr + group)
-    decided = number == 0
-    if number > 0:
+    if (word * 32 < (block + 1) * BLOCK_ROWS) & (block * BLOCK_ROWS < number):
         lane = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        _row, eligible, x1, y1, x2, y2 = _load_candidates(
+        _row, _eligible, x1, y1, x2, y2 = _load_candidates(
             boxes_ptr, valid_ptr, survivors_ptr, group, lane, num_boxes, number, CHUNK, FIRST
         )
-        on_or_below_diagonal = word * 32 < (block + 1) * BLOCK_ROWS
-        if FIRST:
-            any_eligible = tl.max(eligible.to(tl.int32), axis=0) > 0
-        else:
-            any_eligible = block * BLOCK_ROWS < number
-        if on_or_below_diagonal & any_eligible:
-            bit = tl.arange(0, 32)
-            column = word * 32 + bit
-            _column_row, _column_eligible, cx1, cy1, cx2, cy2 = _load_candidates(
-                boxes_ptr, valid_ptr, survivors_ptr, group, column, num_boxes, number, CHUNK, FIRST
-            )
-            # Compare all pairs, [32, BLOCK_ROWS], and pack 32 comparisons into a word.
-            overlaps = pairwise_exceeds(cx1, cy1, cx2, cy2, x1, y1, x2, y2, iou_threshold, half_ulp, FUSED)
-            overlaps &= column[:, None] < lane[None, :]
-            packed = tl.sum(overlaps.to(tl.int32) << bit[:, None], axis=0)
-            tl.store(overlap_ptr + (group * WORDS + word) * CHUNK + lane, packed)
-
-        decided = arrive_last(arrivals_ptr + group, row_blocks * WORDS)
-        if decided:
-            _settle(
-                boxes_ptr, valid_ptr, survivors_ptr, overlap_ptr, kept_ptr, index_ptr, count_ptr,
-                group, num_boxes, number, max_keep, CHUNK, FIRST,
-            )  # fmt: skip
-            tl.store(number_ptr + group, 0)
-            if FIRST:
-                tl.store(cursor_ptr + group, CHUNK)
-                tl.store(removed_ptr + group * STEP + tl.arange(0, STEP), tl.zeros([STEP], dtype=tl.int8))
-    return decided
+        column = word * 32 + tl.arange(0, 32)
+        _column_row, _column_eligible, cx1, cy1, cx2, cy2 = _load_candidates(
+            boxes_ptr, valid_ptr, survivors_ptr, group, column, num_boxes, number, CHUNK, FIRST
+        )
+        packed = pack_overlaps(cx1, cy1, cx2, cy2, column, x1, y1, x2, y2, lane, iou_threshold, half_ulp, FUSED)
+        tl.store(overlap_ptr + (group * (CHUNK // 32) + word) * CHUNK + lane, packed)
 
 
 @triton.jit
-def _settle(
-    boxes_ptr,  # these as in the kernel
+def decide_group(
+    # Tensors, all contiguous
+    boxes_ptr,  # as in `overlap_block`
     valid_ptr,
     survivors_ptr,
+    number_ptr,  # [groups] int32, boxes in the chunk; set to 0
     overlap_ptr,
-    kept_ptr,
-    index_ptr,
-    count_ptr,
-    group,
+    removed_ptr,  # [groups, STEP] int8, set to 0 if FIRST
+    cursor_ptr,  # [groups] int32, set to CHUNK if FIRST
+    kept_ptr,  # [groups, max_keep, 4] fp32, pixels, appended to
+    index_ptr,  # [groups, max_keep] int64, appended to; filled up with 0 if FIRST
+    count_ptr,  # [groups] int64, kept boxes, updated; not read if FIRST
+    # Sizes
     num_boxes,
     number,
     max_keep,
+    group,
+    # Constexprs
     CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
     FIRST: tl.constexpr,
 ):
-    """Decide the chunk of a group, whose matrix is written, and append what is kept."""
+    """Decide the chunk of a group, whose matrix is written, and append what is kept.
+
+    The whole matrix is in registers, one row a box.
+    """
     WORDS: tl.constexpr = CHUNK // 32
     lane = tl.arange(0, CHUNK)
     row, eligible, x1, y1, x2, y2 = _load_candidates(
@@ -208,16 +200,47 @@ def _settle(
         kept_ptr + group * max_keep * 4, index_ptr + group * max_keep, count, max_keep, kept, row, x1, y1, x2, y2
     )
     tl.store(count_ptr + group, count)
+    tl.store(number_ptr + group, 0)
     if FIRST:
+        tl.store(cursor_ptr + group, CHUNK)
+        tl.store(removed_ptr + group * STEP + tl.arange(0, STEP), tl.zeros([STEP], dtype=tl.int8))
         for start in range(0, max_keep, CHUNK):
             slot = start + lane
             zeros = tl.zeros([CHUNK], dtype=tl.int64)
             tl.store(index_ptr + group * max_keep + slot, zeros, mask=(slot >= count) & (slot < max_keep))
 
 
+@triton.jit(do_not_specialize=["num_boxes"])
+def _overlap_kernel(
+    boxes_ptr,  # these as in `overlap_block`
+    valid_ptr,
+    survivors_ptr,
+    number_ptr,  # [groups] int32, boxes in the chunk; not read if FIRST
+    overlap_ptr,
+    num_boxes,
+    iou_threshold,
+    half_ulp,
+    CHUNK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    FUSED: tl.constexpr,
+):
+    """The matrix of a chunk of every group: program (block, word)."""
+    row_blocks: tl.constexpr = CHUNK // BLOCK_ROWS
+    group = tl.cast(tl.program_id(0) // row_blocks, tl.int64)
+    if FIRST:
+        number = tl.minimum(num_boxes, CHUNK)
+    else:
+        number = tl.load(number_ptr + group)
+    overlap_block(
+        boxes_ptr, valid_ptr, survivors_ptr, overlap_ptr, num_boxes, number, iou_threshold, half_ulp,
+        group, tl.program_id(0) % row_blocks, tl.program_id(1), CHUNK, BLOCK_ROWS, FIRST, FUSED,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_boxes", "max_keep"])
-def _settle_kernel(
-    boxes_ptr,  # all as in `settle_block`
+def _decide_kernel(
+    boxes_ptr,  # all as in `decide_group`
     valid_ptr,
     survivors_ptr,
     number_ptr,
@@ -227,23 +250,23 @@ def _settle_kernel(
     kept_ptr,
     index_ptr,
     count_ptr,
-    arrivals_ptr,
     num_boxes,
     max_keep,
-    iou_threshold,
-    half_ulp,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
     FIRST: tl.constexpr,
-    FUSED: tl.constexpr,
 ):
-    """A chunk of every group: program (block, word)."""
-    settle_block(
-        boxes_ptr, valid_ptr, survivors_ptr, number_ptr, overlap_ptr, removed_ptr, cursor_ptr, kept_ptr, index_ptr,
-        count_ptr, arrivals_ptr, num_boxes, max_keep, iou_threshold, half_ulp, tl.program_id(0), tl.program_id(1),
-        CHUNK, STEP, BLOCK_ROWS, FIRST, FUSED,
-    )  # fmt: skip
+    """A chunk of every group: program (group)."""
+    group = tl.program_id(0).to(tl.int64)
+    if FIRST:
+        number = tl.minimum(num_boxes, CHUNK)
+    else:
+        number = tl.load(number_ptr + group)
+    if number > 0:
+        decide_group(
+            boxes_ptr, valid_ptr, survivors_ptr, number_ptr, overlap_ptr, removed_ptr, cursor_ptr, kept_ptr, index_ptr,
+            count_ptr, num_boxes, number, max_keep, group, CHUNK, STEP, FIRST,
+        )  # fmt: skip
 
 
 def launch_settle(
@@ -257,7 +280,6 @@ def launch_settle(
     kept: torch.Tensor,
     index: torch.Tensor,
     count: torch.Tensor,
-    arrivals: torch.Tensor,
     *,
     first: bool,
     iou_threshold: float,
@@ -266,10 +288,27 @@ def launch_settle(
 ) -> None:
     """Settle the survivors of each group, or with `first` its first rows, and append what is kept.
 
-    A program compares `rows` rows with 32 columns.
+    A program compares `rows` rows with 32 columns; then one of `warps` warps decides a group. These are two launches,
+    since what decides takes so many registers that few programs fit the device at a time.
     """
     groups, chunk = survivors.shape
-    _settle_kernel[(groups * (chunk // rows), chunk // 32)](
+    _overlap_kernel[(groups * (chunk // rows), chunk // 32)](
+        boxes_ptr=boxes,
+        valid_ptr=valid,
+        survivors_ptr=survivors,
+        number_ptr=number,
+        overlap_ptr=overlap,
+        num_boxes=boxes.shape[1],
+        iou_threshold=iou_threshold,
+        half_ulp=half_ulp(iou_threshold),
+        CHUNK=chunk,
+        BLOCK_ROWS=rows,
+        FIRST=first,
+        FUSED=is_compiled(_overlap_kernel),
+        num_warps=max(rows // 32, 1),
+        enable_fp_fusion=False,
+    )
+    _decide_kernel[(groups,)](
         boxes_ptr=boxes,
         valid_ptr=valid,
         survivors_ptr=survivors,
@@ -280,16 +319,11 @@ def launch_settle(
         kept_ptr=kept,
         index_ptr=index,
         count_ptr=count,
-        arrivals_ptr=arrivals,
         num_boxes=boxes.shape[1],
         max_keep=index.shape[1],
-        iou_threshold=iou_threshold,
-        half_ulp=half_ulp(iou_threshold),
         CHUNK=chunk,
         STEP=removed.shape[1],
-        BLOCK_ROWS=rows,
         FIRST=first,
-        FUSED=is_compiled(_settle_kernel),
         num_warps=warps,
         enable_fp_fusion=False,
     )
