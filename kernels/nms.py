@@ -33,6 +33,7 @@ class Config(NamedTuple):
     filter_rows, filter_kept: rows and kept boxes that a program of the filter compares at a time.
     filter_span: kept boxes that it compares in all.
     warps: of the programs that decide a chunk.
+    at_once: whether one launch compares and decides a chunk, or two.
     finish_rows, finish_kept: boxes that the last launch decides at once, and kept ones that it compares them with at a
         time.
     finish_warps: of its programs.
@@ -46,6 +47,7 @@ class Config(NamedTuple):
     filter_kept: int
     filter_span: int
     warps: int
+    at_once: bool
     finish_rows: int
     finish_kept: int
     finish_warps: int
@@ -64,7 +66,7 @@ def config(groups: int, num_boxes: int, max_keep: int) -> Config:
     """
     if groups >= MANY_GROUPS:
         warps = 4 if groups < 4 * MANY_GROUPS and num_boxes > 32 else 2
-        return Config(0, 0, 0, 0, 0, 0, 0, 0, finish_rows=16 * warps, finish_kept=32, finish_warps=warps)
+        return Config(0, 0, 0, 0, 0, 0, 0, 0, False, finish_rows=16 * warps, finish_kept=32, finish_warps=warps)
     chunk = min(max(triton.next_power_of_2(num_boxes), 32), 1024 if max_keep > 512 else 512)
     left = max(num_boxes - chunk, 0)
     step = min(max(triton.next_power_of_2(left), 32), 4096)
@@ -74,13 +76,15 @@ def config(groups: int, num_boxes: int, max_keep: int) -> Config:
     passing, keeping = triton.cdiv(left, step), triton.cdiv(4 * max_keep, 3 * chunk)
     return Config(
         chunk,
-        overlap_rows=min(chunk, 128),
+        # The programs of one group fit a device at a time, even with the registers to decide.
+        overlap_rows=min(chunk, 256 if groups == 1 else 128),
         step=step,
         steps=min(passing + keeping - 1, most_steps(num_boxes, chunk, step)),
         filter_rows=min(step, 64),
         filter_kept=64,
         filter_span=256,
         warps=max(chunk // 64, 1),
+        at_once=groups == 1,
         finish_rows=128,
         finish_kept=64,
         finish_warps=16,
@@ -200,9 +204,9 @@ def launch(
                 block_kept=config.filter_kept, span=config.filter_span,
             )  # fmt: skip
         launch_settle(
-            boxes, valid, survivors, number, overlap, removed, cursor, kept, index, count,
-            first=step == 0, iou_threshold=iou_threshold, rows=config.overlap_rows,
-            warps=config.warps,
+            boxes, valid, survivors, number, overlap, removed, cursor, kept, index, count, arrivals,
+            first=step == 0, iou_threshold=iou_threshold, rows=config.overlap_rows, warps=config.warps,
+            at_once=config.at_once,
         )  # fmt: skip
     if not config.chunk or config.steps < most_steps(num_boxes, config.chunk, config.step):
         _finish_kernel[(groups,)](

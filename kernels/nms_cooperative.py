@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from fastdet.kernels import nms
-from fastdet.kernels.common.nms_overlap import arrive_last, half_ulp, is_compiled
+from fastdet.kernels.common.nms_overlap import half_ulp, is_compiled
 from fastdet.kernels.nms_filter import filter_block
-from fastdet.kernels.nms_settle import decide_group, overlap_block
+from fastdet.kernels.nms_settle import settle_block
 
 # As of `fastdet.kernels.nms`, and two of the barrier.
 STATE_ROWS = nms.STATE_ROWS + 2
@@ -82,26 +82,15 @@ def _settle_all(
     begin, end = _share(groups * items)
     # What depends on the thread alone would else take registers in all phases.
     for item in tl.range(begin, end, disable_licm=True):
-        group = tl.cast(item // items, tl.int64)
-        if FIRST:
-            number = tl.minimum(num_boxes, CHUNK)
-        else:
-            number = tl.load(number_ptr + group)
-        decided = number == 0
-        if number > 0:
-            overlap_block(
-                boxes_ptr, valid_ptr, survivors_ptr, overlap_ptr, num_boxes, number, iou_threshold, half_ulp,
-                group, item % items // words, item % words, CHUNK, BLOCK_ROWS, FIRST, FUSED,
-            )  # fmt: skip
-            decided = arrive_last(arrivals_ptr + group, items)
-            if decided:
-                decide_group(
-                    boxes_ptr, valid_ptr, survivors_ptr, number_ptr, overlap_ptr, removed_ptr, cursor_ptr, kept_ptr,
-                    index_ptr, count_ptr, num_boxes, number, max_keep, group, CHUNK, STEP, FIRST,
-                )  # fmt: skip
+        decided = settle_block(
+            boxes_ptr, valid_ptr, survivors_ptr, number_ptr, overlap_ptr, removed_ptr, cursor_ptr, kept_ptr, index_ptr,
+            count_ptr, arrivals_ptr, num_boxes, max_keep, iou_threshold, half_ulp, item // words, item % words,
+            CHUNK, STEP, BLOCK_ROWS, FIRST, True, FUSED,
+        )  # fmt: skip
         if decided:
             # One thread has stored what all read.
             tl.debug_barrier()
+            group = item // items
             if (tl.load(count_ptr + group) < max_keep) & (tl.load(cursor_ptr + group) < num_boxes):
                 # It never shrinks, so that a program which reads it late, in the next step, goes on all the same.
                 tl.store(needed_ptr, step + 1)
@@ -208,7 +197,7 @@ def launch(
 ) -> None:
     """As `fastdet.kernels.nms.launch`, but that `state` is [STATE_ROWS, groups], of which rows 0, 3 and 4 are 0."""
     if boxes.shape[1] <= config.chunk or not config.chunk:
-        # Those are one launch or two, and their programs need not wait.
+        # Those are few launches, and their programs need not wait.
         scratch = survivors, overlap, removed, state[:3], kept
         nms.launch(boxes, valid, *scratch, index, count, iou_threshold=iou_threshold, config=config)
         return

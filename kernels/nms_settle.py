@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fastdet.kernels.common.boxes import load_boxes, store_rows_of_4
-from fastdet.kernels.common.nms_overlap import are_finite, half_ulp, is_compiled, pairwise_exceeds
+from fastdet.kernels.common.nms_overlap import are_finite, arrive_last, half_ulp, is_compiled, pairwise_exceeds
 
 
 @triton.jit
@@ -210,31 +210,91 @@ def decide_group(
             tl.store(index_ptr + group * max_keep + slot, zeros, mask=(slot >= count) & (slot < max_keep))
 
 
-@triton.jit(do_not_specialize=["num_boxes"])
-def _overlap_kernel(
-    boxes_ptr,  # these as in `overlap_block`
+@triton.jit
+def settle_block(
+    # Tensors, all contiguous
+    boxes_ptr,  # as in `decide_group`
     valid_ptr,
     survivors_ptr,
-    number_ptr,  # [groups] int32, boxes in the chunk; not read if FIRST
+    number_ptr,  # not read if FIRST
     overlap_ptr,
+    removed_ptr,
+    cursor_ptr,
+    kept_ptr,
+    index_ptr,
+    count_ptr,
+    arrivals_ptr,  # [groups] int32, 0 before and after
+    # Sizes
     num_boxes,
+    max_keep,
+    # Scalars
     iou_threshold,
     half_ulp,
+    block,  # of rows, of all groups
+    word,  # of 32 columns
+    # Constexprs
     CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     FIRST: tl.constexpr,
+    DECIDE: tl.constexpr,
     FUSED: tl.constexpr,
 ):
-    """The matrix of a chunk of every group: program (block, word)."""
+    """`overlap_block` of a block; if DECIDE, the last program of a group decides it.
+
+    Returns whether the chunk of the group is decided: by this one, or because no box is in it.
+    """
     row_blocks: tl.constexpr = CHUNK // BLOCK_ROWS
-    group = tl.cast(tl.program_id(0) // row_blocks, tl.int64)
+    group = tl.cast(block // row_blocks, tl.int64)
     if FIRST:
         number = tl.minimum(num_boxes, CHUNK)
     else:
         number = tl.load(number_ptr + group)
-    overlap_block(
-        boxes_ptr, valid_ptr, survivors_ptr, overlap_ptr, num_boxes, number, iou_threshold, half_ulp,
-        group, tl.program_id(0) % row_blocks, tl.program_id(1), CHUNK, BLOCK_ROWS, FIRST, FUSED,
+    decided = number == 0
+    if number > 0:
+        overlap_block(
+            boxes_ptr, valid_ptr, survivors_ptr, overlap_ptr, num_boxes, number, iou_threshold, half_ulp,
+            group, block % row_blocks, word, CHUNK, BLOCK_ROWS, FIRST, FUSED,
+        )  # fmt: skip
+        if DECIDE:
+            decided = arrive_last(arrivals_ptr + group, row_blocks * (CHUNK // 32))
+            if decided:
+                decide_group(
+                    boxes_ptr, valid_ptr, survivors_ptr, number_ptr, overlap_ptr, removed_ptr, cursor_ptr, kept_ptr,
+                    index_ptr, count_ptr, num_boxes, number, max_keep, group, CHUNK, STEP, FIRST,
+                )  # fmt: skip
+    return decided
+
+
+@triton.jit(do_not_specialize=["num_boxes", "max_keep"])
+def _settle_kernel(
+    boxes_ptr,  # all as in `settle_block`
+    valid_ptr,
+    survivors_ptr,
+    number_ptr,
+    overlap_ptr,
+    removed_ptr,
+    cursor_ptr,
+    kept_ptr,
+    index_ptr,
+    count_ptr,
+    arrivals_ptr,
+    num_boxes,
+    max_keep,
+    iou_threshold,
+    half_ulp,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    DECIDE: tl.constexpr,
+    FUSED: tl.constexpr,
+):
+    """The matrix of a chunk of every group, and if DECIDE what is kept: program (block, word)."""
+    settle_block(
+        boxes_ptr, valid_ptr, survivors_ptr, number_ptr, overlap_ptr, removed_ptr, cursor_ptr, kept_ptr, index_ptr,
+        count_ptr, arrivals_ptr, num_boxes, max_keep, iou_threshold, half_ulp, tl.program_id(0), tl.program_id(1),
+        CHUNK, STEP, BLOCK_ROWS, FIRST, DECIDE, FUSED,
     )  # fmt: skip
 
 
@@ -280,50 +340,46 @@ def launch_settle(
     kept: torch.Tensor,
     index: torch.Tensor,
     count: torch.Tensor,
+    arrivals: torch.Tensor,
     *,
     first: bool,
     iou_threshold: float,
     rows: int,
     warps: int,
+    at_once: bool,
 ) -> None:
     """Settle the survivors of each group, or with `first` its first rows, and append what is kept.
 
-    A program compares `rows` rows with 32 columns; then one of `warps` warps decides a group. These are two launches,
-    since what decides takes so many registers that few programs fit the device at a time.
+    A program compares `rows` rows with 32 columns, and one of `warps` warps decides a group. With `at_once` that is one
+    launch of programs of as many warps and registers, of which few fit the device at a time.
     """
     groups, chunk = survivors.shape
-    _overlap_kernel[(groups * (chunk // rows), chunk // 32)](
-        boxes_ptr=boxes,
-        valid_ptr=valid,
-        survivors_ptr=survivors,
-        number_ptr=number,
-        overlap_ptr=overlap,
-        num_boxes=boxes.shape[1],
+    tensors = {
+        "boxes_ptr": boxes,
+        "valid_ptr": valid,
+        "survivors_ptr": survivors,
+        "number_ptr": number,
+        "overlap_ptr": overlap,
+        "removed_ptr": removed,
+        "cursor_ptr": cursor,
+        "kept_ptr": kept,
+        "index_ptr": index,
+        "count_ptr": count,
+    }
+    sizes = {"num_boxes": boxes.shape[1], "max_keep": index.shape[1]}
+    constexprs = {"CHUNK": chunk, "STEP": removed.shape[1], "FIRST": first}
+    _settle_kernel[(groups * (chunk // rows), chunk // 32)](
+        **tensors,
+        arrivals_ptr=arrivals,
+        **sizes,
         iou_threshold=iou_threshold,
         half_ulp=half_ulp(iou_threshold),
-        CHUNK=chunk,
+        **constexprs,
         BLOCK_ROWS=rows,
-        FIRST=first,
-        FUSED=is_compiled(_overlap_kernel),
-        num_warps=max(rows // 32, 1),
+        DECIDE=at_once,
+        FUSED=is_compiled(_settle_kernel),
+        num_warps=warps if at_once else max(rows // 32, 1),
         enable_fp_fusion=False,
     )
-    _decide_kernel[(groups,)](
-        boxes_ptr=boxes,
-        valid_ptr=valid,
-        survivors_ptr=survivors,
-        number_ptr=number,
-        overlap_ptr=overlap,
-        removed_ptr=removed,
-        cursor_ptr=cursor,
-        kept_ptr=kept,
-        index_ptr=index,
-        count_ptr=count,
-        num_boxes=boxes.shape[1],
-        max_keep=index.shape[1],
-        CHUNK=chunk,
-        STEP=removed.shape[1],
-        FIRST=first,
-        num_warps=warps,
-        enable_fp_fusion=False,
-    )
+    if not at_once:
+        _decide_kernel[(groups,)](**tensors, **sizes, **constexprs, num_warps=warps, enable_fp_fusion=False)

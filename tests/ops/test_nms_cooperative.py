@@ -30,6 +30,7 @@ SMALL = nms.Config(
     filter_kept=8,
     filter_span=16,
     warps=1,
+    at_once=True,
     finish_rows=32,
     finish_kept=8,
     finish_warps=1,
