@@ -86,7 +86,7 @@ def config(groups: int, num_boxes: int, max_keep: int) -> Config:
         warps=max(chunk // 64, 1),
         at_once=groups == 1,
         finish_rows=128,
-        finish_kept=64,
+        finish_kept=32,
         finish_warps=16,
     )
 

@@ -13,6 +13,7 @@ import argparse
 import csv
 import functools
 import importlib
+import math
 import multiprocessing
 import statistics
 import sys
@@ -183,8 +184,7 @@ def climb(
             tried.add(config)
             measured = measure(config)
             yield config, measured
-            if measured.us is not None and measured.us < best[1].us:
-                best = config, measured
+            best = min(best, (config, measured), key=lambda each: each[1].us or math.inf)
     while best[1].us is not None:
         center, limit = best[0], best[1].us * (1 - _GAIN)
         for config in neighbors(center):

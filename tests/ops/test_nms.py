@@ -389,6 +389,22 @@ def test_kernel_equals_cpu(kernel_device, monkeypatch, seed, suppress):
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("rows", [32, 64])
+@pytest.mark.parametrize("count", [1, 65, 100])
+def test_kernel_equals_cpu_with_a_program_a_group(kernel_device, monkeypatch, count, rows):
+    """What is kept of a group fills a block, none of it, or runs past the last that is wanted."""
+    from fastdet.kernels import nms as kernel
+
+    alone = small_config(chunk=0, step=0, steps=0, finish_rows=rows)
+    monkeypatch.setattr(kernel, "config", lambda *sizes: alone)
+    boxes = torch.stack([random_boxes(count, side=20), random_boxes(count, side=200), random_boxes(count, side=60)])
+    valid = torch.rand(3, count) < 0.9
+    valid[2, :70] = False
+    for max_keep in (5, count):
+        assert_kernel_equals_cpu(kernel_device, boxes, valid, 0.5, max_keep)
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, "cooperative"])
 @pytest.mark.parametrize(("count", "shift"), [*itertools.product((63, 64, 65), (0.2, 0.6, 2.0)), (97, 0.6)])
 def test_kernel_on_rows_of_boxes(kernel_device, monkeypatch, steps, shift, count):
