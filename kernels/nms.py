@@ -62,7 +62,7 @@ MANY_GROUPS = 256
 def config(groups: int, num_boxes: int, max_keep: int) -> Config:
     """Sizes for groups of `num_boxes` boxes: the matrix of a chunk has to fit the registers of one program.
 
-    That of 1024 boxes is 64 words in each of 512 threads. Where few boxes are wanted, half as many keep enough.
+    That of 1024 boxes is 128 words in each of 256 threads. Where few boxes are wanted, half as many keep enough.
     """
     if groups >= MANY_GROUPS:
         warps = 4 if groups < 4 * MANY_GROUPS and num_boxes > 32 else 2
@@ -76,14 +76,15 @@ def config(groups: int, num_boxes: int, max_keep: int) -> Config:
     passing, keeping = triton.cdiv(left, step), triton.cdiv(4 * max_keep, 3 * chunk)
     return Config(
         chunk,
-        # The programs of one group fit a device at a time, even with the registers to decide.
-        overlap_rows=min(chunk, 256 if groups == 1 else 128),
+        # The 128 programs of one group, or 64, fit a device at a time, even with the registers to decide.
+        overlap_rows=max(chunk // 4, 32) if groups == 1 else min(chunk, 128),
         step=step,
         steps=min(passing + keeping - 1, most_steps(num_boxes, chunk, step)),
         filter_rows=min(step, 64),
         filter_kept=64,
         filter_span=256,
-        warps=max(chunk // 64, 1),
+        # So few that the words of a row are all in one thread, and its warp need not wait for another to combine them.
+        warps=max(chunk // 128, 1),
         at_once=groups == 1,
         finish_rows=128,
         finish_kept=32,

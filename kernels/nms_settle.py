@@ -9,19 +9,8 @@ from fastdet.kernels.common.nms_overlap import are_finite, arrive_last, half_ulp
 
 
 @triton.jit
-def _bitwise_or(a, b):
-    return a | b
-
-
-@triton.jit
-def pack_words(
-    flags,  # [.., 32 W] int32, 0 or 1
-    ROWS: tl.constexpr,
-):
-    """uint32 [ROWS, W]: 32 flags to a word, the first of them in bit 0."""
-    words: tl.constexpr = flags.shape[len(flags.shape) - 1] // 32
-    bits = tl.reshape(flags, [ROWS, words, 32]) << tl.arange(0, 32)[None, None, :]
-    return tl.sum(bits, axis=2).to(tl.uint32, bitcast=True)
+def _bitwise_or_both(a, b, c, d):
+    return a | c, b | d
 
 
 @triton.jit
@@ -54,14 +43,21 @@ def decide(
 ):
     """int32 [N], 1 for the boxes that are kept. Each round meets every row with the packed states of all boxes: kept
     ones remove it, undecided ones hold it back."""
+    words: tl.constexpr = higher.shape[1]
     kept = undecided * 0
-    while tl.sum(undecided, axis=0) > 0:
-        overlaps_kept = tl.reduce(higher & pack_words(kept, 1), 1, _bitwise_or)
-        overlaps_undecided = tl.reduce(higher & pack_words(undecided, 1), 1, _bitwise_or)
+    left = tl.sum(undecided, axis=0)
+    while left > 0:
+        # Both states of 32 boxes are packed into one word, for one exchange between the threads.
+        states = tl.reshape(kept.to(tl.int64) | (undecided.to(tl.int64) << 32), [1, words, 32])
+        packed = tl.sum(states << tl.arange(0, 32)[None, None, :], axis=2).to(tl.uint64, bitcast=True)
+        overlaps_kept, overlaps_undecided = tl.reduce(
+            (higher & packed.to(tl.uint32), higher & (packed >> 32).to(tl.uint32)), 1, _bitwise_or_both
+        )
         undecided = tl.where(overlaps_kept != 0, 0, undecided)
         newly_kept = tl.where(overlaps_undecided == 0, undecided, 0)
         kept += newly_kept
         undecided -= newly_kept
+        left = tl.sum(undecided, axis=0)
     return kept
 
 

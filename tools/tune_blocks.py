@@ -71,30 +71,30 @@ _ALONE = tuple(
         (32, 16, 1), (32, 32, 2), (32, 32, 4), (64, 32, 4), (64, 32, 8), (128, 32, 8), (128, 64, 16), (128, 32, 16)
     )
 )  # fmt: skip
-_ONCE, _TWICE = {"at_once": True, "overlap_rows": 256}, {"at_once": False, "overlap_rows": 128}
+_ONCE, _TWICE = {"at_once": True}, {"at_once": False, "overlap_rows": 128}
 
 
 def _wide(chunk: int, steps: int, settle: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Chunks and steps; a program of the filter has 8 warps for 64 rows."""
-    return {"chunk": chunk, "warps": max(chunk // 64, 1), "steps": steps, **settle, **more}
+    return {"chunk": chunk, "warps": max(chunk // 128, 1), "steps": steps, **settle, **more}
 
 
 NMS_LARGE = (
     _wide(1024, 5, _TWICE),
+    _wide(1024, 5, _ONCE, warps=16),
     _wide(1024, 5, {"at_once": True, "overlap_rows": 128}),
     _wide(1024, 5, _ONCE, filter_span=512),
     _wide(1024, 5, _ONCE, filter_kept=32),
     _wide(1024, 5, _ONCE, filter_rows=128, filter_kept=32),
     _wide(512, 10, _TWICE),
-    _wide(512, 10, _ONCE),
+    _wide(512, 10, _ONCE, overlap_rows=128),
     _wide(512, 10, _TWICE, step=2048),
     _wide(1024, 7, _ONCE, step=2048),
-    _wide(1024, 5, _ONCE, warps=32),
     _wide(1024, 3, _ONCE),
 )
 NMS_FEW_KEPT = (
     _wide(512, 2, _TWICE),
-    _wide(1024, 1, _ONCE),
+    _wide(1024, 1, _ONCE, overlap_rows=256),
+    _wide(512, 2, _ONCE, warps=8),
     _wide(256, 4, _TWICE),
     _wide(256, 4, _ONCE),
     _wide(512, 3, _ONCE, step=2048),
@@ -102,13 +102,14 @@ NMS_FEW_KEPT = (
 )
 NMS_PYRAMID = (
     _wide(512, 4, _TWICE),
-    _wide(1024, 2, _ONCE),
-    _wide(1024, 1, _TWICE),
-    _wide(1024, 2, {"at_once": False, "overlap_rows": 256}),
+    _wide(1024, 1, _ONCE, overlap_rows=256),
+    _wide(1024, 1, _TWICE, warps=16),
+    _wide(1024, 1, {"at_once": False, "overlap_rows": 256}),
     *_ALONE,
 )
 NMS_CLASSES = (*_ALONE, _wide(512, 0, _TWICE, step=32, filter_rows=32, filter_kept=64, filter_span=256))
 NMS_SMALL = (
+    _wide(1024, 0, _ONCE, warps=16),
     _wide(1024, 0, _TWICE),
     _wide(1024, 0, {"at_once": True, "overlap_rows": 128}),
     _wide(512, 2, _ONCE),
