@@ -32,14 +32,40 @@ def nms_inference(device: torch.device, small: bool) -> OpCall:
     return _nms(device, *((2, 50, 5) if small else (1, 6000, 300)), threshold=0.7)
 
 
+def nms_untrained(device: torch.device, small: bool) -> OpCall:
+    """More survive a step and fewer are kept than of `nms_training`, so that it takes all steps."""
+    boxes = untrained_boxes(70 if small else 12000)[None].to(device)
+    return _suppress(boxes, 20 if small else 2000, threshold=0.7)
+
+
+def nms_pyramid(device: torch.device, small: bool) -> OpCall:
+    """Five levels of 16 images."""
+    return _nms(device, *((3, 50, 20) if small else (5 * 16, 2000, 1000)), threshold=0.7)
+
+
 def nms_classes(device: torch.device, small: bool) -> OpCall:
     return _nms(device, *((5, 20, 20) if small else (90 * 16, 300, 300)), threshold=0.5)
 
 
+def nms_classes_of_one(device: torch.device, small: bool) -> OpCall:
+    """The classes of one image."""
+    return _nms(device, *((4, 40, 10) if small else (90, 1000, 300)), threshold=0.5)
+
+
+def nms_all(device: torch.device, small: bool) -> OpCall:
+    """The boxes of one image, of which all that are to be kept are wanted."""
+    return _nms(device, *((1, 40, 40) if small else (1, 1000, 1000)), threshold=0.5)
+
+
 def _nms(device: torch.device, groups: int, count: int, max_keep: int, *, threshold: float) -> OpCall:
-    inputs = sorted_boxes(device, groups, count)
+    return _suppress(sorted_boxes(device, groups, count)[0], max_keep, threshold=threshold)
+
+
+def _suppress(boxes: Tensor, max_keep: int, *, threshold: float) -> OpCall:
+    groups, count, _ = boxes.shape
+    scores = torch.zeros(groups, count, device=boxes.device)
     return OpCall(
-        f"{groups} x {count} to {max_keep}", lambda: nms_padded(*inputs, threshold, max_keep=max_keep, presorted=True)
+        f"{groups} x {count} to {max_keep}", lambda: nms_padded(boxes, scores, threshold, max_keep, presorted=True)
     )
 
 
@@ -52,6 +78,19 @@ def sorted_boxes(device: torch.device, groups: int, count: int) -> tuple[Tensor,
     scores, order = scores.sort(dim=1, descending=True)
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
     return boxes.to(device), scores.to(device)
+
+
+def untrained_boxes(count: int) -> Tensor:
+    """Boxes [count, 4] of an RPN with random weights: its scores and deltas depend on the kind of the anchor most."""
+    generator = torch.Generator().manual_seed(5)
+    kinds = scenes.anchors().unflatten(0, (-1, 9))
+    scores = torch.randn(9, generator=generator) + 0.3 * torch.randn(kinds.shape[:2], generator=generator)
+    deltas = 0.1 * torch.randn(9, 4, generator=generator) + 0.03 * torch.randn(kinds.shape, generator=generator)
+    center, side = (kinds[..., :2] + kinds[..., 2:]) / 2, kinds[..., 2:] - kinds[..., :2]
+    center, side = center + side * deltas[..., :2], side * deltas[..., 2:].exp()
+    boxes = torch.cat([center - side / 2, center + side / 2], dim=2).clamp(min=0)
+    boxes = boxes.minimum(torch.tensor([901.0, 600.0, 901.0, 600.0]))
+    return boxes.flatten(0, 1)[scores.flatten().argsort(descending=True)[:count]]
 
 
 def match(device: torch.device, small: bool) -> OpCall:
@@ -173,8 +212,12 @@ def _describe(features: Tensor, rois: Tensor) -> str:
 
 CALLS: tuple[Callable[[torch.device, bool], OpCall], ...] = (
     nms_training,
+    nms_untrained,
     nms_inference,
+    nms_pyramid,
     nms_classes,
+    nms_classes_of_one,
+    nms_all,
     match,
     decode,
     decode_batch,

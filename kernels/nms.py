@@ -20,20 +20,23 @@ import triton.language as tl
 from fastdet.kernels.common.boxes import load_boxes
 from fastdet.kernels.common.nms_overlap import are_finite, half_ulp, is_compiled, pairwise_exceeds
 from fastdet.kernels.nms_filter import launch_filter
-from fastdet.kernels.nms_settle import append_kept, decide, launch_settle, pack_words
+from fastdet.kernels.nms_settle import append_kept, decide, launch_settle, pack_overlaps
 
 
 class Config(NamedTuple):
     """Block sizes, all powers of two but `steps`.
 
-    chunk: boxes that are settled at once, at least 32.
+    chunk: boxes that are settled at once, at least 32; 0: none are, and the last launch decides all.
     overlap_rows: rows that a program compares with 32 columns.
     step: rows that a step filters.
     steps: how many steps there are after the first chunk.
     filter_rows, filter_kept: rows and kept boxes that a program of the filter compares at a time.
     filter_span: kept boxes that it compares in all.
-    warps: of the programs that settle.
-    finish_rows: boxes that the last launch settles at once.
+    warps: of the programs that decide a chunk.
+    at_once: whether one launch compares and decides a chunk, or two.
+    finish_rows, finish_kept: boxes that the last launch decides at once, and kept ones that it compares them with at a
+        time.
+    finish_warps: of its programs.
     """
 
     chunk: int
@@ -44,39 +47,48 @@ class Config(NamedTuple):
     filter_kept: int
     filter_span: int
     warps: int
+    at_once: bool
     finish_rows: int
+    finish_kept: int
+    finish_warps: int
 
 
 # int32 words a group in `state` of `launch`.
 STATE_ROWS = 3
-# Bytes of the bit matrices of all groups, beyond which chunks become smaller.
-MOST_OVERLAP = 64 << 20
+# From so many groups on, one program a group keeps a device busy, and compares the fewest pairs.
+MANY_GROUPS = 256
 
 
 def config(groups: int, num_boxes: int, max_keep: int) -> Config:
     """Sizes for groups of `num_boxes` boxes: the matrix of a chunk has to fit the registers of one program.
 
-    That of 1024 boxes is 64 words in each of 512 threads. Of many groups all matrices together are bounded too: there
-    the groups keep the device busy, however small their chunks.
+    That of 1024 boxes is 128 words in each of 256 threads. Where few boxes are wanted, half as many keep enough.
     """
-    chunk = min(max(triton.next_power_of_2(num_boxes), 32), 1024)
-    while chunk > 32 and groups * chunk**2 // 8 > MOST_OVERLAP:
-        chunk //= 2
+    if groups >= MANY_GROUPS:
+        warps = 4 if groups < 4 * MANY_GROUPS and num_boxes > 32 else 2
+        return Config(0, 0, 0, 0, 0, 0, 0, 0, False, finish_rows=16 * warps, finish_kept=32, finish_warps=warps)
+    chunk = min(max(triton.next_power_of_2(num_boxes), 32), 1024 if max_keep > 512 else 512)
     left = max(num_boxes - chunk, 0)
     step = min(max(triton.next_power_of_2(left), 32), 4096)
-    # Steps that pass all rows where each has at most a chunk of survivors; and steps of full chunks that are enough to
-    # keep `max_keep` boxes where three in four of those settled are kept.
+    # Steps that pass all rows where each has at most a chunk of survivors; and chunks that are enough to keep
+    # `max_keep` boxes where three in four of those settled are kept. Together, less the first chunk, they are enough
+    # where the boxes of an untrained network leave more survivors and keep fewer.
     passing, keeping = triton.cdiv(left, step), triton.cdiv(4 * max_keep, 3 * chunk)
     return Config(
         chunk,
-        overlap_rows=min(chunk, 128),
+        # The 128 programs of one group, or 64, fit a device at a time, even with the registers to decide.
+        overlap_rows=max(chunk // 4, 32) if groups == 1 else min(chunk, 128),
         step=step,
-        steps=min(max(passing, keeping), most_steps(num_boxes, chunk, step)),
+        steps=min(passing + keeping - 1, most_steps(num_boxes, chunk, step)),
         filter_rows=min(step, 64),
         filter_kept=64,
         filter_span=256,
-        warps=max(chunk // 64, 1),
-        finish_rows=32,
+        # So few that the words of a row are all in one thread, and its warp need not wait for another to combine them.
+        warps=max(chunk // 128, 1),
+        at_once=groups == 1,
+        finish_rows=128,
+        finish_kept=32,
+        finish_warps=16,
     )
 
 
@@ -91,10 +103,10 @@ def _finish_kernel(
     # Tensors, all contiguous
     boxes_ptr,  # [groups, N, 4] fp32, pixels
     valid_ptr,  # [groups, N] bool
-    cursor_ptr,  # [groups] int32, the first row that is not decided
+    cursor_ptr,  # [groups] int32, the first row that is not decided; not read if FIRST
     kept_ptr,  # [groups, max_keep, 4] fp32, pixels, appended to
-    index_ptr,  # [groups, max_keep] int64, appended to
-    count_ptr,  # [groups] int64, updated
+    index_ptr,  # [groups, max_keep] int64, appended to; filled up with 0 if FIRST
+    count_ptr,  # [groups] int64, updated; not read if FIRST
     # Sizes
     num_boxes,
     max_keep,
@@ -104,42 +116,61 @@ def _finish_kernel(
     # Constexprs
     ROWS: tl.constexpr,
     BLOCK_KEPT: tl.constexpr,
+    FIRST: tl.constexpr,
     FUSED: tl.constexpr,
 ):
-    """Go on from `cursor`, ROWS boxes at a time, until all are decided or `max_keep` are kept: mostly at once.
+    """Go on from `cursor`, ROWS boxes at a time, until all are decided or `max_keep` are kept.
 
-              kept boxes, BLOCK_KEPT at a time      the ROWS among themselves
-            +------------+------------+            +------+
-    ROWS    |  ->   any overlap   ->  |    then    |      |     program (group)
-            +------------+------------+            +------+
+    If FIRST, begin with the first row; else mostly nothing is left.
+
+                   ROWS
+                 +-------+                +-------+
+    BLOCK_KEPT   |  any  |    then   32   |       |   the ROWS among themselves     program (group)
+        ...      |overlap|           32   |       |
+                 +-------+                +-------+
     """
     group = tl.program_id(0).to(tl.int64)
-    count = tl.load(count_ptr + group)
-    start = tl.load(cursor_ptr + group)
     lane = tl.arange(0, ROWS)
+    if FIRST:
+        count = tl.full([], 0, dtype=tl.int64)
+        start = 0
+    else:
+        count = tl.load(count_ptr + group)
+        start = tl.load(cursor_ptr + group)
     while (start < num_boxes) & (count < max_keep):
         row = start + lane
         source = group * num_boxes + row
         eligible = (row < num_boxes) & (tl.load(valid_ptr + source, mask=row < num_boxes, other=0) != 0)
         x1, y1, x2, y2 = load_boxes(boxes_ptr, source, eligible)
         eligible &= are_finite(x1, y1, x2, y2)
-        overlaps = tl.zeros([ROWS, BLOCK_KEPT], dtype=tl.int32)
+        overlaps = tl.zeros([BLOCK_KEPT, ROWS], dtype=tl.int32)
         for first in range(0, count, BLOCK_KEPT):
             kept = first + tl.arange(0, BLOCK_KEPT)
             kx1, ky1, kx2, ky2 = load_boxes(kept_ptr, group * max_keep + kept, kept < count)
             overlaps |= pairwise_exceeds(
-                x1, y1, x2, y2, kx1, ky1, kx2, ky2, iou_threshold, half_ulp, FUSED
+                kx1, ky1, kx2, ky2, x1, y1, x2, y2, iou_threshold, half_ulp, FUSED
             ).to(tl.int32)  # fmt: skip
-        undecided = (eligible & (tl.max(overlaps, axis=1) == 0)).to(tl.int32)
-        among = pairwise_exceeds(x1, y1, x2, y2, x1, y1, x2, y2, iou_threshold, half_ulp, FUSED)
-        among &= lane[None, :] < lane[:, None]
-        decided = decide(pack_words(among.to(tl.int32), ROWS), undecided)
+        undecided = (eligible & (tl.max(overlaps, axis=0) == 0)).to(tl.int32)
+        words = tl.arange(0, ROWS // 32)
+        higher = tl.zeros([ROWS, ROWS // 32], dtype=tl.int32)
+        for word in range(0, ROWS // 32):
+            column = word * 32 + tl.arange(0, 32)
+            # Boxes that are not valid overlap others, but are never undecided nor kept.
+            cx1, cy1, cx2, cy2 = load_boxes(boxes_ptr, group * num_boxes + start + column, start + column < num_boxes)
+            packed = pack_overlaps(cx1, cy1, cx2, cy2, column, x1, y1, x2, y2, lane, iou_threshold, half_ulp, FUSED)
+            higher += tl.where(words[None, :] == word, packed[:, None], 0)
+        decided = decide(higher.to(tl.uint32, bitcast=True), undecided)
         count = append_kept(
             kept_ptr + group * max_keep * 4, index_ptr + group * max_keep, count, max_keep, decided, row, x1, y1, x2, y2
         )
         # The boxes just kept are read in the next round, by all threads.
         tl.debug_barrier()
         start += ROWS
+    if FIRST:
+        for first in range(0, max_keep, ROWS):
+            slot = first + lane
+            zeros = tl.zeros([ROWS], dtype=tl.int64)
+            tl.store(index_ptr + group * max_keep + slot, zeros, mask=(slot >= count) & (slot < max_keep))
     tl.store(count_ptr + group, count)
 
 
@@ -166,7 +197,7 @@ def launch(
     groups, num_boxes, _ = boxes.shape
     max_keep = index.shape[1]
     arrivals, cursor, number = state.unbind()
-    for step in range(config.steps + 1):
+    for step in range(config.steps + 1 if config.chunk else 0):
         if step:
             launch_filter(
                 boxes, valid, kept, count, removed, cursor, survivors, number, arrivals,
@@ -175,10 +206,10 @@ def launch(
             )  # fmt: skip
         launch_settle(
             boxes, valid, survivors, number, overlap, removed, cursor, kept, index, count, arrivals,
-            first=step == 0, iou_threshold=iou_threshold, rows=config.overlap_rows,
-            warps=config.warps,
+            first=step == 0, iou_threshold=iou_threshold, rows=config.overlap_rows, warps=config.warps,
+            at_once=config.at_once,
         )  # fmt: skip
-    if config.steps < most_steps(num_boxes, config.chunk, config.step):
+    if not config.chunk or config.steps < most_steps(num_boxes, config.chunk, config.step):
         _finish_kernel[(groups,)](
             boxes_ptr=boxes,
             valid_ptr=valid,
@@ -191,7 +222,9 @@ def launch(
             iou_threshold=iou_threshold,
             half_ulp=half_ulp(iou_threshold),
             ROWS=config.finish_rows,
-            BLOCK_KEPT=config.filter_kept,
+            BLOCK_KEPT=config.finish_kept,
+            FIRST=not config.chunk,
             FUSED=is_compiled(_finish_kernel),
+            num_warps=config.finish_warps,
             enable_fp_fusion=False,
         )

@@ -85,7 +85,7 @@ def _settle_all(
         decided = settle_block(
             boxes_ptr, valid_ptr, survivors_ptr, number_ptr, overlap_ptr, removed_ptr, cursor_ptr, kept_ptr, index_ptr,
             count_ptr, arrivals_ptr, num_boxes, max_keep, iou_threshold, half_ulp, item // words, item % words,
-            CHUNK, STEP, BLOCK_ROWS, FIRST, FUSED,
+            CHUNK, STEP, BLOCK_ROWS, FIRST, True, FUSED,
         )  # fmt: skip
         if decided:
             # One thread has stored what all read.
@@ -150,7 +150,7 @@ def _suppress_kernel(
         for item in tl.range(begin, end, disable_licm=True):
             filter_block(
                 boxes_ptr, valid_ptr, kept_ptr, count_ptr, removed_ptr, cursor_ptr, survivors_ptr, number_ptr,
-                arrivals_ptr, num_boxes, max_keep, iou_threshold, half_ulp, item // spans, item % spans, spans,
+                arrivals_ptr, num_boxes, max_keep, iou_threshold, half_ulp, item // spans, item % spans,
                 CHUNK, STEP, FILTER_ROWS, FILTER_KEPT, SPAN, FUSED,
             )  # fmt: skip
         _grid_barrier(barrier_ptr)
@@ -168,6 +168,8 @@ def _suppress_kernel(
 def config(groups: int, num_boxes: int, max_keep: int) -> nms.Config:
     """As of the other form, but that the filter has the warps that settle, and as many registers a thread."""
     sizes = nms.config(groups, num_boxes, max_keep)
+    if not sizes.chunk:
+        return sizes
     return sizes._replace(filter_rows=min(8 * sizes.warps, sizes.step), filter_kept=sizes.filter_kept // 2)
 
 
@@ -194,8 +196,8 @@ def launch(
     config: nms.Config,
 ) -> None:
     """As `fastdet.kernels.nms.launch`, but that `state` is [STATE_ROWS, groups], of which rows 0, 3 and 4 are 0."""
-    if boxes.shape[1] <= config.chunk:
-        # That is one launch as well, and its programs need not wait.
+    if boxes.shape[1] <= config.chunk or not config.chunk:
+        # Those are few launches, and their programs need not wait.
         scratch = survivors, overlap, removed, state[:3], kept
         nms.launch(boxes, valid, *scratch, index, count, iou_threshold=iou_threshold, config=config)
         return

@@ -28,7 +28,6 @@ def filter_block(
     half_ulp,
     block,  # of rows, of all groups
     span,  # of kept boxes
-    spans,  # how many there are
     # Constexprs
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
@@ -39,57 +38,66 @@ def filter_block(
 ):
     """Marks the rows of a block that overlap a box of a span; the last of a group lists its rows that survive.
 
-                      SPAN of the kept boxes
-                  BLOCK_KEPT  BLOCK_KEPT  ...
-                +------------+------------+
-    BLOCK_ROWS  |  ->   any overlap   ->  |    block and span
-                +------------+------------+
+                  BLOCK_ROWS
+                 +----------+
+    BLOCK_KEPT   |   any    |
+        ...      | overlap  |     block and span: each thread holds few rows, so that many programs fit at a time
+    BLOCK_KEPT   |    v     |
+                 +----------+
+      SPAN of the kept boxes
 
-    Listed are the first CHUNK survivors of the step; where there are more, the next step begins with the first that is
-    left over.
+    Spans past the last kept box have no work. Listed are the first CHUNK survivors of the step; where there are more,
+    the next step begins with the first that is left over.
     """
     # The block's group and rows [BLOCK_ROWS].
     row_blocks: tl.constexpr = STEP // BLOCK_ROWS
+    BLOCK_LISTED: tl.constexpr = min(STEP, 1024)
     group = tl.cast(block // row_blocks, tl.int64)
     place = block % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     count = tl.load(count_ptr + group)
-    cursor = tl.load(cursor_ptr + group)
-    if (count < max_keep) & (cursor < num_boxes):
+    used_spans = tl.maximum(tl.cdiv(count, SPAN), 1)
+    # Those past the last kept box do not arrive, so that the cursor may move while they would read it.
+    cursor = num_boxes
+    if (count < max_keep) & (span < used_spans):
+        cursor = tl.load(cursor_ptr + group)
+    if cursor < num_boxes:
         row = cursor + place
         source = group * num_boxes + row
         inside = (row < num_boxes) & (tl.load(valid_ptr + source, mask=row < num_boxes, other=0) != 0)
         x1, y1, x2, y2 = load_boxes(boxes_ptr, source, inside)
         # The maximum over the kept boxes is listed once, after the loop.
-        overlaps = tl.zeros([BLOCK_ROWS, BLOCK_KEPT], dtype=tl.int32)
+        overlaps = tl.zeros([BLOCK_KEPT, BLOCK_ROWS], dtype=tl.int32)
         begin = span * SPAN
         end = tl.minimum(count, begin + SPAN)
         for first in range(begin, end, BLOCK_KEPT):
             kept = first + tl.arange(0, BLOCK_KEPT)
             # Past the end boxes are zeros, which overlap nothing.
             kx1, ky1, kx2, ky2 = load_boxes(kept_ptr, group * max_keep + kept, kept < end)
-            # Compare all pairs: [BLOCK_ROWS, BLOCK_KEPT].
+            # Compare all pairs: [BLOCK_KEPT, BLOCK_ROWS].
             overlaps |= pairwise_exceeds(
-                x1, y1, x2, y2, kx1, ky1, kx2, ky2, iou_threshold, half_ulp, FUSED
+                kx1, ky1, kx2, ky2, x1, y1, x2, y2, iou_threshold, half_ulp, FUSED
             ).to(tl.int32)  # fmt: skip
-        removed = (tl.max(overlaps, axis=1) != 0) | ~(inside & are_finite(x1, y1, x2, y2))
+        removed = (tl.max(overlaps, axis=0) != 0) | ~(inside & are_finite(x1, y1, x2, y2))
         tl.store(removed_ptr + group * STEP + place, tl.full([BLOCK_ROWS], 1, dtype=tl.int8), mask=removed)
 
-        if arrive_last(arrivals_ptr + group, row_blocks * spans):
-            # List the survivors, of [STEP] rows, in order of priority.
-            lane = tl.arange(0, STEP)
-            survives = (tl.load(removed_ptr + group * STEP + lane) == 0).to(tl.int32)
-            rank = tl.cumsum(survives, axis=0) - 1
-            listed = (survives != 0) & (rank < CHUNK)
-            tl.store(survivors_ptr + group * CHUNK + rank, cursor + lane, mask=listed)
-            surviving = tl.sum(survives, axis=0)
+        if arrive_last(arrivals_ptr + group, row_blocks * used_spans):
+            # List the survivors, of [STEP] rows, in order of priority: a part of them at a time, for few registers.
+            surviving = 0
+            for start in range(0, STEP, BLOCK_LISTED):
+                lane = start + tl.arange(0, BLOCK_LISTED)
+                survives = (tl.load(removed_ptr + group * STEP + lane) == 0).to(tl.int32)
+                rank = surviving + tl.cumsum(survives, axis=0) - 1
+                listed = (survives != 0) & (rank < CHUNK)
+                tl.store(survivors_ptr + group * CHUNK + rank, cursor + lane, mask=listed)
+                # The first that is left over moves the cursor to itself.
+                tl.store(cursor_ptr + group + 0 * lane, cursor + lane, mask=(survives != 0) & (rank == CHUNK))
+                surviving += tl.sum(survives, axis=0)
+                # Every thread has read its marks before another resets them.
+                tl.debug_barrier()
+                tl.store(removed_ptr + group * STEP + lane, tl.zeros([BLOCK_LISTED], dtype=tl.int8))
             tl.store(number_ptr + group, tl.minimum(surviving, CHUNK))
-            # The first that is left over moves the cursor to itself.
-            tl.store(cursor_ptr + group + 0 * lane, cursor + lane, mask=(survives != 0) & (rank == CHUNK))
             if surviving <= CHUNK:
                 tl.store(cursor_ptr + group, cursor + STEP)
-            # Every thread has read its marks before another resets them.
-            tl.debug_barrier()
-            tl.store(removed_ptr + group * STEP + lane, tl.zeros([STEP], dtype=tl.int8))
 
 
 @triton.jit(do_not_specialize=["num_boxes", "max_keep"])
@@ -117,7 +125,7 @@ def _filter_kernel(
     """A step of every group: program (block, span)."""
     filter_block(
         boxes_ptr, valid_ptr, kept_ptr, count_ptr, removed_ptr, cursor_ptr, survivors_ptr, number_ptr, arrivals_ptr,
-        num_boxes, max_keep, iou_threshold, half_ulp, tl.program_id(0), tl.program_id(1), tl.num_programs(1),
+        num_boxes, max_keep, iou_threshold, half_ulp, tl.program_id(0), tl.program_id(1),
         CHUNK, STEP, BLOCK_ROWS, BLOCK_KEPT, SPAN, FUSED,
     )  # fmt: skip
 

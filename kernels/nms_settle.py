@@ -9,19 +9,31 @@ from fastdet.kernels.common.nms_overlap import are_finite, arrive_last, half_ulp
 
 
 @triton.jit
-def _bitwise_or(a, b):
-    return a | b
+def _bitwise_or_both(a, b, c, d):
+    return a | c, b | d
 
 
 @triton.jit
-def pack_words(
-    flags,  # [.., 32 W] int32, 0 or 1
-    ROWS: tl.constexpr,
+def pack_overlaps(
+    cx1,  # [32] fp32, pixels, as are the other corners of the columns
+    cy1,
+    cx2,
+    cy2,
+    column,  # [32], their priorities: 0 is the highest
+    x1,  # [N] fp32, pixels, as are the other corners of the rows
+    y1,
+    x2,
+    y2,
+    row,  # [N], their priorities
+    iou_threshold,
+    half_ulp,
+    FUSED: tl.constexpr,
 ):
-    """uint32 [ROWS, W]: 32 flags to a word, the first of them in bit 0."""
-    words: tl.constexpr = flags.shape[len(flags.shape) - 1] // 32
-    bits = tl.reshape(flags, [ROWS, words, 32]) << tl.arange(0, 32)[None, None, :]
-    return tl.sum(bits, axis=2).to(tl.uint32, bitcast=True)
+    """int32 [N], of which bit c is set if column c has a higher priority than the row and overlaps it."""
+    # Compare all pairs, [32, N], and pack 32 comparisons into a word.
+    overlaps = pairwise_exceeds(cx1, cy1, cx2, cy2, x1, y1, x2, y2, iou_threshold, half_ulp, FUSED)
+    overlaps &= column[:, None] < row[None, :]
+    return tl.sum(overlaps.to(tl.int32) << tl.arange(0, 32)[:, None], axis=0)
 
 
 @triton.jit
@@ -31,14 +43,21 @@ def decide(
 ):
     """int32 [N], 1 for the boxes that are kept. Each round meets every row with the packed states of all boxes: kept
     ones remove it, undecided ones hold it back."""
+    words: tl.constexpr = higher.shape[1]
     kept = undecided * 0
-    while tl.sum(undecided, axis=0) > 0:
-        overlaps_kept = tl.reduce(higher & pack_words(kept, 1), 1, _bitwise_or)
-        overlaps_undecided = tl.reduce(higher & pack_words(undecided, 1), 1, _bitwise_or)
+    left = tl.sum(undecided, axis=0)
+    while left > 0:
+        # Both states of 32 boxes are packed into one word, for one exchange between the threads.
+        states = tl.reshape(kept.to(tl.int64) | (undecided.to(tl.int64) << 32), [1, words, 32])
+        packed = tl.sum(states << tl.arange(0, 32)[None, None, :], axis=2).to(tl.uint64, bitcast=True)
+        overlaps_kept, overlaps_undecided = tl.reduce(
+            (higher & packed.to(tl.uint32), higher & (packed >> 32).to(tl.uint32)), 1, _bitwise_or_both
+        )
         undecided = tl.where(overlaps_kept != 0, 0, undecided)
         newly_kept = tl.where(overlaps_undecided == 0, undecided, 0)
         kept += newly_kept
         undecided -= newly_kept
+        left = tl.sum(undecided, axis=0)
     return kept
 
 
@@ -88,35 +107,28 @@ def _load_candidates(
 
 
 @triton.jit
-def settle_block(
+def overlap_block(
     # Tensors, all contiguous
     boxes_ptr,  # [groups, N, 4] fp32, pixels
     valid_ptr,  # [groups, N] bool
     survivors_ptr,  # [groups, CHUNK] int32, rows, from the filter; not read if FIRST
-    number_ptr,  # [groups] int32, how many of them there are; set to 0
-    overlap_ptr,  # [groups, CHUNK / 32, CHUNK] int32, scratch
-    removed_ptr,  # [groups, STEP] int8, set to 0 if FIRST
-    cursor_ptr,  # [groups] int32, set to CHUNK if FIRST
-    kept_ptr,  # [groups, max_keep, 4] fp32, pixels, appended to
-    index_ptr,  # [groups, max_keep] int64, appended to; filled up with 0 if FIRST
-    count_ptr,  # [groups] int64, kept boxes, updated; not read if FIRST
-    arrivals_ptr,  # [groups] int32, 0 before and after
+    overlap_ptr,  # [groups, CHUNK / 32, CHUNK] int32, output
     # Sizes
     num_boxes,
-    max_keep,
+    number,  # of boxes in the chunk
     # Scalars
     iou_threshold,
     half_ulp,
-    block,  # of rows, of all groups
+    group,
+    block,  # of rows
     word,  # of 32 columns
     # Constexprs
     CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     FIRST: tl.constexpr,
     FUSED: tl.constexpr,
 ):
-    """Compare the rows of a block with 32 boxes of the chunk; the last of a group decides it and appends what is kept.
+    """Compare the rows of a block with 32 boxes of the chunk.
 
                         BLOCK_ROWS rows
                  +-------------------------+
@@ -124,72 +136,48 @@ def settle_block(
     one word     | bit of column 1   ...   |     if box 32 w + c has a higher priority than the row's and overlaps it
                  +-------------------------+     by more than the threshold
 
-    The last one then holds the whole matrix in registers, one row a box. Words above the diagonal, and of tiles without
-    an eligible row, are left unwritten: they are never read.
-
-    Returns whether the chunk of the group is decided: by this one, or because no box is in it.
+    Words above the diagonal, and of blocks past the last box, are left unwritten: they are never read.
     """
-    WORDS: tl.constexpr = CHUNK // 32
-    row_blocks: tl.constexpr = CHUNK // BLOCK_ROWS
-    group = tl.cast(block // row_blocks, tl.int64)
-    block %= row_blocks
-    if FIRST:
-        number = tl.minimum(num_boxes, CHUNK)
-    else:
-        number = tl.load(number_ptr + group)
-    decided = number == 0
-    if number > 0:
+    if (word * 32 < (block + 1) * BLOCK_ROWS) & (block * BLOCK_ROWS < number):
         lane = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        _row, eligible, x1, y1, x2, y2 = _load_candidates(
+        _row, _eligible, x1, y1, x2, y2 = _load_candidates(
             boxes_ptr, valid_ptr, survivors_ptr, group, lane, num_boxes, number, CHUNK, FIRST
         )
-        on_or_below_diagonal = word * 32 < (block + 1) * BLOCK_ROWS
-        if FIRST:
-            any_eligible = tl.max(eligible.to(tl.int32), axis=0) > 0
-        else:
-            any_eligible = block * BLOCK_ROWS < number
-        if on_or_below_diagonal & any_eligible:
-            bit = tl.arange(0, 32)
-            column = word * 32 + bit
-            _column_row, _column_eligible, cx1, cy1, cx2, cy2 = _load_candidates(
-                boxes_ptr, valid_ptr, survivors_ptr, group, column, num_boxes, number, CHUNK, FIRST
-            )
-            # Compare all pairs, [32, BLOCK_ROWS], and pack 32 comparisons into a word.
-            overlaps = pairwise_exceeds(cx1, cy1, cx2, cy2, x1, y1, x2, y2, iou_threshold, half_ulp, FUSED)
-            overlaps &= column[:, None] < lane[None, :]
-            packed = tl.sum(overlaps.to(tl.int32) << bit[:, None], axis=0)
-            tl.store(overlap_ptr + (group * WORDS + word) * CHUNK + lane, packed)
-
-        decided = arrive_last(arrivals_ptr + group, row_blocks * WORDS)
-        if decided:
-            _settle(
-                boxes_ptr, valid_ptr, survivors_ptr, overlap_ptr, kept_ptr, index_ptr, count_ptr,
-                group, num_boxes, number, max_keep, CHUNK, FIRST,
-            )  # fmt: skip
-            tl.store(number_ptr + group, 0)
-            if FIRST:
-                tl.store(cursor_ptr + group, CHUNK)
-                tl.store(removed_ptr + group * STEP + tl.arange(0, STEP), tl.zeros([STEP], dtype=tl.int8))
-    return decided
+        column = word * 32 + tl.arange(0, 32)
+        _column_row, _column_eligible, cx1, cy1, cx2, cy2 = _load_candidates(
+            boxes_ptr, valid_ptr, survivors_ptr, group, column, num_boxes, number, CHUNK, FIRST
+        )
+        packed = pack_overlaps(cx1, cy1, cx2, cy2, column, x1, y1, x2, y2, lane, iou_threshold, half_ulp, FUSED)
+        tl.store(overlap_ptr + (group * (CHUNK // 32) + word) * CHUNK + lane, packed)
 
 
 @triton.jit
-def _settle(
-    boxes_ptr,  # these as in the kernel
+def decide_group(
+    # Tensors, all contiguous
+    boxes_ptr,  # as in `overlap_block`
     valid_ptr,
     survivors_ptr,
+    number_ptr,  # [groups] int32, boxes in the chunk; set to 0
     overlap_ptr,
-    kept_ptr,
-    index_ptr,
-    count_ptr,
-    group,
+    removed_ptr,  # [groups, STEP] int8, set to 0 if FIRST
+    cursor_ptr,  # [groups] int32, set to CHUNK if FIRST
+    kept_ptr,  # [groups, max_keep, 4] fp32, pixels, appended to
+    index_ptr,  # [groups, max_keep] int64, appended to; filled up with 0 if FIRST
+    count_ptr,  # [groups] int64, kept boxes, updated; not read if FIRST
+    # Sizes
     num_boxes,
     number,
     max_keep,
+    group,
+    # Constexprs
     CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
     FIRST: tl.constexpr,
 ):
-    """Decide the chunk of a group, whose matrix is written, and append what is kept."""
+    """Decide the chunk of a group, whose matrix is written, and append what is kept.
+
+    The whole matrix is in registers, one row a box.
+    """
     WORDS: tl.constexpr = CHUNK // 32
     lane = tl.arange(0, CHUNK)
     row, eligible, x1, y1, x2, y2 = _load_candidates(
@@ -208,11 +196,70 @@ def _settle(
         kept_ptr + group * max_keep * 4, index_ptr + group * max_keep, count, max_keep, kept, row, x1, y1, x2, y2
     )
     tl.store(count_ptr + group, count)
+    tl.store(number_ptr + group, 0)
     if FIRST:
+        tl.store(cursor_ptr + group, CHUNK)
+        tl.store(removed_ptr + group * STEP + tl.arange(0, STEP), tl.zeros([STEP], dtype=tl.int8))
         for start in range(0, max_keep, CHUNK):
             slot = start + lane
             zeros = tl.zeros([CHUNK], dtype=tl.int64)
             tl.store(index_ptr + group * max_keep + slot, zeros, mask=(slot >= count) & (slot < max_keep))
+
+
+@triton.jit
+def settle_block(
+    # Tensors, all contiguous
+    boxes_ptr,  # as in `decide_group`
+    valid_ptr,
+    survivors_ptr,
+    number_ptr,  # not read if FIRST
+    overlap_ptr,
+    removed_ptr,
+    cursor_ptr,
+    kept_ptr,
+    index_ptr,
+    count_ptr,
+    arrivals_ptr,  # [groups] int32, 0 before and after
+    # Sizes
+    num_boxes,
+    max_keep,
+    # Scalars
+    iou_threshold,
+    half_ulp,
+    block,  # of rows, of all groups
+    word,  # of 32 columns
+    # Constexprs
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    DECIDE: tl.constexpr,
+    FUSED: tl.constexpr,
+):
+    """`overlap_block` of a block; if DECIDE, the last program of a group decides it.
+
+    Returns whether the chunk of the group is decided: by this one, or because no box is in it.
+    """
+    row_blocks: tl.constexpr = CHUNK // BLOCK_ROWS
+    group = tl.cast(block // row_blocks, tl.int64)
+    if FIRST:
+        number = tl.minimum(num_boxes, CHUNK)
+    else:
+        number = tl.load(number_ptr + group)
+    decided = number == 0
+    if number > 0:
+        overlap_block(
+            boxes_ptr, valid_ptr, survivors_ptr, overlap_ptr, num_boxes, number, iou_threshold, half_ulp,
+            group, block % row_blocks, word, CHUNK, BLOCK_ROWS, FIRST, FUSED,
+        )  # fmt: skip
+        if DECIDE:
+            decided = arrive_last(arrivals_ptr + group, row_blocks * (CHUNK // 32))
+            if decided:
+                decide_group(
+                    boxes_ptr, valid_ptr, survivors_ptr, number_ptr, overlap_ptr, removed_ptr, cursor_ptr, kept_ptr,
+                    index_ptr, count_ptr, num_boxes, number, max_keep, group, CHUNK, STEP, FIRST,
+                )  # fmt: skip
+    return decided
 
 
 @triton.jit(do_not_specialize=["num_boxes", "max_keep"])
@@ -236,14 +283,46 @@ def _settle_kernel(
     STEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     FIRST: tl.constexpr,
+    DECIDE: tl.constexpr,
     FUSED: tl.constexpr,
 ):
-    """A chunk of every group: program (block, word)."""
+    """The matrix of a chunk of every group, and if DECIDE what is kept: program (block, word)."""
     settle_block(
         boxes_ptr, valid_ptr, survivors_ptr, number_ptr, overlap_ptr, removed_ptr, cursor_ptr, kept_ptr, index_ptr,
         count_ptr, arrivals_ptr, num_boxes, max_keep, iou_threshold, half_ulp, tl.program_id(0), tl.program_id(1),
-        CHUNK, STEP, BLOCK_ROWS, FIRST, FUSED,
+        CHUNK, STEP, BLOCK_ROWS, FIRST, DECIDE, FUSED,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_boxes", "max_keep"])
+def _decide_kernel(
+    boxes_ptr,  # all as in `decide_group`
+    valid_ptr,
+    survivors_ptr,
+    number_ptr,
+    overlap_ptr,
+    removed_ptr,
+    cursor_ptr,
+    kept_ptr,
+    index_ptr,
+    count_ptr,
+    num_boxes,
+    max_keep,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    FIRST: tl.constexpr,
+):
+    """A chunk of every group: program (group)."""
+    group = tl.program_id(0).to(tl.int64)
+    if FIRST:
+        number = tl.minimum(num_boxes, CHUNK)
+    else:
+        number = tl.load(number_ptr + group)
+    if number > 0:
+        decide_group(
+            boxes_ptr, valid_ptr, survivors_ptr, number_ptr, overlap_ptr, removed_ptr, cursor_ptr, kept_ptr, index_ptr,
+            count_ptr, num_boxes, number, max_keep, group, CHUNK, STEP, FIRST,
+        )  # fmt: skip
 
 
 def launch_settle(
@@ -263,33 +342,40 @@ def launch_settle(
     iou_threshold: float,
     rows: int,
     warps: int,
+    at_once: bool,
 ) -> None:
     """Settle the survivors of each group, or with `first` its first rows, and append what is kept.
 
-    A program compares `rows` rows with 32 columns.
+    A program compares `rows` rows with 32 columns, and one of `warps` warps decides a group. With `at_once` that is one
+    launch of programs of as many warps and registers, of which few fit the device at a time.
     """
     groups, chunk = survivors.shape
+    tensors = {
+        "boxes_ptr": boxes,
+        "valid_ptr": valid,
+        "survivors_ptr": survivors,
+        "number_ptr": number,
+        "overlap_ptr": overlap,
+        "removed_ptr": removed,
+        "cursor_ptr": cursor,
+        "kept_ptr": kept,
+        "index_ptr": index,
+        "count_ptr": count,
+    }
+    sizes = {"num_boxes": boxes.shape[1], "max_keep": index.shape[1]}
+    constexprs = {"CHUNK": chunk, "STEP": removed.shape[1], "FIRST": first}
     _settle_kernel[(groups * (chunk // rows), chunk // 32)](
-        boxes_ptr=boxes,
-        valid_ptr=valid,
-        survivors_ptr=survivors,
-        number_ptr=number,
-        overlap_ptr=overlap,
-        removed_ptr=removed,
-        cursor_ptr=cursor,
-        kept_ptr=kept,
-        index_ptr=index,
-        count_ptr=count,
+        **tensors,
         arrivals_ptr=arrivals,
-        num_boxes=boxes.shape[1],
-        max_keep=index.shape[1],
+        **sizes,
         iou_threshold=iou_threshold,
         half_ulp=half_ulp(iou_threshold),
-        CHUNK=chunk,
-        STEP=removed.shape[1],
+        **constexprs,
         BLOCK_ROWS=rows,
-        FIRST=first,
+        DECIDE=at_once,
         FUSED=is_compiled(_settle_kernel),
-        num_warps=warps,
+        num_warps=warps if at_once else max(rows // 32, 1),
         enable_fp_fusion=False,
     )
+    if not at_once:
+        _decide_kernel[(groups,)](**tensors, **sizes, **constexprs, num_warps=warps, enable_fp_fusion=False)

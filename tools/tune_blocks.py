@@ -2,8 +2,9 @@
 
     python -m tools.tune_blocks --csv FILE [--seconds N] [--only NAME ...]
 
-For each operation the search begins at what the kernel's `config(...)` returns for the call. It halves and doubles one
-field at a time, goes on from the fastest of these if that gains enough, and ends where none does. Every result is
+For each operation the search begins at what the kernel's `config(...)` returns for the call, and at what a target lists
+beside it: several fields that only help together. From the fastest it halves and doubles one field at a time, goes on
+from the fastest of these if that gains enough, and ends where none does. Every result is
 compared, bit for bit, with that of the default; one that differs is reported and never gone on from. Each operation
 runs in a separate process, so that a launch that breaks the GPU's context ends that operation alone.
 """
@@ -12,11 +13,12 @@ import argparse
 import csv
 import functools
 import importlib
+import math
 import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,13 +38,14 @@ Config = Any  # the NamedTuple of a kernel's module: ints, bools
 class Target(NamedTuple):
     """A choice to sweep: `function` of `fastdet.kernels.<module>`, as the operation called by `build` makes it.
 
-    What does not `fits` is not tried: the kernels may never end with it.
+    What does not `fits` is not tried: the kernels may never end with it. `beside` changes several fields at a time.
     """
 
     build: Callable[[torch.device, bool], OpCall]
     module: str
     function: str = "config"
     fits: Callable[[Config], bool] = lambda config: True
+    beside: tuple[dict[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
@@ -53,8 +56,65 @@ class Target(NamedTuple):
 
 
 def nms_fits(config: Config) -> bool:
+    if config.finish_rows < 32:
+        return False
+    if not config.chunk:
+        return True
     whole = config.chunk >= max(config.overlap_rows, 32) and config.step >= max(config.filter_rows, 32)
-    return whole and config.filter_span >= config.filter_kept and config.finish_rows >= 32
+    return whole and config.filter_span >= config.filter_kept
+
+
+# One program a group, from few rows at a time in few warps to many.
+_ALONE = tuple(
+    {"chunk": 0, "finish_rows": rows, "finish_kept": kept, "finish_warps": warps}
+    for rows, kept, warps in (
+        (32, 16, 1), (32, 32, 2), (32, 32, 4), (64, 32, 4), (64, 32, 8), (128, 32, 8), (128, 64, 16), (128, 32, 16)
+    )
+)  # fmt: skip
+_ONCE, _TWICE = {"at_once": True}, {"at_once": False, "overlap_rows": 128}
+
+
+def _wide(chunk: int, steps: int, settle: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"chunk": chunk, "warps": max(chunk // 128, 1), "steps": steps, **settle, **more}
+
+
+NMS_LARGE = (
+    _wide(1024, 5, _TWICE),
+    _wide(1024, 5, _ONCE, warps=16),
+    _wide(1024, 5, {"at_once": True, "overlap_rows": 128}),
+    _wide(1024, 5, _ONCE, filter_span=512),
+    _wide(1024, 5, _ONCE, filter_kept=32),
+    _wide(1024, 5, _ONCE, filter_rows=128, filter_kept=32),
+    _wide(512, 10, _TWICE),
+    _wide(512, 10, _ONCE, overlap_rows=128),
+    _wide(512, 10, _TWICE, step=2048),
+    _wide(1024, 7, _ONCE, step=2048),
+    _wide(1024, 3, _ONCE),
+)
+NMS_FEW_KEPT = (
+    _wide(512, 2, _TWICE),
+    _wide(1024, 1, _ONCE, overlap_rows=256),
+    _wide(512, 2, _ONCE, warps=8),
+    _wide(256, 4, _TWICE),
+    _wide(256, 4, _ONCE),
+    _wide(512, 3, _ONCE, step=2048),
+    _wide(512, 1, _ONCE),
+)
+NMS_PYRAMID = (
+    _wide(512, 4, _TWICE),
+    _wide(1024, 1, _ONCE, overlap_rows=256),
+    _wide(1024, 1, _TWICE, warps=16),
+    _wide(1024, 1, {"at_once": False, "overlap_rows": 256}),
+    *_ALONE,
+)
+NMS_CLASSES = (*_ALONE, _wide(512, 0, _TWICE, step=32, filter_rows=32, filter_kept=64, filter_span=256))
+NMS_SMALL = (
+    _wide(1024, 0, _ONCE, warps=16),
+    _wide(1024, 0, _TWICE),
+    _wide(1024, 0, {"at_once": True, "overlap_rows": 128}),
+    _wide(512, 2, _ONCE),
+    *_ALONE,
+)
 
 
 def sample_fits(config: Config) -> bool:
@@ -62,9 +122,13 @@ def sample_fits(config: Config) -> bool:
 
 
 TARGETS = (
-    Target(calls.nms_training, "nms", fits=nms_fits),
-    Target(calls.nms_inference, "nms", fits=nms_fits),
-    Target(calls.nms_classes, "nms", fits=nms_fits),
+    Target(calls.nms_untrained, "nms", fits=nms_fits, beside=NMS_LARGE),
+    Target(calls.nms_classes, "nms", fits=nms_fits, beside=NMS_CLASSES),
+    Target(calls.nms_pyramid, "nms", fits=nms_fits, beside=NMS_PYRAMID),
+    Target(calls.nms_training, "nms", fits=nms_fits, beside=NMS_LARGE[:5]),
+    Target(calls.nms_inference, "nms", fits=nms_fits, beside=NMS_FEW_KEPT),
+    Target(calls.nms_classes_of_one, "nms", fits=nms_fits, beside=(_wide(512, 1, _TWICE), *_ALONE)),
+    Target(calls.nms_all, "nms", fits=nms_fits, beside=NMS_SMALL),
     Target(calls.match, "match"),
     Target(calls.decode, "decode"),
     Target(calls.decode_batch, "decode"),
@@ -108,11 +172,20 @@ def neighbors(config: Config) -> list[Config]:
 
 
 def climb(
-    start: Config, measure: Callable[[Config], Measurement], fits: Callable[[Config], bool]
+    start: Config,
+    measure: Callable[[Config], Measurement],
+    fits: Callable[[Config], bool],
+    beside: Iterable[Config] = (),
 ) -> Iterator[tuple[Config, Measurement]]:
-    """Measure `start`, those of its neighbors that fit, of the fastest neighbor's, and so on while that gains."""
+    """Measure `start` and those `beside` it, the fastest's neighbors that fit, and so on while that gains."""
     best, tried = (start, measure(start)), {start}
     yield best
+    for config in beside if best[1].us is not None else ():
+        if config not in tried and fits(config):
+            tried.add(config)
+            measured = measure(config)
+            yield config, measured
+            best = min(best, (config, measured), key=lambda each: each[1].us or math.inf)
     while best[1].us is not None:
         center, limit = best[0], best[1].us * (1 - _GAIN)
         for config in neighbors(center):
@@ -185,7 +258,8 @@ def sweep(
             return Measurement(None, one_line(error))
 
     reference: float | None = None
-    for config, measured in climb(default, measure, target.fits):
+    beside = [default._replace(**changes) for changes in target.beside]
+    for config, measured in climb(default, measure, target.fits, beside):
         reference = reference or measured.us
         us, ratio = "", ""
         if measured.us is not None and reference is not None:

@@ -135,8 +135,11 @@ def _nms_indices(boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int
     if boxes.is_cpu:
         return cpu.plain_nms_cpu(boxes, scores, iou_threshold, limit)
     most = len(boxes) if limit is None else min(limit, len(boxes))
-    index, count = nms_padded(boxes[None], scores[None], iou_threshold, most)
-    return index[0, : int(count[0])]
+    # Sorted here, where no row is padding, as this takes fewer launches than `nms_padded`: the host's time is most.
+    order = scores.argsort(descending=True, stable=True)
+    valid = torch.ones(1, len(boxes), dtype=torch.bool, device=boxes.device)
+    index, count = torch.ops.fastdet.nms(boxes.index_select(0, order)[None], valid, iou_threshold, most)
+    return order.index_select(0, index[0, : int(count[0])])
 
 
 def _batched_nms_indices(

@@ -358,7 +358,7 @@ def small_config(**changes):
 
     config = kernel.Config(
         chunk=32, overlap_rows=16, step=32, steps=1, filter_rows=16, filter_kept=8, filter_span=16, warps=1,
-        finish_rows=32,
+        at_once=True, finish_rows=32, finish_kept=8, finish_warps=1,
     )  # fmt: skip
     return config._replace(**changes)
 
@@ -379,13 +379,29 @@ both_forms = pytest.mark.parametrize("suppress", [nms_cuda, nms_cuda_cooperative
 def test_kernel_equals_cpu(kernel_device, monkeypatch, seed, suppress):
     from fastdet.kernels import nms as kernel
 
-    small = small_config(step=(32, 64)[seed % 2], steps=seed % 4)
+    small = small_config(step=(32, 64)[seed % 2], steps=seed % 4, at_once=seed % 3 == 0)
     monkeypatch.setattr(kernel, "config", lambda *sizes: small)
     groups, count, side = 2, (1, 33, 64, 100)[seed % 4], (20.0, 60.0, 200.0)[seed % 3]
     boxes, valid = random_boxes(groups, count, side=side), torch.rand(groups, count) < 0.9
     for max_keep in (5, count):
         threshold = THRESHOLDS[seed % len(THRESHOLDS)]
         assert_kernel_equals_cpu(kernel_device, boxes, valid, threshold, max_keep, suppress)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("rows", [32, 64])
+@pytest.mark.parametrize("count", [1, 65, 100])
+def test_kernel_equals_cpu_with_a_program_a_group(kernel_device, monkeypatch, count, rows):
+    """What is kept of a group fills a block, none of it, or runs past the last that is wanted."""
+    from fastdet.kernels import nms as kernel
+
+    alone = small_config(chunk=0, step=0, steps=0, finish_rows=rows)
+    monkeypatch.setattr(kernel, "config", lambda *sizes: alone)
+    boxes = torch.stack([random_boxes(count, side=20), random_boxes(count, side=200), random_boxes(count, side=60)])
+    valid = torch.rand(3, count) < 0.9
+    valid[2, :70] = False
+    for max_keep in (5, count):
+        assert_kernel_equals_cpu(kernel_device, boxes, valid, 0.5, max_keep)
 
 
 @pytest.mark.kernel
@@ -430,7 +446,7 @@ def test_kernel_leaves_its_counters_ready_for_a_replay(kernel_device, monkeypatc
 
 @pytest.mark.parametrize(
     ("groups", "count", "max_keep", "most"),
-    [(1, 12000, 2000, 8), (1, 6000, 300, 6), (1440, 300, 300, 1), (5, 1024, 1024, 1), (1, 1025, 1025, 3)],
+    [(1, 12000, 2000, 12), (1, 6000, 300, 6), (1440, 300, 300, 1), (5, 1024, 1024, 2), (1, 1025, 1025, 3)],
 )
 def test_suppression_takes_few_launches(groups, count, max_keep, most):
     launches = pytest.importorskip("tools.launches")
@@ -487,12 +503,16 @@ def test_kernel_takes_empty_input(kernel_device):
 def test_block_sizes_hold_what_the_kernels_assume():
     from fastdet.kernels import nms as kernel
 
-    for groups, count in itertools.product((1, 2000), (1, 31, 33, 300, 1024, 1025, 6000, 12000, 100_000)):
+    for groups, count in itertools.product((1, 255, 256, 2000), (1, 31, 33, 300, 1024, 1025, 6000, 12000, 100_000)):
         for max_keep in (1, 300, 2000, count):
             config = kernel.config(groups, count, max_keep)
-            powers = config._replace(steps=1)
+            powers = config._replace(steps=0)
             assert all(size & (size - 1) == 0 for size in powers)
-            assert min(config.chunk, config.step, config.finish_rows) >= 32
+            assert config.finish_rows >= 32
+            if not config.chunk:
+                assert config.steps == config.step == 0
+                continue
+            assert min(config.chunk, config.step) >= 32
             # The last launch is not made where no data can leave it something to do.
             needed = kernel.most_steps(count, config.chunk, config.step)
             assert config.steps <= needed
@@ -504,6 +524,5 @@ def test_the_scratch_of_many_groups_is_bounded():
     """Sixteen images with the blocks of classes that 1000 proposals of 1202 classes are suppressed in."""
     from fastdet.kernels import nms as kernel
 
-    chunks = {groups: kernel.config(groups, 1000, 300).chunk for groups in (1, 16 * 20, 16 * 131, 1_000_000)}
-    assert chunks == {1: 1024, 16 * 20: 1024, 16 * 131: 256, 1_000_000: 32}
-    assert all(groups * chunk**2 // 8 <= kernel.MOST_OVERLAP for groups, chunk in chunks.items() if chunk > 32)
+    chunks = {groups: kernel.config(groups, 1000, 1000).chunk for groups in (1, 255, 16 * 20, 1_000_000)}
+    assert chunks == {1: 1024, 255: 1024, 16 * 20: 0, 1_000_000: 0}

@@ -22,7 +22,18 @@ from tests.helpers.checks import random_boxes
 from tools import alternatives
 
 SMALL = nms.Config(
-    chunk=32, overlap_rows=16, step=64, steps=0, filter_rows=16, filter_kept=8, filter_span=16, warps=1, finish_rows=32
+    chunk=32,
+    overlap_rows=16,
+    step=64,
+    steps=0,
+    filter_rows=16,
+    filter_kept=8,
+    filter_span=16,
+    warps=1,
+    at_once=True,
+    finish_rows=32,
+    finish_kept=8,
+    finish_warps=1,
 )
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 WIDTHS = {
     ("box_iou", "_box_iou_kernel", "stores_in_loops"): {16},
     ("nms 12000 to 2000", "_filter_kernel", "loads_in_loops"): {4},
-    ("nms of classes", "_settle_kernel", "loads_outside"): {1, 4, 8, 16},
+    ("nms of classes", "_finish_kernel", "loads_in_loops"): {1, 8},
     ("match of anchors", "_best_kernel", "loads_in_loops"): {1, 8},
     ("match of anchors", "_match_kernel", "loads_in_loops"): {1, 4, 8},
     ("match of proposals", "_match_kernel", "loads_in_loops"): {1, 4},
