@@ -94,7 +94,7 @@ def _sample(device: torch.device, count: int, share: float, num_samples: int, ma
     generator = torch.Generator().manual_seed(0)
     draw = torch.rand(1, count, generator=generator)
     label = torch.where(draw < share, 1, torch.where(draw < 0.6, 0, -1)).to(device)
-    seed = torch.tensor([1]).to(device)
+    seed = torch.ones(1, dtype=torch.int64, device=device)
     return OpCall(f"{num_samples} of {count}", lambda: ops.sample(label, num_samples, max_positive, seed))
 
 

@@ -90,7 +90,7 @@ def check_targets(targets: Any, images: Sequence[Tensor], num_classes: int) -> l
         raise ValueError(f"targets must be a list of dicts, got {type(targets).__name__}")
     if len(targets) != len(images):
         raise ValueError(f"{len(images)} images, but {len(targets)} targets")
-    checked = []
+    checked: list[dict[str, Tensor]] = []
     for i, (target, image) in enumerate(zip(targets, images, strict=True)):
         if not isinstance(target, Mapping) or "boxes" not in target or "labels" not in target:
             found = sorted(target) if isinstance(target, Mapping) else type(target).__name__
@@ -109,6 +109,13 @@ def check_targets(targets: Any, images: Sequence[Tensor], num_classes: int) -> l
         height, width = image.shape[-2:]
         _check_boxes(i, boxes.float(), labels, height, width, num_classes)
         checked.append({"boxes": boxes.float(), "labels": labels.long(), "ignore": ignore})
+        if "seed" in target:
+            seed = _tensor(i, "seed", target["seed"])
+            if seed.ndim or seed.dtype != torch.int64:
+                raise ValueError(f"target {i}: seed must be int64 [], got {_describe(seed)}")
+            checked[-1]["seed"] = seed
+        if ("seed" in target) != ("seed" in checked[0]):
+            raise ValueError(f"target {i}: seed must be in all targets or in none")
     return checked
 
 

@@ -26,11 +26,13 @@ class Batch(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """Ground truth: boxes [B, G, 4], labels [B, G] (0 = padding), ignore bool [B, G] (not trained on)."""
+    """Ground truth: boxes [B, G, 4], labels [B, G] (0 = padding), ignore bool [B, G] (not trained on); seeds int64 [B],
+    of what is sampled in each image (None: torch's generator draws them)."""
 
     boxes: Tensor
     labels: Tensor
     ignore: Tensor
+    seeds: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:

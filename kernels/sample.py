@@ -53,7 +53,7 @@ def _unpack_class(packed, is_negative):
 def _sample_kernel(
     # Tensors, all contiguous
     label_ptr,  # [B, K] int64, 1 positive, 0 negative; not read if HAS_CODES
-    seed_ptr,  # [1] int64; not read if HAS_CODES
+    seed_ptr,  # [B] int64; not read if HAS_CODES
     code_ptr,  # [B, K] int32, codes that an earlier launch kept; read if HAS_CODES
     position_ptr,  # [B, K] int32, their candidates, counted in the image; read if HAS_CODES
     index_ptr,  # [B, num_slots] int64, output unless THIN: candidates, 0 in an empty slot
@@ -86,7 +86,7 @@ def _sample_kernel(
     end = tl.minimum(begin + span, num_candidates)
     seed = tl.full([], 0, dtype=tl.int64)
     if not HAS_CODES:
-        seed = tl.load(seed_ptr)
+        seed = tl.load(seed_ptr + batch)
     codes = load_codes(label_ptr, code_ptr, first, begin, end, seed, HAS_CODES, BLOCK_K)
 
     # Count each class, and limit it to its quota.
@@ -198,7 +198,7 @@ def launch(
     *,
     max_positive: int,
 ) -> None:
-    """Fill `index` and `weight` [B, S] from `label` [B, K] and `seed` [1], or from what `launch_thin` kept."""
+    """Fill `index` and `weight` [B, S] from `label` [B, K] and `seed` [B], or from what `launch_thin` kept."""
     span = label.shape[1] if code is None else code.shape[1] * code.shape[2]
     _launch(label, seed, code, position, index, weight, None, None, span=span, max_positive=max_positive)
 

@@ -47,18 +47,19 @@ def check_trained(out: Path, printed: str, train_set: Shapes | VOC, test_set: Sh
     assert losses[-1] < 0.9 * losses[0]
     model, class_names = load_model(out)
     assert class_names == tuple(train_set.class_names)
+    ap50, digits = evaluate(model, test_set, class_names).coco.ap50, re.search(pattern, printed)[1]
+    assert float(digits) == pytest.approx(ap50, abs=0.51 * 10.0 ** -len(digits.partition(".")[2]) + 1e-6)
+    # Last, as it changes the statistics of the normalization.
     torch.manual_seed(0)
     assert mean_loss(model, train_set) < 0.9 * mean_loss(build_model(checkpoint.load(out)["architecture"]), train_set)
-    expected = evaluate(model.eval(), test_set, class_names).coco
-    assert float(re.search(pattern, printed)[1]) == pytest.approx(expected.ap50, abs=6e-4)
 
 
 @pytest.mark.parametrize(
     ("name", "steps", "pattern"),
     [
-        ("plain_torch", 40, r"(?m)^mean +\S+ +(\S+)"),
-        ("accelerate_loop", 20, r"AP50 ([\d.]+)"),
-        ("lightning_module", 40, r"AP50 +([\d.e-]+)"),
+        ("plain_torch", 20, r"(?m)^mean +\S+ +(\S+)"),
+        ("accelerate_loop", 12, r"AP50 ([\d.]+)"),
+        ("lightning_module", 20, r"AP50 +(\S+)"),
     ],
 )
 def test_an_example_trains_evaluates_and_saves(tmp_path, name, steps, pattern):

@@ -96,7 +96,9 @@ def run(step: Step, log: Path, seconds: float) -> Result:
 def summary_lines(log: str, outcome: str) -> list[str]:
     """The lines that name what failed, if any, and the last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    failure = re.compile(r"(FAILED|ERROR) \S+|failed: |cannot be swept: |=+ (Invalid|Error|Warning: Race|Error: Race)")
+    failure = re.compile(
+        r"(\[gw\d+\] .{6} )?(FAILED|ERROR) \S+|failed: |cannot be swept: |=+ (Invalid|Error|Warning: Race|Error: Race)"
+    )
     failed = [line for line in lines if failure.match(line)] if outcome != PASSED else []
     more = [f"and {len(failed) - 12} more"] if len(failed) > 12 else []
     return [*failed[:12], *more, *lines[-1:]]
@@ -171,9 +173,10 @@ def steps(out: Path) -> list[Step]:
         for path in sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))
         if path not in alone and re.search(r"mark\.(kernel|cuda)\b", (ROOT / path).read_text())
     ]
-    side_by_side = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    # Each test by name as it ends: interrupted, the processes of xdist give no summary.
+    side_by_side = ["-v", "-n", str(min(14, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     benches = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "bench").rglob("bench_*.py"))
-    whole = {f"bench/bench_{name}.py" for name in ("model", "accelerate", "onnx")}
+    whole = {f"bench/bench_{name}.py" for name in ("model", "accelerate", "onnx", "loading")}
 
     def benchmark(name: str, chosen: list[str], limit: float) -> Step:
         part = out / "part.csv"
@@ -191,33 +194,33 @@ def steps(out: Path) -> list[Step]:
     install = ["-m", "pip", "install", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-build-isolation"]
     one_image = "(train-1-bfloat16 or infer-1-bfloat16) and not fused"
     return [
-        Step("install in place", [*python, *install, "-e", "."], 15),
-        program("environment", "tools.gpu_check", 15, "--environment"),
+        Step("install in place", [*python, *install, "-e", "."], 10),
+        program("environment", "tools.gpu_check", 10, "--environment"),
         # Compiles the kernels, so that the time limit of the sanitizer does not include that.
-        program("small calls", "bench.calls", 35),
+        program("small calls", "bench.calls", 30),
         Step("equality at full size", [*pytest, "-m", "cuda", alone[2]], 35),
-        program("kernel times", "tools.kernel_times", 30, "--csv", str(out / "kernel_times.csv")),
-        benchmark("benchmarks: model", ["bench/bench_model.py", "-k", one_image], 70),
+        program("kernel times", "tools.kernel_times", 25, "--csv", str(out / "kernel_times.csv")),
+        benchmark("benchmarks: model", ["bench/bench_model.py", "-k", one_image], 95),
         program("topk against sort", "tools.alternatives", 15, "--csv", str(out / "alternatives.csv")),
         Step(
             "operations",
             [*pytest, "-m", "kernel or cuda", "-k", "not cooperative", *side_by_side, *marked],
-            55,
+            90,
             # Else each of the workers takes as many threads as there are cores.
             environment={"OMP_NUM_THREADS": "2"},
         ),
         Step("same bits 50 times", [*pytest, alone[0]], 20),
-        Step("no host sync, one graph", [*pytest, alone[1]], 15),
-        benchmark("benchmarks: operations", [path for path in benches if path not in whole], 30),
+        Step("no host sync, one graph", [*pytest, alone[1]], 35),
+        benchmark("benchmarks: operations", [path for path in benches if path not in whole], 70),
         program(
             "sweep",
             "tools.tune_blocks",
-            40,
+            35,
             *("--csv", str(out / "sweep.csv"), "--seconds", "{seconds}", "--only", "nms", "roi_pool", "roi_align"),
         ),
-        sanitizer("memcheck", 120),
+        sanitizer("memcheck", 25),
         # It was never run on a GPU: where its programs wait for each other without end, nothing else is lost.
-        cooperative(24),
+        cooperative(20),
     ]
 
 
@@ -270,6 +273,8 @@ def slug(device: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run everything that needs a GPU.")
     parser.add_argument("--out", type=Path, default=Path("gpu-check"))
+    parser.add_argument("--seconds", type=float, default=TOTAL, help=f"for all steps together ({TOTAL:g})")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="those steps alone, by the beginnings of their names")
     parser.add_argument("--environment", action="store_true", help="only print the device and the versions")
     options = parser.parse_args(arguments)
     import torch
@@ -287,7 +292,8 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for name in ("bench.csv", "kernel_times.csv", "alternatives.csv", "sweep.csv", "part.csv"):
         (out / name).unlink(missing_ok=True)
-    results = run_all(steps(out), out)
+    chosen = [step for step in steps(out) if not options.only or step.name.startswith(tuple(options.only))]
+    results = run_all(chosen, out, options.seconds)
     print(f"\n{table(results)}\nTo keep: cp {out}/bench.csv bench/results/{slug(torch.cuda.get_device_name())}.csv")
     return 0 if all(result.outcome in (PASSED, ABSENT) for result in results) else 1
 

@@ -83,7 +83,7 @@ def _decode(batch: int, num_logits: int, dtype: torch.dtype, layout: torch.memor
 
 def _sample(batch: int, num_candidates: int, num_samples: int, max_positive: int) -> None:
     label = torch.zeros(batch, num_candidates, dtype=torch.int64)
-    sample_cuda(label, torch.zeros(1, dtype=torch.int64), num_samples, max_positive)
+    sample_cuda(label, torch.zeros(batch, dtype=torch.int64), num_samples, max_positive)
 
 
 def _roi_pool(batch: int, channels: int, height: int, width: int, num_rois: int, dtype: torch.dtype) -> None:

@@ -29,8 +29,8 @@ from fastdet.data.convert import write_coco
 from fastdet.engine import RECIPES, TrainSettings, build_model, build_optimizer, detect, load_model, train
 from fastdet.engine.evaluate import evaluate
 from fastdet.engine.recipes import build_average
-from fastdet.engine.replay import replay
-from fastdet.engine.run_state import RunState, build_metadata
+from fastdet.engine.run.replay import replay
+from fastdet.engine.run.state import RunState, build_metadata
 from fastdet.engine.trainer import augment_for
 from fastdet.metrics import require_pycocotools
 from fastdet.models.faster_rcnn import FasterRCNN

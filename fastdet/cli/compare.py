@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdet.cli.values import UserError, raise_user_errors
-from fastdet.engine.run_folder import COLUMNS, VALIDATION_COLUMNS, Row, read_rows
+from fastdet.engine.run.folder import COLUMNS, VALIDATION_COLUMNS, Row, read_rows
 from fastdet.safe_files import printable, replace_file
 from fastdet.visualize import plot_comparison
 

@@ -6,7 +6,7 @@
 from fastdet.engine.checkpoint import CheckpointError, build_model, describe_anchors, load_model
 from fastdet.engine.predict import ImageDetections, detect
 from fastdet.engine.recipes import RECIPES, TrainSettings, build_optimizer
-from fastdet.engine.run_folder import Terminated
+from fastdet.engine.run.folder import Terminated
 from fastdet.engine.trainer import train
 
 __all__ = [

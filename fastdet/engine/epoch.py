@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Subset
 from fastdet.data import DataError, Item
 from fastdet.engine.loading import Batch
 from fastdet.engine.recipes import BatchPlan, EpochPlans, learning_rate
-from fastdet.engine.run_folder import Row
+from fastdet.engine.run.folder import Row
 from fastdet.models.losses import NAMES as LOSSES
 
 

@@ -14,13 +14,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fastdet.data import DataError, Item
-from fastdet.engine import run_folder
 from fastdet.engine.checkpoint import CheckpointError
 from fastdet.engine.epoch import NotFiniteError, train_epoch
 from fastdet.engine.loading import AugmentedDataset, load_batches, sizes_of
 from fastdet.engine.recipes import EpochPlans, TrainSettings, build_average, build_optimizer
-from fastdet.engine.run_folder import Row, Terminated
-from fastdet.engine.run_state import RunState, build_metadata
+from fastdet.engine.run import folder as run_folder
+from fastdet.engine.run.folder import Row, Terminated
+from fastdet.engine.run.state import RunState, build_metadata
 from fastdet.models.anchors import Size, has_anchor_inside
 from fastdet.models.preprocessing import resized_size
 from fastdet.models.settings import Settings
@@ -87,7 +87,7 @@ def train(
             image where only those train, or a worker was killed.
         Terminated: SIGTERM came; the state is saved.
         FloatingPointError: a loss or gradient is not finite; names the step and the images. `failure.json` has them
-            too, and `fastdet.engine.replay` takes the step again.
+            too, and `fastdet.engine.run.replay` takes the step again.
     """
     settings = settings or TrainSettings()
     if len(dataset) == 0:  # type: ignore[arg-type]

@@ -13,9 +13,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 from fastdet.graphs import static_inputs
+from fastdet.graphs.batch_losses import autocast, castable_layers
 from fastdet.graphs.capture import GraphedModel, StaticStep
 from fastdet.graphs.static_inputs import BatchShapes, Shape
-from fastdet.graphs.step import autocast, castable_layers
 from fastdet.models import preprocessing
 from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.models.fuse import fuse

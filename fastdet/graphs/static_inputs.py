@@ -91,7 +91,8 @@ def allocate_targets(batch: int, rows: int, device: torch.device) -> Targets:
     """The static targets of so many images: `rows` rows of padding each."""
     labels = torch.zeros(batch, rows, dtype=torch.int64, device=device)
     boxes = torch.zeros(batch, rows, 4, dtype=torch.float32, device=device)
-    return Targets(boxes, labels, torch.zeros_like(labels, dtype=torch.bool))
+    seeds = torch.zeros(batch, dtype=torch.int64, device=device)
+    return Targets(boxes, labels, torch.zeros_like(labels, dtype=torch.bool), seeds)
 
 
 def check_padded_shapes(images: Tensor, sizes: Tensor, scales: Tensor | None, targets: Targets | None = None) -> None:
@@ -104,6 +105,8 @@ def check_padded_shapes(images: Tensor, sizes: Tensor, scales: Tensor | None, ta
         rows = [batch, targets.labels.shape[-1]]
         expected.append(("targets.boxes", targets.boxes, [*rows, 4]))
         expected += [("targets.labels", targets.labels, rows), ("targets.ignore", targets.ignore, rows)]
+        if targets.seeds is not None:
+            expected.append(("targets.seeds", targets.seeds, [batch]))
     for name, tensor, shape in expected:
         found = None if tensor is None else list(tensor.shape)
         if found != shape:
@@ -116,7 +119,7 @@ def fill_inputs(static: Sequence[Tensor], values: Sequence[Tensor | None]) -> No
 
     The rest of a tensor that is larger than its value becomes 0, but 1 of sizes and scales; scales of None are 1.
     """
-    for buffer, value, padding in zip(static, values, (0, 1, 1, 0, 0, 0), strict=False):
+    for buffer, value, padding in zip(static, values, (0, 1, 1, 0, 0, 0, 0), strict=False):
         if value is None or value.shape != buffer.shape:
             buffer.fill_(padding)
         if value is not None:

@@ -6,19 +6,16 @@ rate and the loss scale are tensors, and a step that must not count is undone by
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import zip_longest
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 
-from fastdet.models.faster_rcnn import FasterRCNN
-from fastdet.models.layers import ConvReLU2d
+from fastdet.graphs.batch_losses import running_statistics
 from fastdet.models.losses import NAMES
-from fastdet.structures import Batch, Targets
 
 # What a step returns.
 COLUMNS = (*NAMES, "gradient_norm", "skipped", "loss_scale")
@@ -42,15 +39,15 @@ class LossScale(NamedTuple):
 
 
 def training_step(
-    model: FasterRCNN,
+    model: nn.Module,
     optimizer: Optimizer,
     loss_scale: LossScale,
-    batch: Batch,
-    targets: Targets,
+    parts: Sequence[Callable[[], Mapping[str, Tensor]]],
     *,
     amp: torch.dtype | None,
     clip_norm: float,
     check_gradients: bool = True,
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Tensor:
     """Forward, losses, backward, clipping, update. If a loss or gradient is not finite, all stays as it was.
 
@@ -58,11 +55,14 @@ def training_step(
     is halved then, and doubled after `GROWTH_INTERVAL` good steps. Gradients are not kept.
 
     Args:
-        optimizer: as `prepare_optimizer` leaves it.
-        amp: dtype of autocast; None: none.
+        optimizer: as `fastdet.graphs.optimizers.prepare_optimizer` leaves it.
+        parts: each computes the losses of a part of the batch, under autocast; the step is that of their sum. One part
+            after another goes forward and backward, so that the memory is that of the largest.
+        amp: the dtype of that autocast; None: none.
         clip_norm: largest norm of all gradients together; 0 does not clip.
         check_gradients: compute the norm also where it is not needed to clip or to find the loss scale of fp16. Without
             it only losses are checked.
+        no_sync: around all parts but the last, as of `DistributedDataParallel`.
 
     Returns:
         fp32 [len(COLUMNS)]: the losses, the gradients' norm before clipping (NaN if it is not computed), whether the
@@ -74,13 +74,14 @@ def training_step(
     scale = loss_scale.scale.clone()
     for parameter in trained:
         parameter.grad = None
-    with torch.enable_grad():
-        weights = {} if amp is None else cast_weights(model, amp)
-        with autocast(batch.images.device, amp):
-            losses = torch.func.functional_call(_PaddedLosses(model), weights, (batch, targets))
-        each = torch.stack([losses[name] for name in NAMES])
-        total = each.sum()
-        (total * scale if amp == torch.float16 else total).backward()
+    each = torch.zeros(len(NAMES), device=scale.device)
+    for number, part in enumerate(parts, start=1):
+        with torch.enable_grad(), nullcontext() if number == len(parts) else no_sync():
+            losses = part()
+            values = torch.stack([losses[name] for name in NAMES])
+            total = values.sum()
+            (total * scale if amp == torch.float16 else total).backward()
+            each += values.detach()
     with torch.no_grad():
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         if amp == torch.float16:
@@ -106,153 +107,14 @@ def training_step(
         for parameter in trained:
             # A graph's gradients lie in memory that the next graph uses too.
             parameter.grad = None
-        return torch.cat([each.detach(), torch.stack([norm, skipped, scale])])
+        return torch.cat([each, torch.stack([norm, skipped, scale])])
+
+
+def checked_columns(amp: torch.dtype | None, clip_norm: float, check_gradients: bool = True) -> int:
+    """How many of `COLUMNS` must be finite: the losses, and the norm but under fp16, whose scale depends on it."""
+    return len(NAMES) + (amp is not torch.float16 and computes_norm(amp, clip_norm, check_gradients))
 
 
 def computes_norm(amp: torch.dtype | None, clip_norm: float, check_gradients: bool) -> bool:
     """Whether a step computes the norm of its gradients."""
     return bool(clip_norm) or amp == torch.float16 or check_gradients
-
-
-class _PaddedLosses(nn.Module):
-    """The losses of `model.forward_padded`, as a call of a module."""
-
-    def __init__(self, model: FasterRCNN) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
-        losses, _ = self.model.forward_padded(
-            batch.images, batch.sizes, targets, batch.scales, compute_losses=True, compute_detections=False
-        )
-        assert losses is not None
-        return losses
-
-
-class _CastAll(torch.autograd.Function):
-    """Tensors in another dtype, and their gradients back, in one call each that takes few launches for all of them."""
-
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.dtypes = [tensor.dtype for tensor in tensors]
-        casts = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-        torch._foreach_copy_(casts, list(tensors))
-        needed = ctx.needs_input_grad[1:]
-        ctx.mark_non_differentiable(*(cast for cast, needs in zip(casts, needed, strict=True) if not needs))
-        return tuple(casts)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = [grad for grad in grads if grad is not None]
-        wide = [
-            torch.empty_like(grad, dtype=dtype)
-            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
-            if grad is not None
-        ]
-        torch._foreach_copy_(wide, given)
-        remaining = iter(wide)
-        return None, *(None if grad is None else next(remaining) for grad in grads)
-
-
-def castable_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers whose parameters autocast casts and nothing else uses: convolutions and linear layers as they are."""
-    return [layer for layer in model.modules() if type(layer) in (nn.Conv2d, ConvReLU2d, nn.Linear)]
-
-
-def cast_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """By name, in `dtype`, the parameters that autocast would cast one by one; gradients reach the model's own."""
-    castable = {id(parameter) for layer in castable_layers(model) for parameter in layer.parameters(recurse=False)}
-    named = {name: value for name, value in model.named_parameters(prefix="model") if id(value) in castable}
-    casts = _CastAll.apply(dtype, *named.values()) if named else ()
-    return dict(zip(named, casts, strict=True))
-
-
-@contextmanager
-def autocast(device: torch.device, amp: torch.dtype | None) -> Iterator[None]:
-    """torch's autocast to `amp`, or none, with casts of weights that are made in it and kept no longer.
-
-    Inside another autocast, even one that is switched off, torch would keep them past the weights' next update.
-    """
-    torch.clear_autocast_cache()
-    try:
-        with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-            yield
-    finally:
-        torch.clear_autocast_cache()
-
-
-def running_statistics(model: nn.Module) -> list[Tensor]:
-    """The buffers that normalization layers change in training."""
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
-    return [buffer for layer in layers if layer.training for buffer in layer.buffers(recurse=False)]
-
-
-def prepare_optimizer(optimizer: Optimizer, model: nn.Module, rates: Sequence[Tensor] = ()) -> list[Tensor]:
-    """Bring an optimizer to where its first step does what all others do, in place.
-
-    Each group gets a learning rate of its own, fp32 on the model's device. State that the first step would make is
-    made, of zeros: fused SGD takes the gradient itself as its first momentum, and captured so would do it at every
-    replay.
-
-    Args:
-        rates: what an earlier call returned; a group that still has the rate that it got then keeps it.
-
-    Returns:
-        The groups' learning rates.
-
-    Raises:
-        ValueError: an optimizer that cannot be captured, or is not of the model's parameters alone; the message gives
-            one that can.
-    """
-    _check_parameters(optimizer, model)
-    _check_capturable(optimizer)
-    device = next(model.parameters()).device
-    for group, rate in zip_longest(optimizer.param_groups, rates[: len(optimizer.param_groups)]):
-        if group["lr"] is not rate:
-            group["lr"] = group["lr"].detach().to(device, torch.float32, copy=True)
-        names = ["momentum_buffer"] if group.get("momentum") else []
-        if isinstance(optimizer, AdamW):
-            names = ["step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
-        for parameter in group["params"]:
-            for name in names if parameter.requires_grad else ():
-                if optimizer.state[parameter].get(name) is None:
-                    zeros = torch.zeros((), device=device) if name == "step" else torch.zeros_like(parameter)
-                    optimizer.state[parameter][name] = zeros
-            for name, value in optimizer.state.get(parameter, {}).items():
-                # Fused steps go through memory, so state lies as its parameter.
-                if value is not None and value.shape == parameter.shape and value.stride() != parameter.stride():
-                    optimizer.state[parameter][name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-    return [group["lr"] for group in optimizer.param_groups]
-
-
-def _check_parameters(optimizer: Optimizer, model: nn.Module) -> None:
-    of_model = {id(parameter) for parameter in model.parameters()}
-    given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    foreign = sum(id(parameter) not in of_model for parameter in given)
-    if foreign:
-        raise ValueError(
-            f"{foreign} of the {len(given)} parameters of the optimizer are not the model's: make it anew, of the "
-            "parameters that the model has now"
-        )
-    if not any(parameter.requires_grad for parameter in given):
-        raise ValueError("the optimizer has none of the model's trainable parameters")
-
-
-def _check_capturable(optimizer: Optimizer) -> None:
-    name = type(optimizer).__name__
-    if not isinstance(optimizer, (SGD, AdamW)):
-        raise ValueError(f"{name} cannot be captured: take torch.optim.SGD or torch.optim.AdamW, with fused=True")
-    expected = "capturable=True" if isinstance(optimizer, AdamW) else "dampening=0"
-    for index, group in enumerate(optimizer.param_groups):
-        lr, dampening = group["lr"], group.get("dampening", 0)
-        for wrong, reason in (
-            (not group["fused"], "is not fused"),
-            (not isinstance(lr, Tensor), f"has the number {lr} as its learning rate"),
-            (not group.get("capturable", True), "is not capturable"),
-            (dampening != 0, f"has dampening {dampening}, which the first step alone leaves out"),
-        ):
-            if wrong:
-                call = f"{name}(..., fused=True, lr=torch.tensor(...), {expected})"
-                raise ValueError(f"group {index} of {name} {reason}, so no graph can hold its step: {call}")

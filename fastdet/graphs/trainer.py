@@ -21,12 +21,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastdet.graphs import static_inputs
+from fastdet.graphs.batch_losses import PaddedLosses, batch_losses
 from fastdet.graphs.capture import GraphedModel, StaticStep
 from fastdet.graphs.guards import CaptureGuard
+from fastdet.graphs.optimizers import prepare_optimizer
+from fastdet.graphs.rows import UnreadRows
 from fastdet.graphs.static_inputs import BatchShapes, Shape
-from fastdet.graphs.step import COLUMNS, LossScale, computes_norm, prepare_optimizer, training_step
+from fastdet.graphs.step import LossScale, checked_columns, training_step
 from fastdet.models.faster_rcnn import FasterRCNN
-from fastdet.models.losses import NAMES
+from fastdet.models.preprocessing import draw_seeds
 from fastdet.structures import Batch, Targets
 
 
@@ -50,10 +53,10 @@ class GraphedTrainer(GraphedModel):
 
     A captured step goes on using what it was captured with, so a change of that is refused until `recapture`:
 
-    - at every step: the trainer's `optimizer`, `max_boxes`, `amp`, `clip_norm` and `check_gradients`; the mode of the
-      model, its `settings`, `model.compile`, its first parameter (`model.to` moves, and `load_state_dict(assign=True)`
-      replaces all); the optimizer's groups with their options, learning-rate tensors and numbers of parameters, and its
-      state as a whole;
+    - at every step: the trainer's `optimizer`, `max_boxes`, `amp`, `clip_norm`, `check_gradients` and `accumulate`; the
+      mode of the model, its `settings`, `model.compile`, its first parameter (`model.to` moves, and
+      `load_state_dict(assign=True)` replaces all); the optimizer's groups with their options, learning-rate tensors and
+      numbers of parameters, and its state as a whole;
     - at a capture, at the bucket's three steps after it, and at every step with `check_every_step`: each layer and its
       mode, each parameter, buffer and tensor of the optimizer by identity and address, and which are frozen. By
       default a later change of these has no effect on the captured step, or makes it write to freed memory;
@@ -73,6 +76,8 @@ class GraphedTrainer(GraphedModel):
         clip_norm: largest norm of all gradients together; 0 does not clip.
         check_gradients: look for gradients that are not finite, by their norm. False saves a pass over all gradients
             where neither `clip_norm` nor fp16 needs the norm; then a step is skipped for its losses alone.
+        accumulate: parts of a batch that go through the network one after another, for less memory; the step is that of
+            the whole batch. With several it takes a third longer.
         memory_limit: bytes that graphs may keep; the least recently used are dropped, and captured again when they are
             needed. None: no limit, and graphs share their memory.
         check_every_step: compare everything at every step, for some tenths of a millisecond of the host's time.
@@ -81,7 +86,7 @@ class GraphedTrainer(GraphedModel):
         ValueError: an argument out of range, an optimizer that cannot be captured or is not of this model.
     """
 
-    _arguments = ("model", "amp", "optimizer", "max_boxes", "clip_norm", "check_gradients")
+    _arguments = ("model", "amp", "optimizer", "max_boxes", "clip_norm", "check_gradients", "accumulate")
 
     def __init__(
         self,
@@ -93,20 +98,24 @@ class GraphedTrainer(GraphedModel):
         amp: torch.dtype | None = None,
         clip_norm: float = 0.0,
         check_gradients: bool = True,
+        accumulate: int = 1,
         memory_limit: int | None = None,
         check_every_step: bool = False,
     ) -> None:
         super().__init__(model, batch_shape, amp, memory_limit, check_every_step, training=True)
         if isinstance(max_boxes, bool) or not isinstance(max_boxes, int) or max_boxes < 1:
             raise ValueError(f"max_boxes must be a whole number from 1 on, got {max_boxes!r}")
+        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+            raise ValueError(f"accumulate must be a whole number from 1 on, got {accumulate!r}")
         if not (clip_norm >= 0 and math.isfinite(clip_norm)):
             raise ValueError(f"clip_norm must be at least 0 and finite, got {clip_norm}")
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("the model has no trainable parameters")
         self.optimizer, self.max_boxes, self.clip_norm = optimizer, max_boxes, clip_norm
-        self.check_gradients = check_gradients
+        self.check_gradients, self.accumulate = check_gradients, accumulate
         self._steps = 0
-        self._unread: list[tuple[int, str, Tensor]] = []
+        self._unread: UnreadRows[str] = UnreadRows(0)
+        self._read: list[dict[str, float]] = []
         self._rates: list[Tensor] = []
         # Tensors of inference mode could not be changed outside it.
         with torch.inference_mode(False):
@@ -133,7 +142,7 @@ class GraphedTrainer(GraphedModel):
         assert padded is not None
         # Without rows of padding that the step does not hold.
         rows = max(self.max_boxes, *(len(target["boxes"]) for target in targets))
-        padded = Targets(*(tensor[:, :rows] for tensor in padded))
+        padded = Targets(*(tensor[:, :rows] for tensor in padded[:3]), padded.seeds)
         self.step_padded(batch.images, batch.sizes, padded, batch.scales, ids)
 
     def step_padded(
@@ -152,6 +161,16 @@ class GraphedTrainer(GraphedModel):
             targets: at most `max_boxes` rows an image.
             scales: fp32 [B], by how much each image was resized; None: 1.
         """
+        if ids is not None and len(ids) != len(images):
+            raise ValueError(f"{len(images)} images, but {len(ids)} ids")
+        row = self.replay(images, sizes, targets, scales)
+        self._steps += 1
+        self._unread.checked = checked_columns(self.amp, self.clip_norm, self.check_gradients)
+        self._unread.add(self._steps, ", ".join(map(str, range(len(images)) if ids is None else ids)), row)
+
+    def replay(self, images: Tensor, sizes: Tensor, targets: Targets, scales: Tensor | None = None) -> Tensor:
+        """As `step_padded`, but the row of the step, as of `fastdet.graphs.step.training_step`, is given back at once,
+        on the device, and not kept for `losses`."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError("inside torch.inference_mode nothing can be learned")
         bucket = static_inputs.choose_bucket(self.buckets, images, exact=True)
@@ -162,14 +181,12 @@ class GraphedTrainer(GraphedModel):
                 f"an image has {count} boxes, but the step holds at most max_boxes={self.max_boxes}: give "
                 f"GraphedTrainer max_boxes={count} or more"
             )
-        if ids is not None and len(ids) != len(images):
-            raise ValueError(f"{len(images)} images, but {len(ids)} ids")
         program = self._program(bucket)
-        static_inputs.fill_inputs(program.inputs, (images, sizes, scales, *targets))
-        self._steps += 1
-        names = ", ".join(map(str, range(len(images)) if ids is None else ids))
+        seeds = draw_seeds(len(images), self.device) if targets.seeds is None else targets.seeds
+        static_inputs.fill_inputs(program.inputs, (images, sizes, scales, *targets[:3], seeds))
         # The next run writes over the row.
-        self._unread.append((self._steps, names, program.run().clone()))
+        row: Tensor = program.run().clone()
+        return row
 
     def losses(self) -> list[dict[str, float]]:
         """A row for each step since the last call, read from the device in one piece: a host sync.
@@ -185,26 +202,12 @@ class GraphedTrainer(GraphedModel):
                 no weights, and the rows of the other steps are there for the next call. Under fp16 a gradient that is
                 not finite only shows as "skipped", as the loss scale looks for the largest that does not overflow.
         """
-        if not self._unread:
-            return []
-        rows = torch.stack([row for _, _, row in self._unread]).tolist()
-        # Gradients too, but under fp16.
-        checked = len(NAMES) + (
-            self.amp is not torch.float16 and computes_norm(self.amp, self.clip_norm, self.check_gradients)
-        )
-        finite, read, errors = [], [], []
-        for (step, names, row), values in zip(self._unread, rows, strict=True):
-            if all(map(math.isfinite, values[:checked])):
-                finite.append((step, names, row))
-                read.append(
-                    {"step": step, "loss": sum(values[: len(NAMES)]), **dict(zip(COLUMNS, values, strict=True))}
-                )
-            else:
-                found = ", ".join(f"{name} {value:.3g}" for name, value in zip(COLUMNS[:checked], values, strict=False))
-                errors.append(f"step {step}: a loss or gradient is not finite ({found}), images {names}")
-        self._unread = finite if errors else []
-        if errors:
+        finite, others = self._unread.read()
+        self._read += [{"step": row.step, **row.values} for row in finite]
+        if others:
+            errors = [self._unread.describe(row, row.about) for row in others]
             raise FloatingPointError("; ".join(errors) + "; nothing was learned from them")
+        read, self._read = self._read, []
         return read
 
     def set_lr(self, lr: float) -> None:
@@ -258,14 +261,13 @@ class GraphedTrainer(GraphedModel):
         self._prepare_optimizer()
 
         def step(*tensors: Tensor) -> Tensor:
-            batch, targets, amp = Batch(*tensors[:3]), Targets(*tensors[3:]), self.amp
+            batch, targets = Batch(*tensors[:3]), Targets(*tensors[3:])
             return training_step(
                 self.model,
                 self.optimizer,
                 self.loss_scale,
-                batch,
-                targets,
-                amp=amp,
+                batch_losses(PaddedLosses(self.model), batch, targets, amp=self.amp, accumulate=self.accumulate),
+                amp=self.amp,
                 clip_norm=self.clip_norm,
                 check_gradients=self.check_gradients,
             )

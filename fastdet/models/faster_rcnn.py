@@ -124,7 +124,8 @@ class FasterRCNN(RefuseAttributes, nn.Module):
                 [B, C, H, W]. Moved to the model's device.
             targets: for each image a dict of boxes [N, 4] (pixels), labels [N] (1..num_classes - 1) and optionally
                 ignore bool [N] (regions that are not trained on, such as crowds: no anchor or proposal learns to be
-                background where they are). Best left on the CPU, where they are checked.
+                background there) and seed int64 [] of what is sampled (in all or none; torch's generator draws it
+                otherwise). Best left on the CPU, where they are checked.
             return_losses: give `(losses, detections)`; BatchNorm and dropout still follow `self.training`.
             return_features: give with each detection "features" [N, D], the output of the box head for the proposal
                 that the detection comes from.
@@ -163,6 +164,7 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         *,
         compute_losses: bool | None = None,
         compute_detections: bool | None = None,
+        divisors: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[dict[str, Tensor] | None, Detections | None]:
         """The whole detector on padded tensors: fixed shapes, no host sync. `compile` compiles it.
 
@@ -172,22 +174,23 @@ class FasterRCNN(RefuseAttributes, nn.Module):
             targets: ground truth, needed for the losses with at least one row (else ValueError).
             scales: fp32 [B], by how much each image was resized; None: 1.
             compute_losses, compute_detections: by default losses in training, detections in evaluation.
+            divisors: given the fp32 [4] of `losses.count`, what to divide the losses by instead: that of all parts of
+                a batch that is divided among processes or passes.
 
         Returns:
-            The dict of losses (by the hyperparameters of training) and the Detections (by those of evaluation), None
-            for what is not computed.
+            The losses (by the hyperparameters of training) and Detections (of evaluation), None if not computed.
         """
         _refuse_trace()
         compute_losses = self.training if compute_losses is None else compute_losses
         compute_detections = not self.training if compute_detections is None else compute_detections
         if scales is None:
             scales = torch.ones(images.shape[0], dtype=torch.float32, device=images.device)
-        step = self._compiled_step or FasterRCNN._step
-        return step(self, Batch(images, sizes, scales), targets, compute_losses, compute_detections)[:2]
+        step, batch = self._compiled_step or FasterRCNN._step, Batch(images, sizes, scales)
+        return step(self, batch, targets, compute_losses, compute_detections, divisors=divisors)[:2]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the step behind `forward_padded` and `model(...)`; copies and pickles of the model are not compiled.
-        The arguments are `torch.compile`'s; `fullgraph=True` works."""
+        """Compile the step behind `forward_padded` and `model(...)`, but not of copies and pickles of the model. The
+        arguments are `torch.compile`'s; `fullgraph=True` works."""
         # Not of the bound method: replicas of DataParallel have this attribute too.
         self._compiled_step = torch.compile(FasterRCNN._step, *args, **kwargs)
 
@@ -199,10 +202,8 @@ class FasterRCNN(RefuseAttributes, nn.Module):
     def preprocess(
         self, images: Sequence[Tensor] | Tensor, targets: Sequence[Mapping[str, Tensor]] | None = None
     ) -> tuple[Batch, Targets | None, list[Size]]:
-        """Lists of images and targets, taken and refused as by `forward`, as padded tensors on the model's device.
-
-        Returns the batch and the targets for `forward_padded`, and the (height, width) of the images as given.
-        """
+        """Lists of images and targets, taken and refused as by `forward`, as padded tensors on the model's device: the
+        batch and the targets for `forward_padded`, and the (height, width) of the images as given."""
         images = inputs.check_images(images, self.settings.image_mean, self.settings.image_format)
         checked = None
         if targets is not None:
@@ -221,13 +222,11 @@ class FasterRCNN(RefuseAttributes, nn.Module):
     ) -> dict[str, Any]:
         """Every intermediate result of one pass, batched and padded, by name.
 
-        Always: `images` [B, C, H, W], `features` (one level, or a list of them), `anchors` [K, 4], `anchors_inside`
-        bool [B, K], `rpn_deltas` [B, K, 4], `rpn_logits` [B, K, 2 or 1], `proposals` (Proposals), `pooled`
-        [B, N, C, h, w], `box_features` [B, N, D], `box_deltas` [B, N, 4 * classes], `class_logits` [B, N, classes].
-
-        Without targets the hyperparameters are those of evaluation, N is the number of proposals, and `detections`
-        (Detections) is there. With targets they are those of training, N is the number of samples, and
-        `anchor_labels` [B, K] in {-1, 0, 1}, `anchor_deltas` [B, K, 4], `samples` (Samples) and `losses` are there.
+        Always: `images` [B, C, H, W], `features` (one level, or a list), `anchors` [K, 4], `anchors_inside` [B, K],
+        `rpn_deltas` [B, K, 4], `rpn_logits` [B, K, 2 or 1], `proposals`, `pooled` [B, N, C, h, w], `box_features`
+        [B, N, D], `box_deltas` [B, N, 4 * classes], `class_logits` [B, N, classes]. Without targets, by the
+        hyperparameters of evaluation, N proposals and `detections`; with targets, by those of training, N samples,
+        `anchor_labels` [B, K] in {-1, 0, 1}, `anchor_deltas` [B, K, 4], `samples` and `losses`.
         """
         batch, padded, _ = self.preprocess(images, targets)
         features = self.extract_features(batch.images)
@@ -266,6 +265,7 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         compute_detections: bool,
         return_features: bool = False,
         return_class_scores: bool = False,
+        divisors: Callable[[Tensor], Tensor] | None = None,
     ) -> Step:
         """Losses and detections, None for what is not computed, and what `unbatch` gathers by proposal."""
         features = self.extract_features(batch.images)
@@ -275,6 +275,9 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         if compute_losses:
             roi = self.roi_heads(features, rpn.training_proposals, batch, targets)
             weighted = losses.weigh({**roi.losses, **rpn.losses}, self.settings.loss_weights)
+            if divisors is not None:
+                counts = losses.count(rpn.anchor_targets, roi.samples, self.roi_heads.class_weights)
+                weighted = losses.divide_anew(weighted, counts, divisors(counts))
         if compute_detections:
             roi = self.roi_heads(features, rpn.proposals, batch)
             detections = roi.detections
@@ -289,12 +292,9 @@ class FasterRCNN(RefuseAttributes, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A compiled step of a copy would go on with the weights of this model.
-        return {**super().__getstate__(), "_compiled_step": None}
+        return {**super().__getstate__(), "_compiled_step": None}  # it would go on with the weights of this model
 
 
 def _refuse_trace() -> None:
     if torch.jit.is_tracing():
-        raise RuntimeError(
-            "torch.jit.trace would keep this batch's sizes: use fastdet.export.export_pt2 or export_onnx"
-        )
+        raise RuntimeError("torch.jit.trace would keep the batch's sizes: use fastdet.export.export_pt2 or export_onnx")

@@ -108,7 +108,10 @@ class ConvReLU2d(nn.Conv2d):
 
     def _is_one_call(self, input: Tensor) -> bool:
         """Whether cuDNN's call computes the same here. It has no deterministic variant, and is not for few channels a
-        group. It has no implementation for fake tensors; and a compiler joins the two itself."""
+        group. It has no implementation for fake tensors; and a compiler joins the two itself, and would break off at
+        the questions below."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
         recorded = torch.is_grad_enabled() and (input.requires_grad or any(p.requires_grad for p in self.parameters()))
         cudnn = torch.backends.cudnn
         return (
@@ -118,7 +121,7 @@ class ConvReLU2d(nn.Conv2d):
             and cudnn.enabled
             and not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
             and not isinstance(input, FakeTensor)
-            and not (recorded or torch.compiler.is_compiling() or torch.jit.is_tracing())
+            and not recorded
             and self.groups == 1
             and self.padding_mode == "zeros"
             and not isinstance(self.padding, str)

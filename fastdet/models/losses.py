@@ -1,4 +1,4 @@
-"""The four losses, each a weighted sum over a padded batch divided by max(sum of weights, 1).
+"""The four losses, each a weighted sum over a padded batch divided by the sum of the weights, if that is not 0.
 
 All take logits flattened to [rows, classes]: the two-dimensional cross-entropy has no deterministic gradient on a GPU.
 Ren et al. 2015 (arXiv:1506.01497), equation 1; smooth L1 from Girshick 2015 (arXiv:1504.08083), section 2.3, where
@@ -24,6 +24,24 @@ def require_targets(targets: Targets | None) -> Targets:
     return targets
 
 
+def count(anchor_targets: AnchorTargets, samples: Samples, class_weights: Tensor | None = None) -> Tensor:
+    """fp32 [4]: what each loss is divided by, in the order of `NAMES`, unless it is 0; arguments as of the losses."""
+    labeled, sampled = _count_labeled(anchor_targets), samples.weight.sum()
+    weighted = sampled if class_weights is None else _class_weight(samples, class_weights).sum()
+    return torch.stack([weighted, sampled, labeled, labeled]).float()
+
+
+def divisor(counts: Tensor) -> Tensor:
+    """Numbers to divide sums by: 1 where there was nothing to add up."""
+    return torch.where(counts > 0, counts, 1)
+
+
+def divide_anew(values: Mapping[str, Tensor], counts: Tensor, divisors: Tensor) -> dict[str, Tensor]:
+    """The losses `values` by name, divided by `divisors` [4] where they were divided by `counts` [4]."""
+    factors = (divisor(counts) / divisors).unbind()
+    return {name: values[name] * factor for name, factor in zip(NAMES, factors, strict=True)}
+
+
 def weigh(values: Mapping[str, Tensor], weights: Sequence[float]) -> dict[str, Tensor]:
     """The losses `values` by name, each times its weight; `weights` in the order of `NAMES`."""
     return {
@@ -42,13 +60,13 @@ def objectness(logits: Tensor, targets: AnchorTargets) -> Tensor:
     else:
         each = F.binary_cross_entropy_with_logits(flat[:, 0], labels.clamp(min=0).float(), reduction="none")
         total = torch.where(labeled, each, 0.0).sum()
-    return total / labeled.sum().clamp(min=1)
+    return total / divisor(_count_labeled(targets))
 
 
 def rpn_box(deltas: Tensor, targets: AnchorTargets, beta: float) -> Tensor:
     """Smooth L1 of `deltas` [B, K, 4] over the positive anchors, by the number of labeled ones."""
     total = _smooth_l1(deltas, targets.deltas, targets.labels == 1, beta)
-    return total / (targets.labels >= 0).sum().clamp(min=1)
+    return total / divisor(_count_labeled(targets))
 
 
 def classifier(scores: Tensor, samples: Samples, class_weights: Tensor | None = None) -> Tensor:
@@ -57,13 +75,8 @@ def classifier(scores: Tensor, samples: Samples, class_weights: Tensor | None = 
     With `class_weights` fp32 [classes] it is the weighted mean, as that of `torch.nn.functional.cross_entropy`.
     """
     each = F.cross_entropy(scores.flatten(0, 1).float(), samples.labels.flatten(), reduction="none")
-    weight = samples.weight.flatten()
-    if class_weights is None:
-        return (each * weight).sum() / weight.sum().clamp(min=1)
-    weight = weight * class_weights[samples.labels.flatten()]
-    total = weight.sum()
-    # The weights of a batch may well be below 1.
-    return (each * weight).sum() / torch.where(total > 0, total, 1.0)
+    weight = samples.weight if class_weights is None else _class_weight(samples, class_weights)
+    return (each * weight.flatten()).sum() / divisor(weight.sum())
 
 
 def box(deltas: Tensor, samples: Samples, beta: float) -> Tensor:
@@ -73,7 +86,16 @@ def box(deltas: Tensor, samples: Samples, beta: float) -> Tensor:
     # A masked sum picks the row: unlike a gather, its gradient is written once and so the same in every run.
     picked = torch.where(chosen[..., None], per_class.float(), 0.0).sum(2)
     positive = (samples.labels > 0) & (samples.weight > 0)
-    return _smooth_l1(picked, samples.deltas, positive, beta) / samples.weight.sum().clamp(min=1)
+    return _smooth_l1(picked, samples.deltas, positive, beta) / divisor(samples.weight.sum())
+
+
+def _count_labeled(targets: AnchorTargets) -> Tensor:
+    return (targets.labels >= 0).sum()
+
+
+def _class_weight(samples: Samples, class_weights: Tensor) -> Tensor:
+    """The weight of each sample, [B, S]."""
+    return samples.weight * class_weights[samples.labels]
 
 
 def _smooth_l1(deltas: Tensor, target: Tensor, mask: Tensor, beta: float) -> Tensor:

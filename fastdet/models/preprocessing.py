@@ -153,7 +153,16 @@ def _batch_targets(
             j = int(empty.nonzero()[0, 0])
             raise ValueError(f"target {i}: box {j} has no area after resizing: {target['boxes'][j].tolist()}")
         boxes[i, :count], labels[i, :count], ignore[i, :count] = corners, target["labels"], target["ignore"]
-    return Targets(_to(boxes, device), _to(labels, device), _to(ignore, device))
+    if "seed" in targets[0]:
+        seeds = _to(torch.stack([target["seed"] for target in targets]), device)
+    else:
+        seeds = draw_seeds(len(targets), device)
+    return Targets(_to(boxes, device), _to(labels, device), _to(ignore, device), seeds)
+
+
+def draw_seeds(count: int, device: torch.device) -> Tensor:
+    """Seeds of what is sampled in each of so many images, int64 [count], from torch's generator of the device."""
+    return torch.randint(2**63 - 1, (count,), device=device)
 
 
 def resize_factors(original_sizes: Sequence[Size], sizes: Tensor) -> Tensor:

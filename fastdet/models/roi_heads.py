@@ -87,6 +87,11 @@ class RoIHeads(RefuseAttributes, nn.Module):
         """With the background; of the predictor as it is now, which may have been replaced."""
         return _classes_of(self.box_predictor) or self._num_classes
 
+    @property
+    def class_weights(self) -> Tensor | None:
+        """The settings' weights, fp32 [classes] on the module's device; None without."""
+        return next(iter(self._class_weights.on(next(self.parameters()).device)), None)
+
     def forward(
         self, features: Mapping[str, Tensor], proposals: Proposals, batch: Batch, targets: Targets | None = None
     ) -> RoIOutput:
@@ -95,8 +100,7 @@ class RoIHeads(RefuseAttributes, nn.Module):
         Args:
             features: all levels of the backbone by name, [B, C, H, W] each, in the order of the anchors' levels.
             proposals: with targets those of training, else of evaluation.
-            batch: the images that the features are of.
-            targets: ground truth to train on.
+            batch: the images that the features are of. targets: ground truth to train on.
 
         Raises:
             ValueError: a name in `box_featmap_names` is not among the features, several levels are max-pooled, or the
@@ -116,9 +120,7 @@ class RoIHeads(RefuseAttributes, nn.Module):
             detections = self.postprocess_detections(class_logits, box_deltas, proposals, batch.sizes)
         else:
             box_losses = {
-                "loss_classifier": losses.classifier(
-                    class_logits, samples, *self._class_weights.on(class_logits.device)
-                ),
+                "loss_classifier": losses.classifier(class_logits, samples, self.class_weights),
                 "loss_box_reg": losses.box(box_deltas, samples, self.settings.box_smooth_l1_beta),
             }
         return RoIOutput(box_losses, samples, detections, pooled, box_features, class_logits, box_deltas)
@@ -146,7 +148,8 @@ class RoIHeads(RefuseAttributes, nn.Module):
         without_overlap = (matches.iou < settings.box_bg_iou_thresh_low) & targets.valid.any(1, keepdim=True)
         label = torch.where(without_overlap, -1, matches.label)
         num_samples = settings.box_batch_size_per_image
-        sampled = ops.sample(label, num_samples, int(num_samples * settings.box_positive_fraction))
+        seeds = None if targets.seeds is None else targets.seeds + 1  # other draws than the RPN's
+        sampled = ops.sample(label, num_samples, int(num_samples * settings.box_positive_fraction), seeds)
         positive = (label.gather(1, sampled.index) == 1) & (sampled.weight > 0)
         rows = sampled.index[..., None].expand(-1, -1, 4)
         boxes = torch.where(sampled.weight[..., None] > 0, candidates.gather(1, rows), 0.0)
@@ -286,11 +289,8 @@ def _classes_of(box_predictor: nn.Module | None) -> int | None:
 
 
 def count_classes(num_classes: int | None, box_predictor: nn.Module | None) -> int:
-    """The number of classes with the background: as given, or of the predictor.
-
-    Raises:
-        ValueError: there are fewer than two, or the two disagree.
-    """
+    """The number of classes with the background: as given, or of the predictor; ValueError if there are fewer than two,
+    or the two disagree."""
     found = _classes_of(box_predictor)
     number = found if num_classes is None else num_classes
     if not isinstance(number, int) or number < 2:

@@ -187,7 +187,8 @@ class RegionProposalNetwork(RefuseAttributes, nn.Module):
             **targets.ignored(settings.ignore_iof_thresh),
         )
         num_samples = settings.rpn_batch_size_per_image
-        sampled = ops.sample(matches.label, num_samples, int(num_samples * settings.rpn_positive_fraction))
+        max_positive = int(num_samples * settings.rpn_positive_fraction)
+        sampled = ops.sample(matches.label, num_samples, max_positive, targets.seeds)
         # Empty slots are written into one column beyond the anchors, which is cut off again.
         batch, count = matches.label.shape
         slot = torch.where(sampled.weight > 0, sampled.index, count)

@@ -1,7 +1,7 @@
 """Random choice of positives and negatives, fixed in shape: the candidates of the smallest random keys.
 
-A key is computed from a seed and the candidate's index, in integers, so that the same seed chooses the same candidates
-on every device.
+A key is computed from the image's seed and the candidate's index, in integers, so that the same seed chooses the same
+candidates on every device and in every batch.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ def sample_cuda(label: Tensor, seed: Tensor, num_samples: int, max_positive: int
 
     index, weight = sample_fake(label, seed, num_samples, max_positive)
     if index.numel():
-        label = label.contiguous()
+        label, seed = label.contiguous(), seed.contiguous()
         batch, num_candidates = label.shape
         max_positive = min(max_positive, num_samples)
         code = position = None
@@ -63,14 +63,15 @@ def sample(label: Tensor, num_samples: int, max_positive: int, seed: Tensor | No
     """At most `max_positive` positives, and negatives up to `num_samples` in all, at random.
 
     Those of the smallest keys are chosen, the lower index first among equal keys; the same seed chooses the same on
-    every device. Source of the quotas: Ren et al. 2015 (arXiv:1506.01497), section 3.1.3.
+    every device, whatever other images there are. Source of the quotas: Ren et al. 2015 (arXiv:1506.01497), section
+    3.1.3.
 
     Args:
         label: int64 [B, K]: 1 for a positive, 0 for a negative; candidates of other labels are never chosen.
         num_samples: S, the slots of each image, 0 or more.
         max_positive: positives at most, 0 or more.
-        seed: int64 [1] on the device of `label`; None: drawn there from torch's generator, whose seed then fixes the
-            choice.
+        seed: int64 [B] on the device of `label`, of each image; None: drawn there from torch's generator, whose seed
+            then fixes the choice.
 
     Returns:
         Sampled: index int64 [B, S] and weight fp32 [B, S].
@@ -82,8 +83,8 @@ def sample(label: Tensor, num_samples: int, max_positive: int, seed: Tensor | No
     if _checks.tensor("label", label, dtype=torch.int64).ndim != 2:
         raise ValueError(f"label must have the shape [B, K], got {list(label.shape)}")
     if seed is None:
-        seed = torch.randint(2**63 - 1, (1,), device=label.device)
-    _checks.tensor("seed", seed, (1,), torch.int64)
+        seed = torch.randint(2**63 - 1, (label.shape[0],), device=label.device)
+    _checks.tensor("seed", seed, (label.shape[0],), torch.int64)
     _checks.same_device(label=label, seed=seed)
     for name, value in (("num_samples", num_samples), ("max_positive", max_positive)):
         _checks.integer(name, value, least=0)

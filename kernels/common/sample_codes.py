@@ -1,7 +1,7 @@
 """Codes of candidates, whose order is that in which they are sampled, and the search for the k smallest of them.
 
-Keys are not read but computed, from the seed and the candidate's index alone, so that no order of the work changes
-them. A candidate's code is one int32: its key of KEY_BITS bits for a positive, NEGATIVE more for a negative, IGNORED
+Keys are not read but computed, from the image's seed and the candidate's index in it alone, so that no order of the
+work changes them, nor does what else is in the batch. A candidate's code is one int32: its key of KEY_BITS bits for a positive, NEGATIVE more for a negative, IGNORED
 for the rest. Codes order the positives before the negatives before the rest, and a bound for the k smallest is found
 bit by bit, in passes that count: about log2(N) of them, at most KEY_BITS.
 """
@@ -30,7 +30,7 @@ def _avalanche(words):
 
 @triton.jit
 def _random_words(
-    index,  # int64 of any shape, candidates of the whole batch
+    index,  # int32 or int64 of any shape, candidates of an image
     seed,  # int64
 ):
     """uint32 random words.
@@ -49,7 +49,7 @@ def load_codes(
     first,  # index in [B, K] of the image's first candidate
     start,  # first candidate of the tile, counted in the image
     end,  # one past the last candidate to load
-    seed,  # int64
+    seed,  # int64, of the image
     HAS_CODES: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -60,7 +60,7 @@ def load_codes(
         return tl.load(code_ptr + first + column, mask=mask, other=IGNORED)
     else:
         label = tl.load(label_ptr + first + column, mask=mask, other=-1)
-        key = (_random_words(first + column, seed) >> (32 - KEY_BITS)).to(tl.int32)
+        key = (_random_words(column, seed) >> (32 - KEY_BITS)).to(tl.int32)
         return tl.where(label == 1, key, tl.where(label == 0, key + NEGATIVE, IGNORED))
 
 

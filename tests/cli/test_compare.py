@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastdet.cli import compare
 from fastdet.cli.values import UserError
-from fastdet.engine.run_folder import COLUMNS, VALIDATION_COLUMNS, to_csv
+from fastdet.engine.run.folder import COLUMNS, VALIDATION_COLUMNS, to_csv
 
 
 def write_run(folder: Path, lr: float, losses: list[float], precisions: list[float]) -> Path:

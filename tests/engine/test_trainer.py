@@ -22,7 +22,7 @@ from fastdet.engine.recipes import (
     parameter_groups,
     plan_epoch,
 )
-from fastdet.engine.run_folder import COLUMNS, LOSSES, VALIDATION_COLUMNS, read_rows
+from fastdet.engine.run.folder import COLUMNS, LOSSES, VALIDATION_COLUMNS, read_rows
 from fastdet.engine.trainer import train
 from fastdet.visualize import plot_losses
 

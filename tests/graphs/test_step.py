@@ -10,7 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastdet import TORCHVISION, AnchorGenerator, FasterRCNN, inputs
 from fastdet.graphs import GraphedTrainer
-from fastdet.graphs.step import INITIAL_SCALE, LossScale, cast_weights, prepare_optimizer, training_step
+from fastdet.graphs.batch_losses import PaddedLosses, batch_losses, cast_weights
+from fastdet.graphs.optimizers import prepare_optimizer
+from fastdet.graphs.step import INITIAL_SCALE, LossScale, training_step
 from tests.helpers.detectors import NUM_CLASSES, SMALL_SETTINGS, Pyramid, small_scene
 from tests.helpers.graphs import MAX_BOXES, SHAPE, adamw, assert_same, clone_state, detector, differ, sgd, trainer
 from tests.helpers.host_sync import RefuseHostSync
@@ -53,7 +55,8 @@ def test_the_step_is_free_of_host_syncs():
     batch, padded, _ = model.preprocess(images, targets)
     for amp in (None, torch.bfloat16, torch.float16):
         with RefuseHostSync():
-            training_step(model, optimizer, LossScale.initial(amp, CPU), batch, padded, amp=amp, clip_norm=1.0)
+            losses = batch_losses(PaddedLosses(model), batch, padded, amp=amp, accumulate=2)
+            training_step(model, optimizer, LossScale.initial(amp, CPU), losses, amp=amp, clip_norm=1.0)
 
 
 def test_fp16_halves_its_scale_where_a_gradient_overflows():
@@ -138,7 +141,7 @@ def test_weights_cast_in_one_call_are_those_of_autocast(amp, monkeypatch):
     """Bit for bit: losses, norms, and what is learned from them, with a layer that is frozen and one called twice."""
     found = []
     for casts in (cast_weights, lambda model, dtype: {}):
-        monkeypatch.setattr("fastdet.graphs.step.cast_weights", casts)
+        monkeypatch.setattr("fastdet.graphs.batch_losses.cast_weights", casts)
         torch.manual_seed(0)
         model = FasterRCNN(Pyramid(), NUM_CLASSES, settings=TORCHVISION, **{**SMALL_SETTINGS, **LEVELS}).train()
         randomize_heads(model)
@@ -169,13 +172,13 @@ def test_which_weights_are_cast():
     model.backbone[0].weight.requires_grad_(False)
     casts = cast_weights(model, torch.bfloat16)
     assert {value.dtype for value in casts.values()} == {torch.bfloat16}
-    left = {name for name, _ in model.named_parameters() if f"model.{name}" not in casts}
+    left = {name for name, _ in model.named_parameters() if name not in casts}
     assert left == {
         f"{layer}.{kind}" for layer in ("backbone.1", "roi_heads.box_head.fc7") for kind in ("weight", "bias")
     }
     for name, parameter in model.named_parameters():
-        if f"model.{name}" in casts:
-            cast = casts[f"model.{name}"]
+        if name in casts:
+            cast = casts[name]
             assert cast.requires_grad == parameter.requires_grad, name
             assert torch.equal(cast, parameter.to(torch.bfloat16))
             assert cast.stride() == parameter.stride()
@@ -192,7 +195,8 @@ def test_weights_are_cast_in_one_call():
     prepare_optimizer(optimizer, model)
     batch, padded, _ = model.preprocess(*small_scene())
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as profiled:
-        training_step(model, optimizer, LossScale.initial(None, CPU), batch, padded, amp=torch.bfloat16, clip_norm=0.0)
+        losses = batch_losses(PaddedLosses(model), batch, padded, amp=torch.bfloat16)
+        training_step(model, optimizer, LossScale.initial(None, CPU), losses, amp=torch.bfloat16, clip_norm=0.0)
     shapes = {tuple(parameter.shape) for parameter in model.parameters() if parameter.ndim > 1}
     events = profiled.events()
     casts = [event for event in events if event.name == "aten::_to_copy" and tuple(event.input_shapes[0]) in shapes]
@@ -241,3 +245,33 @@ def test_the_norm_changes_no_step():
     graphed.check_gradients = True
     with pytest.raises(RuntimeError, match="its check_gradients was changed"):
         graphed.step(*small_scene())
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=str)
+def test_parts_of_a_batch_give_the_losses_of_the_whole(amp):
+    """Also where they have different numbers of samples: the second image has no boxes."""
+    scene = small_scene()
+    targets = [{**target, "seed": torch.tensor(number)} for number, target in enumerate(scene[1])]
+    found = []
+    for accumulate in (1, 2, 3):
+        model = detector(box_bg_iou_thresh_low=0.1)
+        model.backbone.eval()
+        graphed = trainer(model, amp=amp, accumulate=accumulate)
+        for _ in range(3):
+            graphed.step(scene[0], targets)
+        found.append((torch.tensor([list(row.values()) for row in graphed.losses()]), clone_state(graphed)))
+    tolerance = 1e-5 if amp is None else 2e-2
+    for rows, state in found[1:]:
+        torch.testing.assert_close(rows, found[0][0], rtol=tolerance, atol=tolerance)
+        for actual, expected in zip(state, found[0][1], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_running_statistics_take_each_image_once():
+    """The pass that counts leaves them as they were."""
+    model, again = detector(), detector()
+    for each, accumulate in ((model, 3), (again, 1)):
+        each.backbone[1].momentum = None
+        trainer(each, accumulate=accumulate).step(*small_scene())
+    assert int(model.backbone[1].num_batches_tracked) == 3
+    torch.testing.assert_close(model.backbone[1].running_mean, again.backbone[1].running_mean)

@@ -15,8 +15,12 @@ TOLERANCE = {
 }
 
 
-def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> None:
-    rtol, atol = TOLERANCE[dtype]
+def assert_close(
+    actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32, atol: float | None = None
+) -> None:
+    """Equal up to the tolerances of a dtype, or another absolute one."""
+    rtol, usual = TOLERANCE[dtype]
+    atol = usual if atol is None else atol
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, check_dtype=False, equal_nan=True)
 
 

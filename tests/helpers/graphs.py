@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastdet import FasterRCNN
 from fastdet.graphs import GraphedTrainer
-from fastdet.graphs.step import training_step
+from fastdet.graphs.batch_losses import padded_losses
 from fastdet.structures import Batch, Targets
 from tests.helpers.detectors import small_detector
 
@@ -44,11 +44,11 @@ def record_inputs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Batch, Targets]
     """The static tensors of every eager step of a trainer that is captured from now on."""
     inputs = []
 
-    def recorded(model: Any, optimizer: Any, scale: Any, batch: Batch, targets: Targets, **options: Any) -> Tensor:
+    def recorded(module: Any, batch: Batch, targets: Targets, divisors: Any, **options: Any) -> dict[str, Tensor]:
         inputs.append((batch, targets))
-        return training_step(model, optimizer, scale, batch, targets, **options)
+        return padded_losses(module, batch, targets, divisors, **options)
 
-    monkeypatch.setattr("fastdet.graphs.trainer.training_step", recorded)
+    monkeypatch.setattr("fastdet.graphs.batch_losses.padded_losses", recorded)
     return inputs
 
 

@@ -19,7 +19,8 @@ from PIL import Image
 from fastdet import FasterRCNN
 from fastdet.cli.main import main
 from fastdet.data import Shapes
-from fastdet.engine import CheckpointError, Terminated, TrainSettings, checkpoint, load_model, run_folder, train
+from fastdet.engine import CheckpointError, Terminated, TrainSettings, checkpoint, load_model, train
+from fastdet.engine.run import folder as run_folder
 from fastdet.weights import files
 from tests.helpers.voc import SMALL, write_voc
 

@@ -674,6 +674,7 @@ def test_a_default_device_does_not_change_where_padding_is_done():
     """Such as `torch.set_default_device("cuda")`: padding is done on the host and copied from pinned memory."""
     images, targets = small_scene()
     model = small_detector().train()
+    targets = [{**target, "seed": torch.tensor(number)} for number, target in enumerate(targets)]
     batch, padded, _ = model.preprocess(images, targets)
     with torch.device("meta"):
         again, again_padded, _ = model.preprocess(images, targets)

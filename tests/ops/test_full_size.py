@@ -15,6 +15,8 @@ every_call = pytest.mark.parametrize("build", CALLS, ids=lambda build: build.__n
 
 # Gradients that the kernels sum in another order than the CPU implementation.
 SUMS_OF_MANY = {"roi_align_gradient"}
+# Differences of coordinates of up to 1000 pixels, where fp32 rounds to 2**-14: small ones have the error of large ones.
+DIFFERENCES = {"decode", "decode_batch"}
 
 
 @pytest.fixture
@@ -29,7 +31,8 @@ def assert_same(build: Build, found: list[Tensor], expected: list[Tensor]) -> No
         assert actual.dtype == wanted.dtype
         if wanted.is_floating_point():
             scale = wanted.abs().max().clamp(min=1) if build.__name__ in SUMS_OF_MANY else 1.0
-            assert_close(actual.cpu().float() / scale, wanted.float() / scale, wanted.dtype)
+            atol = 2.0**-13 if build.__name__ in DIFFERENCES else None
+            assert_close(actual.cpu().float() / scale, wanted.float() / scale, wanted.dtype, atol)
         else:
             assert torch.equal(actual.cpu(), wanted)
 

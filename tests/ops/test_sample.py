@@ -59,21 +59,20 @@ def loop_sample(label, key, num_samples, max_positive):
 
 
 def case(batch, num_candidates, positive=0.2, negative=0.5, seed=0):
-    """Random labels of which some are ignored, and the seed of the keys."""
+    """Random labels of which some are ignored, and the seeds of the keys."""
     generator = torch.Generator().manual_seed(seed)
     draw = torch.rand(batch, num_candidates, generator=generator)
     label = torch.where(draw < positive, 1, torch.where(draw < positive + negative, 0, -1))
     label[draw > 0.97] = 2**32 + 1
-    return label, torch.randint(2**63 - 1, (1,), generator=generator)
+    return label, torch.randint(2**63 - 1, (batch,), generator=generator)
 
 
 def assert_equals_loop(result, label, seed, num_samples, max_positive, bits=BITS[0]):
     index, weight = result
     batch, num_candidates = label.shape
     assert index.shape == weight.shape == (batch, num_samples)
-    key = loop_keys(batch * num_candidates, int(seed), bits)
     for image in range(batch):
-        keys = key[image * num_candidates : (image + 1) * num_candidates]
+        keys = loop_keys(num_candidates, int(seed[image]), bits)
         expected = loop_sample(label[image].tolist(), keys, num_samples, max_positive)
         assert index[image].tolist() == expected[0]
         assert weight[image].tolist() == expected[1]
@@ -106,7 +105,17 @@ def test_layout_does_not_matter():
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1, 2**63 - 1])
 def test_seeds_of_every_size(seed):
     label, _ = case(2, 60)
-    assert_equals_loop(ops.sample(label, 20, 5, torch.tensor([seed])), label, seed, 20, 5)
+    seeds = torch.tensor([seed, 5])
+    assert_equals_loop(ops.sample(label, 20, 5, seeds), label, seeds, 20, 5)
+
+
+def test_the_choice_for_an_image_does_not_depend_on_the_batch():
+    label, seeds = case(3, 200)
+    index, weight = ops.sample(label, 30, 10, seeds)
+    for image in range(3):
+        alone = ops.sample(label[image : image + 1], 30, 10, seeds[image : image + 1])
+        assert torch.equal(alone.index[0], index[image])
+        assert torch.equal(alone.weight[0], weight[image])
 
 
 def test_as_many_of_each_class_as_torchvision():
@@ -159,9 +168,9 @@ LABEL = torch.zeros(2, 5, dtype=torch.int64)
         ({"label": LABEL[0]}, ValueError, r"label .*\[5\]"),
         ({"label": LABEL.int()}, TypeError, "label must be int64"),
         ({"label": [0, 1]}, TypeError, "label .*list"),
-        ({"seed": LABEL}, ValueError, r"seed .*\[1\].*\[2, 5\]"),
-        ({"seed": torch.zeros(1)}, TypeError, "seed must be int64"),
-        ({"seed": torch.zeros(1, dtype=torch.int64, device="meta")}, ValueError, "seed is on meta"),
+        ({"seed": LABEL}, ValueError, r"seed .*\[2\].*\[2, 5\]"),
+        ({"seed": torch.zeros(2)}, TypeError, "seed must be int64"),
+        ({"seed": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, "seed is on meta"),
         ({"num_samples": 1.5}, TypeError, "num_samples .*1.5"),
         ({"max_positive": None}, TypeError, "max_positive .*None"),
         ({"num_samples": 2**63}, ValueError, "num_samples .*at most 2147483647"),
@@ -218,20 +227,16 @@ def test_thinning_marks_empty_slots(kernel_device):
 
     label = torch.tensor([[-1] * 150, [0] * 150], device=kernel_device)
     code = torch.zeros(2, 2, 30, dtype=torch.int32, device=kernel_device)
-    seed = torch.tensor([7], device=kernel_device)
+    seed = torch.tensor([7, 8], device=kernel_device)
     kernel.launch_thin(label, seed, code, torch.empty_like(code), span=128, max_positive=5)
     used = (code != kernel.IGNORED.value).sum(-1)
     assert used.tolist() == [[0, 0], [30, 22]]
 
 
 def test_seeds_that_are_near_choose_otherwise():
-    """As a counter of steps would be; and no image chooses as another one does under another seed."""
-    label, num_samples = torch.zeros(2, 128, dtype=torch.int64), 16
-    chosen = [
-        frozenset(row.tolist())
-        for seed in range(256)
-        for row in ops.sample(label, num_samples, 0, torch.tensor([seed])).index
-    ]
+    """As a counter of images would be."""
+    label, num_samples = torch.zeros(512, 128, dtype=torch.int64), 16
+    chosen = [frozenset(row.tolist()) for row in ops.sample(label, num_samples, 0, torch.arange(512)).index]
     assert len(set(chosen)) == len(chosen)
     moved = {frozenset(index ^ bit for index in one) for one in chosen for bit in (1, 2, 64)}
     assert not moved & set(chosen), "the same choice, moved"

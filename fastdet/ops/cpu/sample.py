@@ -15,9 +15,8 @@ _STEPS = ((16, 0x7FEB352D), (15, 0x846CA68B))
 def sample_cpu(label: Tensor, seed: Tensor, num_samples: int, max_positive: int) -> tuple[Tensor, Tensor]:
     batch, num_candidates = label.shape
     index, weight = np.zeros((batch, num_samples), np.int64), np.zeros((batch, num_samples), np.float32)
-    words = _seed_words(int(seed))
-    for image, labels in enumerate(label.numpy()):
-        keys = _keys(np.arange(image * num_candidates, (image + 1) * num_candidates), words)
+    for image, (labels, image_seed) in enumerate(zip(label.numpy(), seed.tolist(), strict=True)):
+        keys = _keys(np.arange(num_candidates), _seed_words(image_seed))
         count = 0
         for wanted, quota in ((1, min(max_positive, num_samples)), (0, num_samples)):
             candidates = np.flatnonzero(labels == wanted)

@@ -14,7 +14,7 @@ from fastdet.data import Item
 from fastdet.engine.epoch import NotFiniteError, train_epoch
 from fastdet.engine.loading import AugmentedDataset, load_batches, sizes_of
 from fastdet.engine.recipes import EpochPlans, TrainSettings
-from fastdet.engine.run_state import RunState
+from fastdet.engine.run.state import RunState
 
 
 def replay(
