@@ -1,17 +1,43 @@
-"""`fastdet compare`: the settings in which runs differ, and how well each did."""
+"""`fastdet compare`: the settings in which runs differ, how well each did, and the curves of all."""
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdet.cli.values import UserError
+from fastdet.cli.values import UserError, raise_user_errors
 from fastdet.engine.run.folder import COLUMNS, VALIDATION_COLUMNS, Row, read_rows
+from fastdet.safe_files import printable, replace_file
+from fastdet.visualize import plot_comparison
 
 # What differs between any two runs.
 _OF_A_RUN = ("arguments",)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the table of `options.runs`, and draw their curves where there is a folder for it, `options.out`."""
+    print("\n".join(map(printable, describe(options.runs))))
+    if options.out:
+        print(f"curves: {printable(draw(options.runs, options.out))}")
+
+
+def draw(folders: Sequence[Path], out: Path) -> Path:
+    """Write `compare.png`, the curves of the losses and of the average precision of all runs, into a folder.
+
+    Raises:
+        UserError: there is nothing to draw yet.
+    """
+    names, picture = list(map(str, folders)), io.BytesIO()
+    steps, evaluations = (dict(zip(names, rows, strict=True)) for rows in _read_rows(folders))
+    with raise_user_errors(", ".join(names)):
+        plot_comparison(steps, evaluations, picture)
+    path = out / "compare.png"
+    replace_file(path, lambda file: file.write(picture.getvalue()))
+    return path
 
 
 def describe(folders: Sequence[Path]) -> list[str]:
@@ -57,10 +83,16 @@ def _show(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
+def _read_rows(folders: Sequence[Path]) -> tuple[list[list[Row]], list[list[Row]]]:
+    """The rows of the losses and of the evaluations of each run; none where there is no file."""
+    files = ("metrics.csv", COLUMNS), ("validation.csv", VALIDATION_COLUMNS)
+    steps, evaluations = ([read_rows(folder / name, 1 << 60, columns) for folder in folders] for name, columns in files)
+    return steps, evaluations
+
+
 def _summarize(folders: Sequence[Path]) -> list[tuple[str, list[str]]]:
     """The last loss, the best evaluation and the speed of each run."""
-    steps = [read_rows(folder / "metrics.csv", 1 << 60, COLUMNS) for folder in folders]
-    evaluations = [read_rows(folder / "validation.csv", 1 << 60, VALIDATION_COLUMNS) for folder in folders]
+    steps, evaluations = _read_rows(folders)
     best = [max(rows, key=lambda row: row["AP"], default=None) for rows in evaluations]
 
     def cells(rows: Sequence[Row | None], name: str, digits: int) -> list[str]:
