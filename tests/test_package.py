@@ -31,7 +31,7 @@ LAYERS: dict[str, set[str]] = {
     "models": {"interop", "ops", "weights", "boxes", "structures", "inputs"},
     "graphs": {"models", "structures", "preserve"},
     "export": {"models", "ops", "weights"},
-    "engine": {"models", "preserve", "safe_files", "weights", "data", "metrics", "visualize"},
+    "engine": {"graphs", "models", "preserve", "safe_files", "weights", "data", "metrics", "visualize"},
     "cli": {
         "engine",
         "export",

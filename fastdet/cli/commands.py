@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields
@@ -26,11 +28,13 @@ from fastdet.cli.plan import DetectorOptions, Plan, describe_run, plan_detector,
 from fastdet.cli.values import UserError, raise_user_errors, read_arguments
 from fastdet.data import JoinedImages
 from fastdet.data.convert import write_coco
-from fastdet.engine import RECIPES, TrainSettings, build_model, detect, load_model, train
+from fastdet.engine import RECIPES, TrainSettings, build_model, detect, distributed, load_model, train
 from fastdet.engine.defaults import collect_objects
+from fastdet.engine.distributed import ALONE, Processes
 from fastdet.engine.evaluate import evaluate
 from fastdet.engine.run.replay import replay
 from fastdet.engine.run.state import build_metadata, build_state
+from fastdet.engine.step import describe_steps
 from fastdet.engine.trainer import augment_for
 from fastdet.metrics import require_pycocotools
 from fastdet.models.faster_rcnn import FasterRCNN
@@ -41,7 +45,6 @@ from fastdet.visualize import draw_detections, write_report
 class _Run(NamedTuple):
     """What a training run is made of."""
 
-    device: torch.device
     settings: TrainSettings
     data: JoinedImages
     held_out: JoinedImages
@@ -49,9 +52,9 @@ class _Run(NamedTuple):
     model: FasterRCNN
 
 
-def _prepare(options: argparse.Namespace) -> _Run:
+def _prepare(options: argparse.Namespace, device: torch.device) -> _Run:
     """The data sets and the model, on its device, that the options of a training run name."""
-    device, settings = _device(options), _train_settings(options)
+    settings = _train_settings(options)
     data, held_out = open_training_data(options)
     if held_out is None:
         raise UserError("--val-data: --data has no split to evaluate on; or --val-share keeps some of its images apart")
@@ -68,47 +71,62 @@ def _prepare(options: argparse.Namespace) -> _Run:
     if options.weights:
         with raise_user_errors("--weights"):
             weights.load(model, options.weights, replace_predictor=options.replace_predictor)
-    return _Run(device, settings, data, held_out, plan, model.to(device))
+    return _Run(settings, data, held_out, plan, model.to(device))
 
 
-def _describe(options: argparse.Namespace, run: _Run) -> dict[str, Any]:
+def _describe(options: argparse.Namespace, run: _Run, device: torch.device) -> dict[str, Any]:
     """What a run's files hold beside its settings."""
     return {
         "architecture": run.plan.architecture,
         "class_names": run.data.class_names,
         "arguments": options.arguments,
-        "environment": doctor.describe_environment(run.device),
+        "environment": doctor.describe_environment(device),
     }
 
 
 def run_train(options: argparse.Namespace) -> None:
     require_pycocotools()
-    run = _prepare(options)
-    device, settings, data, held_out, plan, model = run
-    print("\n".join(describe_run(options, plan, settings, device, data, held_out)))
+    with distributed.join(_device(options)) as (processes, device):
+        if processes.writes:
+            _train(options, processes, device)
+            return
+        # What the others have to say is what the first says.
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _train(options, processes, device)
+
+
+def _train(options: argparse.Namespace, processes: Processes, device: torch.device) -> None:
+    run = _prepare(options, device)
+    settings, data, held_out, plan, model = run
+    steps = describe_steps(model, data, settings, processes)
+    print("\n".join(describe_run(options, plan, settings, steps, data, held_out)), flush=True)
 
     def validate(model: nn.Module) -> dict[str, float]:
-        found = evaluate(model, held_out, data.class_names, workers=settings.workers).coco
+        found = evaluate(model, held_out, data.class_names, workers=settings.workers, processes=processes).coco
         return {"AP": found.ap, "AP50": found.ap50, "AP75": found.ap75}
 
     start = time.perf_counter()
+    goes_on = distributed.was_restarted() and (options.out / "last.pth").exists()
     train(
         model,
         data,
         options.out,
         settings,
-        description=_describe(options, run),
-        resume=options.resume,
+        description=_describe(options, run, device),
+        resume=options.resume or goes_on,
         overwrite=options.overwrite,
         stop_after=options.stop_after,
         validate=validate,
+        processes=processes,
+        tensorboard=options.tensorboard,
     )
     minutes = round((time.perf_counter() - start) / 60, 3)
     metadata = {"backbone": options.backbone, "epochs": settings.epochs, "minutes_of_training": minutes}
     best = options.out / "best.pth"
     if best.exists():
         model = load_model(best)[0].to(device)
-    _evaluate(options, model, held_out, data.class_names, settings.workers, metadata)
+    _evaluate(options, model, held_out, data.class_names, settings.workers, metadata, processes)
     print(f"trained in {minutes:.1f} minutes, all in {(time.perf_counter() - start) / 60:.1f}: {options.out}")
 
 
@@ -120,8 +138,9 @@ def run_replay(options: argparse.Namespace) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the record of a step: {error}") from error
     given = parse(["train", *read_arguments([str(options.run / "settings.json")])[1:], "--out", str(options.run)])
-    run = _prepare(given)
-    metadata = build_metadata(run.data, run.settings, _describe(given, run))
+    device = _device(given)
+    run = _prepare(given, device)
+    metadata = build_metadata(run.data, run.settings, _describe(given, run, device))
     state = build_state(options.run, run.model, run.settings, metadata)
     with raise_user_errors(str(path)):
         lines = replay(state, run.data, augment_for(run.model, run.data, run.settings), run.settings, step)
@@ -210,7 +229,7 @@ COMMANDS = {
     "eval": run_eval,
     "lint": run_lint,
     "convert": run_convert,
-    "compare": lambda options: print("\n".join(map(printable, compare.describe(options.runs)))),
+    "compare": compare.run,
     "detect": run_detect,
     "export": run_export,
     "doctor": run_doctor,
@@ -225,11 +244,14 @@ def _evaluate(
     class_names: tuple[str, ...],
     workers: int,
     metadata: Mapping[str, Any],
+    processes: Processes = ALONE,
 ) -> None:
     """Print the average precision, and write the report where there is a folder for it."""
-    evaluation = evaluate(model, data, class_names, batch_size=4, workers=workers, progress=True)
+    evaluation = evaluate(
+        model, data, class_names, batch_size=4, workers=workers, progress=processes.writes, processes=processes
+    )
     # First the files: what is printed may go to a terminal that is gone.
-    if options.out:
+    if options.out and processes.writes:
         summary, predictions = evaluation.summary(), evaluation.predictions
         write_report(options.out, summary, predictions, class_names, data, metadata=metadata)
     print(evaluation.table())

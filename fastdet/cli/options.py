@@ -21,6 +21,7 @@ from fastdet.cli.values import (
     sizes,
 )
 from fastdet.data.augmentation import PRESETS
+from fastdet.engine.recipes import PRECISIONS
 from fastdet.models.backbones import NAMED
 from fastdet.version import VERSION
 
@@ -68,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_split_options(train)
     _add_model_options(train)
     _add_recipe_options(train)
+    train.add_argument("--tensorboard", action="store_true", help="write the figures for TensorBoard too, an extra")
     existing = train.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with the run in --out, other options unchanged")
     existing.add_argument("--overwrite", action="store_true", help="begin anew where --out has a run")
@@ -116,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     compare = command("compare", "The settings in which runs differ, and how well each did.")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    compare.add_argument("--out", type=Path, help="folder for compare.png, the curves of the runs")
 
     demo = command("demo", "Train a small detector of drawn shapes on the CPU, in about two minutes.")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results (runs/demo)")
@@ -154,7 +157,8 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training", "What is left out is as in the backbone's recipe.").add_argument
     add("--epochs", type=int)
     add("--stop-after", type=not_negative, metavar="N", help="end after N epochs, on the schedule of --epochs")
-    add("--batch-size", type=int)
+    add("--batch-size", type=int, help="images a step, of all processes together")
+    add("--accumulate", type=int, metavar="N", help="parts of a batch that go through the network one after another")
     add("--optimizer", dest="optimizer_name", choices=("sgd", "adamw"))
     add("--lr", type=float, help="learning rate")
     add("--schedule", choices=("cosine", "step"))
@@ -166,7 +170,8 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     add("--eval-every", type=int, metavar="N", help="epochs between two evaluations; the best weights are kept")
     add("--save-every", type=int, metavar="STEPS", help="write last.pth within an epoch too; 0: only after it")
     add("--patience", type=int, metavar="N", help="end after N evaluations without a better one; 0: never")
-    add("--amp", choices=("bfloat16",), help="networks in mixed precision")
+    add("--amp", choices=PRECISIONS, help="precision of the networks; auto: mixed on a GPU, none: float32")
+    add("--no-graphs", dest="graphs", action="store_false", default=None, help="on a GPU, no CUDA graph of a step")
     add("--augmentation", choices=PRESETS, help="of the images: flip mirrors half of them")
     add(
         "--aspect-groups",

@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from numpy.typing import NDArray
 
 from fastdet.cli.values import UserError, raise_user_errors
@@ -162,16 +161,16 @@ def describe_run(
     options: argparse.Namespace,
     plan: Plan,
     settings: TrainSettings,
-    device: torch.device,
+    steps: str,
     data: DetectionDataset,
     held_out: DetectionDataset,
 ) -> list[str]:
-    """What is to be trained, for people."""
+    """What is to be trained, for people; `steps` is how the steps are taken."""
     counts, ignored = Counter(plan.objects.labels.tolist()), plan.objects.ignored
     listed = ", ".join(f"{printable(name, 40)} {counts[label]}" for label, name in enumerate(data.class_names, start=1))
     widths, heights = sorted(width for _, width in data.sizes), sorted(height for height, _ in data.sizes)
     low, high = f"{widths[0]} x {heights[0]}", f"{widths[-1]} x {heights[-1]}"
-    steps = -(-len(data) // settings.batch_size)
+    number = -(-len(data) // settings.batch_size)
     start = options.weights_backbone and f"the backbone's from {options.weights_backbone}"
     extent = low if low == high else f"{low} to {high}"
     return [
@@ -179,9 +178,9 @@ def describe_run(
         printable(f"boxes: {listed}" + (f"; {ignored} more are to be ignored" if ignored else ""), 2000),
         *plan.reasons,
         printable(f"weights: {start or options.weights or 'random'}"),
-        f"training: {options.backbone} on {device.type}, {settings.epochs} epochs of {steps} steps of "
-        f"{settings.batch_size} images, {settings.optimizer_name} with rate {settings.lr:g}, "
-        f"augmentation {settings.augmentation}, {settings.amp or 'float32'}",
+        f"training: {options.backbone}, {settings.epochs} epochs of {number} steps of {settings.batch_size} images, "
+        f"{settings.optimizer_name} with rate {settings.lr:g}, augmentation {settings.augmentation}",
+        f"steps: {steps}",
     ]
 
 

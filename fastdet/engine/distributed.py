@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -74,3 +76,27 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+@contextmanager
+def join(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
+    """The processes that `torchrun` has started, this one among them, and the device of this one; else it alone.
+
+    They talk through NCCL on GPUs, of which each has the one of its number on its machine, and through Gloo on CPUs.
+    """
+    if not dist.is_torchelastic_launched():
+        yield ALONE, device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size()), device
+    finally:
+        dist.destroy_process_group()
+
+
+def was_restarted() -> bool:
+    """Whether `torchrun` has started the processes anew after one had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastdet.data import Item, collate
+from fastdet.engine.distributed import ALONE, Processes
 from fastdet.engine.loading import sizes_of
 from fastdet.engine.predict import detect_in_batch
 from fastdet.metrics import (
@@ -77,6 +78,7 @@ def evaluate(
     batch_size: int = 4,
     workers: int = 0,
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Detect in every image of a data set and compare with its targets.
 
@@ -88,6 +90,7 @@ def evaluate(
             that the figures do not depend on it. Without, one at a time.
         workers: processes that load data.
         progress: show a bar.
+        processes: that share the images, each with this call; all get the whole result.
 
     Raises:
         ImportError: pycocotools is missing; before anything is computed.
@@ -97,7 +100,7 @@ def evaluate(
     from tqdm import tqdm
 
     require_pycocotools()
-    plan = _plan_batches(dataset, batch_size)
+    plan = processes.share(_plan_batches(dataset, batch_size))
     # A generator of its own: a loader draws a seed for its workers, which would change what training draws.
     loader = DataLoader(
         dataset, batch_sampler=plan, collate_fn=collate, num_workers=workers, generator=torch.Generator()
@@ -107,6 +110,7 @@ def evaluate(
     for indices, (images, batch_targets) in batches:
         complete = [{"ignore": torch.zeros(len(t["labels"]), dtype=torch.bool), **t} for t in batch_targets]
         found.update(zip(indices, zip(detect_in_batch(model, images), complete, strict=True), strict=True))
+    found = {index: each for part in processes.gather(found) for index, each in part.items()}
     predictions, targets = [[found[index][part] for index in range(len(found))] for part in range(2)]
     arguments = predictions, targets, len(class_names) + 1
     return Evaluation(

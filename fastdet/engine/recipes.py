@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from fastdet.engine.distributed import ALONE, Processes
 # The images of a step: their indices, each with the seed of its augmentation.
 BatchPlan = list[tuple[int, int]]
 Size = tuple[int, int]
+Precision = Literal["auto", "bfloat16", "float16", "none"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 def _is_whole(value: Any, least: int) -> bool:
@@ -53,7 +55,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "augmentation": (f"one of {', '.join(PRESETS)}", lambda value: value in PRESETS),
     "optimizer_name": ("'sgd' or 'adamw'", lambda value: value in ("sgd", "adamw")),
     "schedule": ("'cosine' or 'step'", lambda value: value in ("cosine", "step")),
-    "amp": ("'auto', 'bfloat16', 'float16' or None", lambda value: value in ("auto", "bfloat16", "float16", None)),
+    "amp": (f"one of {', '.join(PRECISIONS)}", lambda value: value in PRECISIONS),
     "graphs": ("True or False", lambda value: isinstance(value, bool)),
 }
 
@@ -83,8 +85,8 @@ class TrainSettings:
         eval_every: epochs between two evaluations; there is one after the last epoch too.
         save_every: steps between two checkpoints within an epoch, each at the next reading of the losses; 0 has none.
         patience: evaluations without a better one after which the run ends; 0 never does.
-        amp: "bfloat16" or "float16" for the networks in mixed precision, the latter with a loss scale; None for fp32.
-            "auto" is the first that a GPU supports, and fp32 on a CPU.
+        amp: "bfloat16" or "float16" for the networks in mixed precision, the latter with a loss scale; "none" for fp32.
+            "auto" is the first of them that a GPU supports, and fp32 on a CPU.
         graphs: on a GPU take each step as one CUDA graph, of at most six padded shapes.
         augmentation: a preset of `fastdet.data.augmentation`; "flip" mirrors half the images left to right.
         aspect_groups: steps a doubling of width / height, by which images are grouped so that those of a batch need
@@ -112,7 +114,7 @@ class TrainSettings:
     eval_every: int = 1
     save_every: int = 0
     patience: int = 0
-    amp: Literal["auto", "bfloat16", "float16"] | None = "auto"
+    amp: Precision = "auto"
     graphs: bool = True
     augmentation: Preset = "flip"
     aspect_groups: int = 3
@@ -181,11 +183,10 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str
 
 def amp_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype | None:
     """The dtype of autocast on a device; None for none."""
-    if settings.amp != "auto":
-        return None if settings.amp is None else getattr(torch, settings.amp)
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    named = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    if settings.amp != "auto" or device.type != "cuda":
+        return named.get(settings.amp)
+    return named["bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"]
 
 
 def build_optimizer(model: nn.Module, settings: TrainSettings) -> Optimizer:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -16,7 +17,6 @@ from fastdet.data import Item, Target
 from fastdet.engine.buckets import GraphPlan, plan_graphs
 from fastdet.engine.distributed import ALONE, Processes
 from fastdet.engine.recipes import TrainSettings, amp_dtype
-from fastdet.engine.run.state import RunState
 from fastdet.graphs import GraphedTrainer
 from fastdet.graphs.batch_losses import PaddedLosses, autocast, batch_losses
 from fastdet.graphs.optimizers import prepare_optimizer
@@ -127,10 +127,28 @@ class Stepper:
         return [partial(losses, start) for start in range(0, len(images), size)]
 
 
-def build_stepper(state: RunState, dataset: Dataset[Item], settings: TrainSettings) -> Stepper:
-    """The stepper of a run; on a GPU it captures a detector's steps, of one process, unless the settings forbid it."""
-    model, processes, graphs = state.model, state.processes, None
+def choose_graphs(
+    model: nn.Module, dataset: Dataset[Item], settings: TrainSettings, processes: Processes = ALONE
+) -> GraphPlan | None:
+    """What is captured of a run: on a GPU the steps of a detector, in one process, unless the settings forbid it."""
     on_gpu = next(model.parameters()).device.type == "cuda"
     if isinstance(model, FasterRCNN) and on_gpu and settings.graphs and processes.count == 1:
-        graphs = plan_graphs(model.settings, settings, dataset)
-    return Stepper(model, state.optimizer, settings, state.loss_scale, graphs, processes)
+        return plan_graphs(model.settings, settings, dataset)
+    return None
+
+
+def describe_steps(
+    model: nn.Module, dataset: Dataset[Item], settings: TrainSettings, processes: Processes = ALONE
+) -> str:
+    """How the steps of a run are taken, for people."""
+    device = next(model.parameters()).device
+    precision = str(amp_dtype(settings, device) or torch.float32).removeprefix("torch.")
+    words = [f"on {device.type}", precision]
+    if processes.count > 1:
+        words.append(f"{processes.count} processes, without CUDA graphs")
+    elif graphs := choose_graphs(model, dataset, settings, processes):
+        shapes = ", ".join(f"{height} x {width}" for *_, height, width in graphs.shapes)
+        words.append(f"each one CUDA graph, of images padded to {shapes}")
+    if settings.accumulate > 1:
+        words.append(f"in {settings.accumulate} parts")
+    return ", ".join(words)

@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
@@ -23,11 +24,11 @@ from fastdet.engine.recipes import EpochPlans, TrainSettings
 from fastdet.engine.run import folder as run_folder
 from fastdet.engine.run.folder import Row, Terminated
 from fastdet.engine.run.state import RunState, build_metadata, build_state
-from fastdet.engine.step import Stepper, build_stepper
+from fastdet.engine.step import Stepper, choose_graphs
 from fastdet.models.anchors import Size, has_anchor_inside
 from fastdet.models.preprocessing import resized_size
 from fastdet.models.settings import Settings
-from fastdet.visualize import plot_losses
+from fastdet.visualize import plot_average_precision, plot_losses, require_tensorboard, write_events
 from fastdet.weights import files
 
 # Seconds from which on a run on a CPU is worth a warning.
@@ -50,12 +51,13 @@ def train(
     progress: bool = True,
     validate: Validate | None = None,
     processes: Processes = ALONE,
+    tensorboard: bool = False,
 ) -> list[Row]:
     """Train a detector on its device, and write what comes of it into a folder.
 
     That is `last.pth`, `settings.json`, `metrics.csv` and `loss.png`; with `validate` also `best.pth`, the weights with
-    the highest AP, and `validation.csv`. The folder belongs to one run at a time. At SIGTERM the run ends after the
-    step, with a checkpoint.
+    the highest AP, `validation.csv` and `AP.png`. The folder belongs to one run at a time. At SIGTERM the run ends with
+    a checkpoint, after the step.
 
     The checkpoint, `last.pth`, is written at the start, after each epoch, and every `save_every` steps, with the model,
     the optimizer, the epoch and the state of torch's generators; order, augmentation and sampling follow from the seed
@@ -83,11 +85,13 @@ def train(
         validate: given the model, or the average of its weights, it returns "AP", "AP50" and "AP75". It is called every
             `eval_every` epochs, and must leave torch's generators as they are.
         processes: that train together, as of `fastdet.engine.distributed.join`, each with this call.
+        tensorboard: write the rows for TensorBoard too, an extra of fastdet.
 
     Returns:
         The rows of metrics.csv, those before a resumption included.
 
     Raises:
+        ImportError: TensorBoard is missing.
         ValueError: the data set is empty, or its `sizes` are not those of its images.
         CheckpointError: the folder has a run already or another process writes into it, a run is resumed with other
             settings, or the checkpoint cannot be read or written.
@@ -100,6 +104,8 @@ def train(
     settings, out = settings or TrainSettings(), Path(out)
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise ValueError("the data set has no images")
+    if tensorboard:
+        require_tensorboard()
     metadata = build_metadata(dataset, settings, description)
     lock = run_folder.own(out) if processes.writes else nullcontext()
     with lock, run_folder.notice_sigterm() as came:
@@ -111,17 +117,19 @@ def train(
         state = build_state(out, model, settings, metadata, processes)
         _begin(state, settings, resume)
         device, end = next(model.parameters()).device, settings.epochs
+        graphs = choose_graphs(model, dataset, settings, processes)
         run = _Run(
             dataset=dataset,
             augmented=augment_for(model, dataset, settings),
             settings=settings,
             state=state,
-            stepper=build_stepper(state, dataset, settings),
+            stepper=Stepper(model, state.optimizer, settings, state.loss_scale, graphs, processes),
             sizes=sizes,
             end=end if stop_after is None else min(stop_after, end),
             validate=validate,
             is_terminated=lambda: processes.any(came(), device),
             progress=progress and processes.writes,
+            tensorboard=tensorboard and processes.writes,
         )
         try:
             return _train(run)
@@ -145,6 +153,7 @@ class _Run:
     validate: Validate | None
     is_terminated: Callable[[], bool]
     progress: bool
+    tensorboard: bool
 
 
 def _begin(state: RunState, settings: TrainSettings, resume: bool) -> None:
@@ -178,6 +187,7 @@ def _train(run: _Run) -> list[Row]:
     done_steps, writes = start * steps + state.step, state.processes.writes
     with (
         run_folder.MetricsFile(state.out / "metrics.csv", done_steps, writes) as metrics,
+        write_events(state.out, done_steps + 1) if run.tensorboard else nullcontext(_ignore) as add_event,
         tqdm(total=end * length, initial=done, unit=" images", disable=not run.progress) as bar,
     ):
         for epoch in range(start, end):
@@ -192,6 +202,7 @@ def _train(run: _Run) -> list[Row]:
                 if not metrics.rows and device.type == "cpu":
                     _warn_of_long_runs((end * length - bar.n) / row["images_per_second"])
                 metrics.add(row)
+                add_event("train", row)
                 done_in_epoch, terminated = int(row["step"]) - epoch * steps, run.is_terminated()
                 is_due = bool(settings.save_every) and done_in_epoch >= saved + settings.save_every
                 if (terminated or is_due) and done_in_epoch < steps:
@@ -199,18 +210,28 @@ def _train(run: _Run) -> list[Row]:
                 if terminated and done_in_epoch < steps:
                     raise Terminated(f"{state.last}: saved after step {row['step']}")
             if run.validate and ((epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs):
-                _validate(run.validate, state, epoch + 1, bar if run.progress else None)
+                add_event("validation", _validate(run.validate, state, epoch + 1, bar if run.progress else None))
             state.save(epoch + 1)
             if run.is_terminated():
                 raise Terminated(f"{state.last}: saved after epoch {epoch + 1}")
-    if metrics.rows and writes:
-        picture = io.BytesIO()
-        plot_losses(state.out / "metrics.csv", picture)
-        files.write(state.out / "loss.png", lambda file: file.write(picture.getvalue()), kind="picture")
+    if writes:
+        for name, plot, picture in (("metrics", plot_losses, "loss"), ("validation", plot_average_precision, "AP")):
+            if run_folder.has_rows(state.out / f"{name}.csv"):
+                drawn = io.BytesIO()
+                plot(state.out / f"{name}.csv", drawn)
+                files.write(state.out / f"{picture}.png", partial(_write, drawn), kind="picture")
     return metrics.rows
 
 
-def _validate(validate: Validate, state: RunState, epoch: int, bar: Any) -> None:
+def _ignore(group: str, row: Mapping[str, float]) -> None:
+    """In place of an event file."""
+
+
+def _write(content: io.BytesIO, file: BinaryIO) -> None:
+    file.write(content.getvalue())
+
+
+def _validate(validate: Validate, state: RunState, epoch: int, bar: Any) -> Row:
     """Evaluate after so many epochs; note it, and keep the weights if they are the best."""
     found = validate(state.evaluated)
     row = {"epoch": epoch, "step": epoch * state.steps_per_epoch, **found}
@@ -220,6 +241,7 @@ def _validate(validate: Validate, state: RunState, epoch: int, bar: Any) -> None
     if bar is not None:
         best = f"the best is epoch {state.best['epoch']}" if state.best["epoch"] else "none is the best"
         bar.write(f"epoch {epoch}: AP {found['AP']:.3f}, AP50 {found['AP50']:.3f}; {best}")
+    return row
 
 
 def _write_validation(path: Path, row: Row) -> None:

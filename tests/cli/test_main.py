@@ -51,7 +51,7 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[object], *parts: s
 
 def test_train_writes_everything(trained):
     _, run = trained
-    names = {".lock", "best.pth", "detections.png", "last.pth", "loss.png", "metrics.csv", "result.json"}
+    names = {".lock", "AP.png", "best.pth", "detections.png", "last.pth", "loss.png", "metrics.csv", "result.json"}
     names |= {"settings.json", "validation.csv"}
     assert {path.name for path in run.iterdir()} == names
     result = json.loads((run / "result.json").read_text())

@@ -79,7 +79,8 @@ def _quick(monkeypatch):
     """One thread, since the tensors are tiny, and no picture of the losses."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr("fastdet.engine.trainer.plot_losses", lambda csv_path, png_path: None)
+    for name in ("losses", "average_precision"):
+        monkeypatch.setattr(f"fastdet.engine.trainer.plot_{name}", lambda csv_path, png_path: None)
     yield
     torch.set_num_threads(threads)
 
@@ -384,7 +385,7 @@ def test_settings_out_of_range(name, value):
 
 
 def test_settings_of_another_type():
-    allowed = {"bias_weight_decay": None, "amp": None, "milestones": [], "graphs": True}
+    allowed = {"bias_weight_decay": None, "milestones": [], "graphs": True}
     for field in fields(TrainSettings):
         for value in (None, "x", -1, math.nan, math.inf, True, [], [0.5], object()):
             if field.name in allowed and allowed[field.name] == value:
@@ -418,7 +419,7 @@ def test_optimizers_are_torchs(name, kind):
 
 @pytest.mark.parametrize(
     ("amp", "dtype"),
-    [(None, torch.float32), ("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)],
+    [("none", torch.float32), ("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)],
 )
 def test_networks_run_in_the_precision_that_is_asked_for(tmp_path, shapes, amp, dtype):
     model, dtypes, gradients = build_detector(), set(), set()
@@ -428,7 +429,7 @@ def test_networks_run_in_the_precision_that_is_asked_for(tmp_path, shapes, amp, 
     rows = run(model, shapes, tmp_path, replace(SETTINGS, epochs=1, amp=amp))
     assert (dtypes, gradients, weight.dtype) == ({dtype}, {torch.float32}, torch.float32)
     assert math.isfinite(rows[-1]["loss"])
-    other = replace(SETTINGS, epochs=2, amp=None if amp == "bfloat16" else "bfloat16")
+    other = replace(SETTINGS, epochs=2, amp="none" if amp == "bfloat16" else "bfloat16")
     with pytest.raises(CheckpointError, match="amp is"):
         train(build_detector(), shapes, tmp_path, other, resume=True, progress=False)
 

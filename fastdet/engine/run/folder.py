@@ -120,6 +120,11 @@ class MetricsFile:
             self._file.flush()
 
 
+def has_rows(path: Path) -> bool:
+    """Whether there is a metrics file with a row."""
+    return path.exists() and path.read_bytes().count(b"\n") > 1
+
+
 def to_csv(rows: list[Row], columns: Sequence[str] = COLUMNS, *, header: bool = False) -> bytes:
     """Lines of a metrics file."""
     text = io.StringIO(newline="")
