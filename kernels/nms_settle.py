@@ -274,7 +274,7 @@ def launch_settle(
 ) -> None:
     """Settle the survivors of each group, or with `first` its first rows, and append what is kept.
 
-    A program compares `rows` rows with 32 columns, and one of `warps` warps decides a group; with `at_once` in one launch
+    A program compares `rows` rows with 32 columns, and one of `warps` warps decides a group; `at_once` in one launch
     of programs of as many warps and registers, of which few fit the device at a time.
     """
     groups, chunk = survivors.shape
