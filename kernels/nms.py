@@ -1,14 +1,15 @@
 """Greedy non-maximum suppression of many groups at once, exact, without a host sync and in few launches.
 
 The boxes of a group come in descending order of priority. The first chunk of them is settled among itself. Then, step
-after step, a wide launch lists the boxes of the step that overlap none of those kept, a chunk at most, and a second
-launch settles these. A step ends early where more boxes survive than a chunk holds. The number of steps is fixed and
-enough but for data made to defeat it; the last launch goes on alone where something is left.
+after step, a wide launch lists the boxes of the step that overlap none of those kept, a chunk at most, and these are
+settled too. A step ends early where more boxes survive than a chunk holds. The number of steps is fixed and enough for
+the boxes of networks, trained or not; the last launch goes on alone where something is left. Of many groups it does
+all: a program for each compares no more boxes than it has to.
 
-To settle a chunk, a bit matrix of "overlaps a box of higher priority in the chunk" is written by many programs; the
-last of a group to arrive decides all boxes in rounds: a box is removed once a kept box of higher priority overlaps it,
-and kept once every box of higher priority that overlaps it is removed. Each round decides at least the first undecided
-box, and no decision is ever revised, so the result is the greedy one for any data.
+To settle a chunk, a bit matrix of "overlaps a box of higher priority in the chunk" is written by many programs. Of one
+group the last to arrive, and of several a second launch, decides all boxes in rounds: a box is removed once a kept box
+of higher priority overlaps it, and kept once every box of higher priority that overlaps it is removed. Each round
+decides at least the first undecided box, and no decision is ever revised, so the result is the greedy one for any data.
 """
 
 from typing import NamedTuple
@@ -18,9 +19,17 @@ import triton
 import triton.language as tl
 
 from fastdet.kernels.common.boxes import load_boxes
-from fastdet.kernels.common.nms_overlap import are_finite, half_ulp, is_compiled, pairwise_exceeds
+from fastdet.kernels.common.nms_overlap import (
+    append_kept,
+    are_finite,
+    decide,
+    half_ulp,
+    is_compiled,
+    pack_overlaps,
+    pairwise_exceeds,
+)
 from fastdet.kernels.nms_filter import launch_filter
-from fastdet.kernels.nms_settle import append_kept, decide, launch_settle, pack_overlaps
+from fastdet.kernels.nms_settle import launch_settle
 
 
 class Config(NamedTuple):

@@ -4,82 +4,16 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdet.kernels.common.boxes import load_boxes, store_rows_of_4
-from fastdet.kernels.common.nms_overlap import are_finite, arrive_last, half_ulp, is_compiled, pairwise_exceeds
-
-
-@triton.jit
-def _bitwise_or_both(a, b, c, d):
-    return a | c, b | d
-
-
-@triton.jit
-def pack_overlaps(
-    cx1,  # [32] fp32, pixels, as are the other corners of the columns
-    cy1,
-    cx2,
-    cy2,
-    column,  # [32], their priorities: 0 is the highest
-    x1,  # [N] fp32, pixels, as are the other corners of the rows
-    y1,
-    x2,
-    y2,
-    row,  # [N], their priorities
-    iou_threshold,
+from fastdet.kernels.common.boxes import load_boxes
+from fastdet.kernels.common.nms_overlap import (
+    append_kept,
+    are_finite,
+    arrive_last,
+    decide,
     half_ulp,
-    FUSED: tl.constexpr,
-):
-    """int32 [N], of which bit c is set if column c has a higher priority than the row and overlaps it."""
-    # Compare all pairs, [32, N], and pack 32 comparisons into a word.
-    overlaps = pairwise_exceeds(cx1, cy1, cx2, cy2, x1, y1, x2, y2, iou_threshold, half_ulp, FUSED)
-    overlaps &= column[:, None] < row[None, :]
-    return tl.sum(overlaps.to(tl.int32) << tl.arange(0, 32)[:, None], axis=0)
-
-
-@triton.jit
-def decide(
-    higher,  # [N, N / 32] uint32: bit c of word w is set if box 32 w + c overlaps the row's and has a higher priority
-    undecided,  # [N] int32, 1 for the boxes to decide, 0 for the others
-):
-    """int32 [N], 1 for the boxes that are kept. Each round meets every row with the packed states of all boxes: kept
-    ones remove it, undecided ones hold it back."""
-    words: tl.constexpr = higher.shape[1]
-    kept = undecided * 0
-    left = tl.sum(undecided, axis=0)
-    while left > 0:
-        # Both states of 32 boxes are packed into one word, for one exchange between the threads.
-        states = tl.reshape(kept.to(tl.int64) | (undecided.to(tl.int64) << 32), [1, words, 32])
-        packed = tl.sum(states << tl.arange(0, 32)[None, None, :], axis=2).to(tl.uint64, bitcast=True)
-        overlaps_kept, overlaps_undecided = tl.reduce(
-            (higher & packed.to(tl.uint32), higher & (packed >> 32).to(tl.uint32)), 1, _bitwise_or_both
-        )
-        undecided = tl.where(overlaps_kept != 0, 0, undecided)
-        newly_kept = tl.where(overlaps_undecided == 0, undecided, 0)
-        kept += newly_kept
-        undecided -= newly_kept
-        left = tl.sum(undecided, axis=0)
-    return kept
-
-
-@triton.jit
-def append_kept(
-    kept_ptr,  # [max_keep, 4] fp32, pixels, of the group
-    index_ptr,  # [max_keep] int64, of the group
-    count,  # int64, boxes kept before
-    max_keep,
-    kept,  # [N] int32, 1 for the boxes to append
-    row,  # [N], their index
-    x1,  # [N] fp32, pixels, as are y1, x2 and y2
-    y1,
-    x2,
-    y2,
-):
-    """Append the kept boxes in order of priority; the number of boxes kept, int64."""
-    rank = count + tl.cumsum(kept, axis=0) - 1
-    write = (kept != 0) & (rank < max_keep)
-    tl.store(index_ptr + rank, row.to(tl.int64), mask=write)
-    store_rows_of_4(kept_ptr, rank, x1, y1, x2, y2, write)
-    return tl.minimum(count + tl.sum(kept, axis=0), max_keep)
+    is_compiled,
+    pack_overlaps,
+)
 
 
 @triton.jit
@@ -174,10 +108,7 @@ def decide_group(
     STEP: tl.constexpr,
     FIRST: tl.constexpr,
 ):
-    """Decide the chunk of a group, whose matrix is written, and append what is kept.
-
-    The whole matrix is in registers, one row a box.
-    """
+    """Decide the chunk of a group, whose matrix is read into registers, one row a box, and append what is kept."""
     WORDS: tl.constexpr = CHUNK // 32
     lane = tl.arange(0, CHUNK)
     row, eligible, x1, y1, x2, y2 = _load_candidates(
@@ -202,8 +133,8 @@ def decide_group(
         tl.store(removed_ptr + group * STEP + tl.arange(0, STEP), tl.zeros([STEP], dtype=tl.int8))
         for start in range(0, max_keep, CHUNK):
             slot = start + lane
-            zeros = tl.zeros([CHUNK], dtype=tl.int64)
-            tl.store(index_ptr + group * max_keep + slot, zeros, mask=(slot >= count) & (slot < max_keep))
+            padding = (slot >= count) & (slot < max_keep)
+            tl.store(index_ptr + group * max_keep + slot, tl.zeros([CHUNK], dtype=tl.int64), mask=padding)
 
 
 @triton.jit
@@ -236,10 +167,7 @@ def settle_block(
     DECIDE: tl.constexpr,
     FUSED: tl.constexpr,
 ):
-    """`overlap_block` of a block; if DECIDE, the last program of a group decides it.
-
-    Returns whether the chunk of the group is decided: by this one, or because no box is in it.
-    """
+    """`overlap_block`; if DECIDE, the last program of a group decides it. Returns whether it is decided, or empty."""
     row_blocks: tl.constexpr = CHUNK // BLOCK_ROWS
     group = tl.cast(block // row_blocks, tl.int64)
     if FIRST:
@@ -346,36 +274,25 @@ def launch_settle(
 ) -> None:
     """Settle the survivors of each group, or with `first` its first rows, and append what is kept.
 
-    A program compares `rows` rows with 32 columns, and one of `warps` warps decides a group. With `at_once` that is one
-    launch of programs of as many warps and registers, of which few fit the device at a time.
+    A program compares `rows` rows with 32 columns, and one of `warps` warps decides a group; `at_once` in one launch
+    of programs of as many warps and registers, of which few fit the device at a time.
     """
     groups, chunk = survivors.shape
-    tensors = {
-        "boxes_ptr": boxes,
-        "valid_ptr": valid,
-        "survivors_ptr": survivors,
-        "number_ptr": number,
-        "overlap_ptr": overlap,
-        "removed_ptr": removed,
-        "cursor_ptr": cursor,
-        "kept_ptr": kept,
-        "index_ptr": index,
-        "count_ptr": count,
-    }
-    sizes = {"num_boxes": boxes.shape[1], "max_keep": index.shape[1]}
-    constexprs = {"CHUNK": chunk, "STEP": removed.shape[1], "FIRST": first}
+    arguments = {
+        "boxes_ptr": boxes, "valid_ptr": valid, "survivors_ptr": survivors, "number_ptr": number,
+        "overlap_ptr": overlap, "removed_ptr": removed, "cursor_ptr": cursor, "kept_ptr": kept, "index_ptr": index,
+        "count_ptr": count, "num_boxes": boxes.shape[1], "max_keep": index.shape[1], "CHUNK": chunk,
+        "STEP": removed.shape[1], "FIRST": first, "enable_fp_fusion": False,
+    }  # fmt: skip
     _settle_kernel[(groups * (chunk // rows), chunk // 32)](
-        **tensors,
+        **arguments,
         arrivals_ptr=arrivals,
-        **sizes,
         iou_threshold=iou_threshold,
         half_ulp=half_ulp(iou_threshold),
-        **constexprs,
         BLOCK_ROWS=rows,
         DECIDE=at_once,
         FUSED=is_compiled(_settle_kernel),
         num_warps=warps if at_once else max(rows // 32, 1),
-        enable_fp_fusion=False,
     )
     if not at_once:
-        _decide_kernel[(groups,)](**tensors, **sizes, **constexprs, num_warps=warps, enable_fp_fusion=False)
+        _decide_kernel[(groups,)](**arguments, num_warps=warps)
