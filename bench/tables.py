@@ -1,8 +1,9 @@
 """The tables of the documents, from a CSV of results.
 
-    python -m bench.tables bench/results/NAME.csv README.md docs/benchmarks.md
+    python -m bench.tables README.md docs/benchmarks.md
 
-writes each between the lines `<!-- from the results: NAME -->` and `<!-- end -->`, NAME being one of `TABLES`.
+writes each between the lines `<!-- from RESULTS: NAME -->` and `<!-- end -->`: the table NAME of `TABLES` from
+bench/results/RESULTS.csv.
 """
 
 import argparse
@@ -12,6 +13,9 @@ from pathlib import Path
 
 from bench import report
 from bench.report import Row
+
+RESULTS = Path(__file__).parent / "results"
+MARKER = r"<!-- from ([\w-]+): (\w+) -->"
 
 # What belongs together in the README: a pattern of the names of operations.
 FAMILIES = {
@@ -127,6 +131,30 @@ def fastest(rows: Sequence[Row]) -> list[str]:
     return sentences
 
 
+def gpu_steps(rows: Sequence[Row]) -> list[str]:
+    """The steps of the detector in every way to run them on a GPU, in brackets torchvision's in eager mode."""
+    lines = []
+    for row in rows:
+        if row.images_per_s is not None and row.op.startswith("model"):
+            pairs = [(row.launches, row.torchvision_launches), (row.host_syncs, row.torchvision_host_syncs)]
+            costs = [f"{_count(ours)} ({_count(theirs)})" for ours, theirs in pairs]
+            times = f"{row.ours_p50_ms:.2f} ({row.torchvision_p50_ms:.2f})"
+            lines.append(_line((row.op, row.size, row.dtype, times, f"{row.ratio:.2f}", *costs)))
+    return [*_head("step", "size", "dtype", "ms", "times as fast", "launches", "host syncs"), *lines]
+
+
+def gpu_operations(rows: Sequence[Row]) -> list[str]:
+    """Each operation on a GPU: in microseconds alone, in a CUDA graph, and the least that its memory or units allow."""
+    lines = []
+    for row in rows:
+        if row.images_per_s is None:
+            graphed, floor = (_microseconds(value) for value in (row.graphed_ms, row.floor_ms))
+            alone = f"{_microseconds(row.ours_p50_ms)} ({_microseconds(row.torchvision_p50_ms)})"
+            lines.append(_line((row.op, with_dtype(row), alone, f"{row.ratio:.2f}", graphed, floor)))
+    head = "operation", "size", "us (torchvision's)", "times as fast", "us in a graph", "floor, us"
+    return [*_head(*head), *lines]
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "worst_and_best": worst_and_best,
     "operations": operations,
@@ -134,17 +162,19 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "whole_steps": whole_steps,
     "one_image": one_image,
     "fastest": fastest,
+    "gpu_steps": gpu_steps,
+    "gpu_operations": gpu_operations,
 }
 
 
-def fill(text: str, rows: Sequence[Row]) -> str:
-    """A document with its tables as the results are."""
-    return re.sub(
-        r"(<!-- from the results: (\w+) -->\n).*?(<!-- end -->)",
-        lambda found: "\n".join([found[1], *TABLES[found[2]](rows), "", found[3]]),
-        text,
-        flags=re.DOTALL,
-    )
+def fill(text: str, results: Path = RESULTS) -> str:
+    """A document with its tables as the results are, which lie in a folder."""
+
+    def table(found: re.Match[str]) -> str:
+        rows = report.read(results / f"{found[2]}.csv")
+        return "\n".join([found[1], *TABLES[found[3]](rows), "", found[4]])
+
+    return re.sub(rf"({MARKER}\n).*?(<!-- end -->)", table, text, flags=re.DOTALL)
 
 
 def with_dtype(row: Row) -> str:
@@ -160,6 +190,10 @@ def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def _microseconds(milliseconds: float | None) -> str:
+    return "-" if milliseconds is None else f"{milliseconds * 1e3:.1f}"
+
+
 def _count(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
 
@@ -173,12 +207,11 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write the tables of documents from a CSV of results.")
-    parser.add_argument("csv", type=Path)
+    parser = argparse.ArgumentParser(description="Write the tables of documents from the results.")
     parser.add_argument("documents", type=Path, nargs="+")
     options = parser.parse_args(arguments)
     for path in options.documents:
-        path.write_text(fill(path.read_text(), report.read(options.csv)))
+        path.write_text(fill(path.read_text()))
 
 
 if __name__ == "__main__":

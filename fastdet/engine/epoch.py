@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Subset
 
 from fastdet.data import DataError, Item
 from fastdet.engine.loading import Batch
-from fastdet.engine.recipes import BatchPlan, EpochPlans, learning_rate
+from fastdet.engine.recipes import BatchPlan, EpochPlans, learning_rate, update_average
 from fastdet.engine.run.folder import Row
 from fastdet.engine.step import Stepper
 from fastdet.graphs.rows import StepRow, UnreadRows
@@ -73,7 +73,7 @@ def train_epoch(
             # The model counts images within the batch; the user needs their names.
             raise DataError(f"images {_image_names(dataset, own)}: {error}") from error
         if average is not None:
-            average.update_parameters(stepper.model)
+            update_average(average, stepper.model, settings.ema)
         unread.add(step + 1, own, row)
         seen += len(batch)
         bar.update(len(batch))

@@ -198,16 +198,26 @@ def build_optimizer(model: nn.Module, settings: TrainSettings) -> Optimizer:
     return SGD(groups, lr=lr, momentum=settings.momentum, fused=True)
 
 
-def build_average(model: nn.Module, decay: float) -> AveragedModel:
-    """A copy of a model that `update_parameters` moves towards it, parameters and buffers."""
+def build_average(model: nn.Module) -> AveragedModel:
+    """A copy of a model, which `update_average` moves towards it."""
+    return AveragedModel(model, use_buffers=True)
 
-    def average(old: Tensor, new: Tensor, count: Tensor | int) -> Tensor:
-        if not old.is_floating_point():
-            return new
-        ramp = torch.as_tensor((1 + count) / (10 + count), device=old.device)
-        return torch.lerp(new, old, ramp.clamp(max=decay).to(old.dtype))
 
-    return AveragedModel(model, avg_fn=average, use_buffers=True)
+@torch.no_grad()
+def update_average(average: AveragedModel, model: nn.Module, decay: float) -> None:
+    """Move the average's parameters and buffers towards the model's, as `TrainSettings.ema` says; no host sync, which
+    the average's own `update_parameters` would be on a GPU."""
+    count = int(average.n_averaged)
+    share = 1 - min(decay, (1 + count) / (10 + count)) if count else 1.0
+    old, new = ([*each.parameters(), *each.buffers()] for each in (average.module, model))
+    pairs = list(zip(old, new, strict=True))
+    moved = [pair for pair in pairs if pair[0].is_floating_point()]
+    if moved:
+        torch._foreach_lerp_([pair[0] for pair in moved], [pair[1] for pair in moved], share)
+    for value, latest in pairs:
+        if not value.is_floating_point():
+            value.copy_(latest)
+    average.n_averaged += 1
 
 
 def plan_epoch(

@@ -21,6 +21,7 @@ from fastdet.engine.recipes import (
     learning_rate,
     parameter_groups,
     plan_epoch,
+    update_average,
 )
 from fastdet.engine.run.folder import COLUMNS, LOSSES, VALIDATION_COLUMNS, read_rows
 from fastdet.engine.trainer import train
@@ -548,7 +549,7 @@ def test_the_average_of_the_weights_by_value(tmp_path, shapes):
             step(self, *arguments, **options)
             history.append([p.detach().clone() for group in self.param_groups for p in group["params"]])
 
-    average = build_average(plain, decay)
+    average = build_average(plain)
     optimizer = Recorded(plain.parameters(), lr=0.1)
     expected = None
     for index in range(6):
@@ -557,7 +558,7 @@ def test_the_average_of_the_weights_by_value(tmp_path, shapes):
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-        average.update_parameters(plain)
+        update_average(average, plain, decay)
         # The first update takes the weights as they are; n counts from 0.
         keep = min(decay, (1 + index) / (10 + index)) if index else 0.0
         expected = (

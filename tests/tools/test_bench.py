@@ -330,12 +330,13 @@ def test_the_worst_row_stands_beside_the_best():
     assert matching == "| matching | 2.00 | match: all | 2.00 | match: all |"
 
 
-def test_documents_are_filled_between_the_marks():
-    text = "before\n<!-- from the results: growth -->\nold\n<!-- end -->\nafter\n"
-    filled = tables.fill(text, [row(num_boxes=100), row(num_boxes=300, median=2.0)])
+def test_documents_are_filled_between_the_marks(tmp_path):
+    report.update(tmp_path / "some-device.csv", [row(num_boxes=100), row(num_boxes=300, median=2.0)])
+    text = "before\n<!-- from some-device: growth -->\nold\n<!-- end -->\nafter\n"
+    filled = tables.fill(text, tmp_path)
     assert "| nms, first kept | 12000 -> 2000, IoU 0.7 | 100: 4.00, 300: 2.00 | 2.00 (300;" in filled
     assert "old" not in filled
-    assert tables.fill(filled, [row(num_boxes=100), row(num_boxes=300, median=2.0)]) == filled
+    assert tables.fill(filled, tmp_path) == filled
 
 
 def test_short_calls_are_repeated():

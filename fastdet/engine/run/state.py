@@ -172,7 +172,7 @@ def build_state(
         model,
         build_optimizer(model, settings),
         LossScale.initial(amp_dtype(settings, device), device),
-        build_average(model, settings.ema) if settings.ema else None,
+        build_average(model) if settings.ema else None,
         processes,
     )
 
