@@ -1,5 +1,6 @@
 """Data sets in the folder layout of Pascal VOC."""
 
+import io
 import math
 import os
 import re
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, ParseError
 
 from fastdet.data.findings import Finding, Kind
-from fastdet.data.formats.text_files import is_true, lines_of, read_text
+from fastdet.data.formats.text_files import is_true, lines_of, read_bytes, read_text
 from fastdet.data.images import MAX_PIXELS, SUFFIXES, DataError
 from fastdet.data.records import (
     AnnotatedImages,
@@ -22,10 +23,10 @@ from fastdet.data.records import (
     find_images,
     stem_of,
 )
-from fastdet.safe_files import open_regular
 
 # Beyond anything that people annotate.
 _MAX_BYTES, _MAX_OBJECTS, _MAX_DEPTH = 64 << 20, 1 << 16, 32
+_XML = "*.[xX][mM][lL]"
 
 
 class VOC(AnnotatedImages):
@@ -73,32 +74,29 @@ class VOC(AnnotatedImages):
         self.root, self.split = Path(root), split
         annotations, images = _find_folders(self.root)
         found = find_images(images)
-        files = sorted(name for name in os.listdir(annotations) if not name.startswith("."))
-        every_stem = [stem for stem, suffix in map(os.path.splitext, files) if suffix == ".xml"]
         findings = list[Finding]()
-        stems = every_stem if split is None else _read_split(self.root, split, set(every_stem), findings)
+        files = _find_annotations(annotations, findings)
+        stems = list(files) if split is None else _read_split(self.root, split, files, findings)
         if not stems:
             raise DataError(f"{annotations}: the folder has no XML file")
         records = []
         for stem in stems:
             with collect(problems):
-                annotation = _read_annotation(annotations / f"{stem}.xml")
+                annotation = _read_annotation(annotations / files.get(stem, f"{stem}.xml"))
                 image = _choose_image(images, stem, annotation, found, findings)
                 boxes = [_to_box(item, zero_based) for item in annotation.objects]
                 records.append(Record(stem, image, str(annotation.path), annotation.size, boxes))
         if split is None:
-            folders = [
-                name for name in files if (annotations / name).is_dir() and any((annotations / name).rglob("*.xml"))
-            ]
-            findings += [Finding(Kind.INNER_FOLDER, name) for name in folders]
+            inner = [path.name for path in sorted(annotations.iterdir()) if path.is_dir() and any(path.rglob(_XML))]
+            findings += [Finding(Kind.INNER_FOLDER, name) for name in inner]
             used = {record.image.name for record in records}
             unused = [name for names in found.values() for name in names if name not in used]
             findings += [Finding(Kind.WITHOUT_ANNOTATION, name) for name in unused]
         if class_names is None:
             names, unread = {box.name for record in records for box in record.boxes}, list[DataError]()
-            for stem in sorted(set(every_stem) - set(stems)):
+            for stem in sorted(files.keys() - set(stems)):
                 with collect(unread):
-                    names |= {item.name for item in _read_annotation(annotations / f"{stem}.xml").objects}
+                    names |= {item.name for item in _read_annotation(annotations / files[stem]).objects}
             class_names = sorted(names)
             findings += [Finding(Kind.UNREAD_ANNOTATION, str(error)) for error in unread]
         super().__init__(
@@ -123,7 +121,7 @@ def _find_folders(root: Path) -> tuple[Path, Path]:
         raise DataError(f"{root}: no such folder")
     folders = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
     return (
-        _find_folder(root, "Annotations", "XML files", [path for path in folders if any(path.glob("*.xml"))]),
+        _find_folder(root, "Annotations", "XML files", [path for path in folders if any(path.glob(_XML))]),
         _find_folder(root, "JPEGImages", "images", [path for path in folders if find_images(path)]),
     )
 
@@ -137,6 +135,19 @@ def _find_folder(root: Path, usual: str, what: str, found: list[Path]) -> Path:
             f"{root}: not in the VOC layout, with a folder {usual}, nor one folder of {what}: {listed} {what}"
         )
     return found[0]
+
+
+def _find_annotations(folder: Path, findings: list[Finding]) -> dict[str, str]:
+    """The names of the XML files by their stems, sorted; of several with one stem the last, .xml, and a finding."""
+    found: dict[str, str] = {}
+    for name in sorted(os.listdir(folder)):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() == ".xml" and not name.startswith("."):
+            if stem in found:
+                text = f"{name}, and {found[stem]}, which is not read"
+                findings.append(Finding(Kind.SEVERAL_ANNOTATIONS, text))
+            found[stem] = name
+    return found
 
 
 class _Object(NamedTuple):
@@ -188,17 +199,13 @@ def _read_annotation(path: Path) -> _Annotation:
     # Here and not above, so that the detector can be had where there is no such package.
     from defusedxml import ElementTree
 
+    content = read_bytes(path, _MAX_BYTES)
     try:
-        with open_regular(path) as file:
-            if os.fstat(file.fileno()).st_size > _MAX_BYTES:
-                raise DataError(f"{path}: the annotation has more than {_MAX_BYTES >> 20} MB")
-            root = _parse(ElementTree.iterparse(file, events=("start", "end")), path)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such annotation") from None
+        root = _parse(ElementTree.iterparse(io.BytesIO(content), events=("start", "end")), path)
     except DataError:
         raise
     # ValueError covers forbidden entities (defusedxml) and encodings that expat does not support.
-    except (ParseError, ValueError, LookupError, OSError) as error:
+    except (ParseError, ValueError, LookupError) as error:
         raise DataError(f"{path}: the XML does not parse: {error}") from error
     elements = root.findall("object")
     if root.tag != "annotation" and not elements:

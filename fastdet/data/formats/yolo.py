@@ -202,12 +202,10 @@ def _find_strangers(folders: Sequence[Path], labels: set[Path], root: Path) -> l
 
 def _read_boxes(path: Path, config: Config, problems: list[DataError] | None) -> list[Box] | None:
     """The boxes of a file of labels; None if there is no such file."""
-    try:
-        lines = lines_of(read_text(path, _MAX_LABELS))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
     boxes = []
-    for number, line in lines:
+    for number, line in lines_of(read_text(path, _MAX_LABELS)):
         if number > _MAX_OBJECTS:
             raise error_at(path, f"the file has more than {_MAX_OBJECTS} lines")
         with collect(problems):
