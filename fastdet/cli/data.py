@@ -79,7 +79,7 @@ def add_split_options(parser: argparse.ArgumentParser) -> None:
         help="to evaluate on, in place of a split",
     )
     add("--val-share", type=share, metavar="0.2", help="this share of the images, in place of a split")
-    add("--split-seed", type=not_negative, default=0, help="which images --val-share takes (0)")
+    add("--split-seed", type=not_negative, help="which images --val-share takes (0)")
 
 
 def add_max_pixels(parser: argparse.ArgumentParser) -> None:
@@ -134,6 +134,11 @@ def open_data(
     Raises:
         DataError: as the data sets, or a box is of another class, and there is no `--classes`.
     """
+    kinds = {place.kind for place in (*options.data, *(getattr(options, "val_data", None) or ()))}
+    if options.zero_based and "voc" not in kinds:
+        raise UserError(f"--zero-based: it is of VOC's files, and the data sets are of {', '.join(sorted(kinds))}")
+    if options.orientation != "auto" and kinds == {"shapes"}:
+        raise UserError(f"--orientation {options.orientation}: drawn shapes have none")
     if split is not None and not any(place.has_splits for place in places):
         raise UserError(f"{places[0].kind}:{places[0].path} has no splits, but {split!r} is asked for")
     opened = [
@@ -164,14 +169,16 @@ def open_training_data(
         problems, val_problems: as of the data sets; that there is nothing to evaluate on is among the first.
 
     Raises:
-        UserError: there is more than one way to what is evaluated on.
+        UserError: there is more than one way to what is evaluated on, or an option has no effect.
     """
     ways = [name for name in ("val_data", "val_share", "val_split") if getattr(options, name) is not None]
     if len(ways) > 1 and ways != ["val_data", "val_split"]:
         raise UserError(f"{' and '.join('--' + way.replace('_', '-') for way in ways)}: only one goes with --data")
+    if options.split_seed is not None and options.val_share is None:
+        raise UserError(f"--split-seed {options.split_seed}: it goes with --val-share")
     train = open_data(options, options.data, "train", options.train_split, problems=problems)
     if options.val_share is not None:
-        return train.split(options.val_share, options.split_seed)
+        return train.split(options.val_share, options.split_seed or 0)
     if not options.val_data and not all(place.has_splits for place in options.data):
         return train, None
     places = options.val_data or options.data

@@ -190,6 +190,12 @@ def test_convert_and_back(tree, tmp_path, capsys):
     assert "coco:DIR" in message(capsys, "convert", "--data", "shapes:2", "--to", out)
 
 
+def test_zero_based_corners_of_the_data_to_evaluate_on_alone(tree):
+    data = ["--data", "shapes:2", "--val-data", f"voc:{tree}"]
+    first, other = (opened(*data, *options)[1].target(0)["boxes"] for options in ((), ("--zero-based",)))
+    assert (other - first).tolist() == [[1, 1, 0, 0]] * len(first)
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--version"])
@@ -219,6 +225,9 @@ def test_options_that_do_not_go_together(tree, tmp_path, capsys):
     shapes = ["train", "--out", tmp_path / "run", "--data", "shapes:4", "--val-data", "shapes:2", *SMALL]
     assert "has no splits, but 'x'" in message(capsys, *shapes, "--train-split", "x")
     assert "different names" in message(capsys, *train, "--classes", "star,star")
+    assert "--split-seed 3: it goes with --val-share" in message(capsys, *train, "--split-seed", "3")
+    assert "--zero-based: it is of VOC's files" in message(capsys, *shapes, "--zero-based")
+    assert "--orientation stored: drawn shapes have none" in message(capsys, *shapes, "--orientation", "stored")
     huge = [argument for argument in train if argument != "12,20,32"]
     huge.insert(huge.index("--anchor-sizes") + 1, "1e300,2")
     assert "--anchor-sizes" in message(capsys, *huge)
