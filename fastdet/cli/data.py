@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from fastdet.cli.values import UserError, names, not_negative, positive, share
 from fastdet.data import COCO, VOC, YOLO, DataError, DetectionDataset, JoinedImages, Shapes
-from fastdet.data.formats.voc import has_lists
+from fastdet.data.formats.voc import find_lists
 from fastdet.data.images import MAX_PIXELS
 from fastdet.data.records import describe_unknown
 
@@ -36,7 +36,7 @@ class DataPlace(NamedTuple):
 
     @property
     def has_splits(self) -> bool:
-        return self.kind == "yolo" or (self.kind == "voc" and has_lists(Path(self.path)))
+        return self.kind == "yolo" or (self.kind == "voc" and bool(find_lists(Path(self.path))))
 
 
 def parse_place(text: str) -> DataPlace:
@@ -106,8 +106,7 @@ def _default_split(place: DataPlace, role: Role) -> str:
     """The split of a role; of VOC's lists trainval and test, or train and val where there is no trainval."""
     if place.kind == "yolo":
         return role
-    folder = Path(place.path) / "ImageSets" / "Main"
-    lists = {file.stem for file in folder.glob("*.txt")}
+    lists = find_lists(Path(place.path))
     usual = "trainval" if role == "train" else "test"
     # Where trainval is trained on, val is a part of it.
     return role if "trainval" not in lists and "train" in lists and usual not in lists else usual

@@ -67,7 +67,7 @@ def lint(
         if repeated:
             repeated_boxes[index] = repeated
     findings += _find_over_border(dataset)
-    findings += _find_unused(dataset)
+    findings += _check_classes(dataset)
     return Lint(findings, digests, repeated_images, repeated_boxes)
 
 
@@ -188,8 +188,12 @@ def _find_over_border(dataset: JoinedImages) -> Iterator[Finding]:
                 yield Finding(Kind.OVER_BORDER, text, index, mark)
 
 
-def _find_unused(dataset: JoinedImages) -> list[Finding]:
+def _check_classes(dataset: JoinedImages) -> Iterator[Finding]:
     targets = map(dataset.target, range(len(dataset)))
     used = {label for target in targets for label in target["labels"][~target["ignore"]].tolist()}
-    names = [name for label, name in enumerate(dataset.class_names, start=1) if label not in used]
-    return [Finding(Kind.CLASS_WITHOUT_BOX, name) for name in names]
+    first: dict[str, str] = {}
+    for label, name in enumerate(dataset.class_names, start=1):
+        if label not in used:
+            yield Finding(Kind.CLASS_WITHOUT_BOX, name)
+        if (before := first.setdefault(name.lower(), name)) != name:
+            yield Finding(Kind.SIMILAR_CLASS, f"{name} and {before}")

@@ -194,3 +194,10 @@ def test_ten_thousand_boxes_of_an_image(tmp_path, places):
         if not (box_iou(target[row : row + 1], target[kept]) >= 0.9).any():
             kept.append(row)
     assert repeated == sorted(set(range(500)) - set(kept))
+
+
+def test_classes_that_only_case_tells_apart(root):
+    for name in ("Star", "star"):
+        add_object(root, "train_0", name, (1, 1, 60, 20))
+    _, found = check(root)
+    assert kinds(found)[Kind.SIMILAR_CLASS] == ["star and Star"]

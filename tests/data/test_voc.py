@@ -300,7 +300,7 @@ def test_voc_missing_root_folder_and_split(root: Path) -> None:
     one_line(error, "Annotations", "VOC layout")
     with pytest.raises(DataError) as error:
         VOC(root, "test")
-    one_line(error, "test.txt", "train, val")
+    one_line(error, str(root), "no list of a split test", "train, val")
 
 
 def test_voc_empty_split(root: Path) -> None:
@@ -426,6 +426,11 @@ def test_xml_of_another_kind_is_not_taken_as_background(tmp_path: Path) -> None:
         (text.replace("<annotation>", '<annotation xmlns="http://a.b">'), "not an <annotation>"),
         (f"<annotations>{text}</annotations>", "it is <annotations>"),
         (text.replace("<bndbox>", "<bndbox></bndbox><bndbox>", 1), "has 2 <bndbox>"),
+        (text.replace("object>", "Object>"), "but 0 <object> right inside of <annotation>"),
+        (
+            text.replace("<annotation>", "<annotation><objects>").replace("</annot", "</objects></annot"),
+            "but 0 <object>",
+        ),
         (text.replace("<xmin>", "<xmin>1_", 1), "<xmin> is not a number"),
     ):
         path.write_text(changed)
@@ -494,3 +499,20 @@ def test_hidden_files_are_no_images(root: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert VOC(root, None).ids == ("a", "b")
+
+
+def test_lists_beside_main(root: Path) -> None:
+    (root / "ImageSets/Main").rename(root / "ImageSets/Old")
+    for name in ("train", "val"):
+        (root / f"ImageSets/Old/{name}.txt").rename(root / f"ImageSets/{name}.txt")
+    assert VOC(root, "train").ids == ("a", "b")
+    assert VOC(root, "val").ids == ("b",)
+
+
+def test_images_of_xml_files_that_cannot_be_read_are_not_without_one(root: Path) -> None:
+    (root / "Annotations/a.xml").write_text("<annotation>")
+    problems: list[DataError] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert VOC(root, None, problems=problems).ids == ("b",)
+    assert len(problems) == 1

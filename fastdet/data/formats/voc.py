@@ -32,12 +32,12 @@ _XML = "*.[xX][mM][lL]"
 class VOC(AnnotatedImages):
     """Images with an XML file each, in the VOC layout or another.
 
-    In the VOC layout `root/Annotations` has the XML files, `root/JPEGImages` the images, and
-    `root/ImageSets/Main/{split}.txt` lists the stems of a split, one a line. The list may be one of VOC's own for a
-    class (a stem and 1 or -1), and have names with suffixes and folders, in UTF-8 or UTF-16. Otherwise `root` or
-    one folder in it has the XML files, and one the images. An image is the file with the annotation's own stem and the
-    suffix of any format that is read; else the one that the XML names, of any folder. Sizes and `difficult` in the XML
-    that are blank or nothing that is known are as if absent.
+    In the VOC layout `root/Annotations` has the XML files, `root/JPEGImages` the images, and `{split}.txt` in
+    `root/ImageSets/Main` (or else in `root/ImageSets`) lists the stems of a split, one a line. The list may be one of
+    VOC's own for a class (a stem and 1 or -1), and have names with suffixes and folders, in UTF-8 or UTF-16. Otherwise
+    `root` or one folder in it has the XML files, and one the images. An image is the file with the annotation's own
+    stem and the suffix of any format that is read; else the one that the XML names, of any folder. Sizes and
+    `difficult` in the XML that are blank or nothing that is known are as if absent.
 
     The file's corners are 1-based pixels, both ends inside the box; an item's boxes are continuous:
     (xmin - 1, ymin - 1, xmax, ymax). Boxes that reach over the image's border stay as they are; those with
@@ -46,7 +46,7 @@ class VOC(AnnotatedImages):
 
     Args:
         root: the folder.
-        split: name of a file in ImageSets/Main, without .txt; None takes all XML files.
+        split: name of a file in ImageSets/Main or ImageSets, without .txt; None takes all XML files.
         class_names: label k is `class_names[k - 1]`; when None, the sorted names of all XML files, of any split,
             so that the splits of a data set have the same labels.
         max_pixels: of an image, as of `read_image`.
@@ -90,15 +90,18 @@ class VOC(AnnotatedImages):
             inner = [path.name for path in sorted(annotations.iterdir()) if path.is_dir() and any(path.rglob(_XML))]
             findings += [Finding(Kind.INNER_FOLDER, name) for name in inner]
             used = {record.image.name for record in records}
-            unused = [name for names in found.values() for name in names if name not in used]
+            unread = files.keys() - {record.name for record in records}
+            unused = [
+                name for stem, names in found.items() for name in names if name not in used and stem not in unread
+            ]
             findings += [Finding(Kind.WITHOUT_ANNOTATION, name) for name in unused]
         if class_names is None:
-            names, unread = {box.name for record in records for box in record.boxes}, list[DataError]()
+            names, failed = {box.name for record in records for box in record.boxes}, list[DataError]()
             for stem in sorted(files.keys() - set(stems)):
-                with collect(unread):
+                with collect(failed):
                     names |= {item.name for item in _read_annotation(annotations / files[stem]).objects}
             class_names = sorted(names)
-            findings += [Finding(Kind.UNREAD_ANNOTATION, str(error)) for error in unread]
+            findings += [Finding(Kind.UNREAD_ANNOTATION, str(error)) for error in failed]
         super().__init__(
             str(self.root) if split is None else f"{self.root} ({split})",
             records,
@@ -110,9 +113,11 @@ class VOC(AnnotatedImages):
         )
 
 
-def has_lists(root: Path) -> bool:
-    """Whether a folder in the VOC layout has lists of splits."""
-    return (root / "ImageSets" / "Main").is_dir()
+def find_lists(root: Path) -> dict[str, Path]:
+    """The lists of splits that a folder in the VOC layout has, by name: those in ImageSets/Main, or in ImageSets."""
+    folders = (root / "ImageSets" / "Main", root / "ImageSets")
+    folder = next(filter(os.path.isdir, folders), root / "ImageSets")
+    return {path.stem: path for path in sorted(folder.glob("*.txt"))}
 
 
 def _find_folders(root: Path) -> tuple[Path, Path]:
@@ -176,13 +181,10 @@ def _read_split(root: Path, split: str, known: Container[str], findings: list[Fi
 
     `known` are the stems of the XML files: a name of them may end in a number, as lines of VOC's lists of a class do.
     """
-    folder = root / "ImageSets" / "Main"
-    if not has_lists(root):
-        raise DataError(f"{folder}: no such folder, so {root} has no list of a split {split}")
-    path = folder / f"{split}.txt"
-    if not path.is_file():
-        found = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))) or "none"
-        raise DataError(f"{path}: no such split; the folder has: {found}")
+    lists = find_lists(root)
+    if split not in lists:
+        raise DataError(f"{root}: no list of a split {split} in ImageSets; there are: {', '.join(lists) or 'none'}")
+    path = lists[split]
     lines = [line for _, line in lines_of(read_text(path, _MAX_BYTES))]
     if not lines:
         raise DataError(f"{path}: the split is empty")
@@ -210,6 +212,9 @@ def _read_annotation(path: Path) -> _Annotation:
     elements = root.findall("object")
     if root.tag != "annotation" and not elements:
         raise DataError(f"{path}: it is <{root.tag[:100]}>, not an <annotation>, and has no object")
+    found = [element.tag for element in root.iter() if element.tag.lower() == "object"]
+    if len(found) > len(elements):
+        raise DataError(f"{path}: {len(found)} <{found[0]}>, but {len(elements)} <object> right inside of <annotation>")
     if len(elements) > _MAX_OBJECTS:
         raise DataError(f"{path}: the annotation has {len(elements)} objects, more than {_MAX_OBJECTS}")
     objects = [_read_object(element, path) for element in elements]
