@@ -177,6 +177,8 @@ def open_training_data(
         raise UserError(f"--split-seed {options.split_seed}: it goes with --val-share")
     train = open_data(options, options.data, "train", options.train_split, problems=problems)
     if options.val_share is not None:
+        if len(train) < 2:
+            raise UserError(f"--val-share: {len(train)} image(s) cannot be split")
         return train.split(options.val_share, options.split_seed or 0)
     if not options.val_data and not all(place.has_splits for place in options.data):
         return train, None

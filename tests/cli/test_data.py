@@ -39,6 +39,8 @@ def test_a_share_of_the_images_to_evaluate_on(tree):
     assert (len(train), len(val)) == (4, 2)
     assert sorted(train.ids + val.ids) == [f"trainval_{k}" for k in range(6)]
     assert opened(*data, "--split-seed", "1")[1].ids != val.ids
+    with pytest.raises(UserError, match=r"--val-share: 1 image\(s\) cannot be split"):
+        opened(*data, "--limit", "1")
     with pytest.raises(UserError, match="--val-share and --val-split: only one goes"):
         opened(*data, "--val-split", "test")
 

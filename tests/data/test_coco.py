@@ -90,15 +90,15 @@ def test_images_are_found_in_the_folder_alone(tmp_path: Path, content: Content, 
 
 def test_images_that_are_not_there_or_not_one(tmp_path: Path, content: Content) -> None:
     content["images"][0]["file_name"] = "c\x1b.jpg"
-    with pytest.raises(DataError, match=r"images\[0\]: no image fits c\\x1b\.jpg in") as caught:
+    with pytest.raises(DataError, match=r"images\[0\]: no image fits 'c\\x1b\.jpg' in") as caught:
         open_coco(tmp_path, content)
     assert str(caught.value).isprintable()
     content["images"][0]["file_name"] = "a.bmp"
     Image.new("RGB", (40, 30)).save(tmp_path / "images/a.png")
-    with pytest.raises(DataError, match=r"several of a\.jpg, a\.png fit a\.bmp"):
+    with pytest.raises(DataError, match=r"several of a\.jpg, a\.png fit 'a\.bmp'"):
         open_coco(tmp_path, content)
     content["images"][0]["file_name"] = "x" * 100_000
-    with pytest.raises(DataError, match="no image fits x"):
+    with pytest.raises(DataError, match="no image fits 'x"):
         open_coco(tmp_path, content)
     with pytest.raises(DataError, match="no such folder"):
         COCO(tmp_path / "nowhere", tmp_path / "instances.json")

@@ -181,7 +181,7 @@ def _to_record(
         names, base = found.get(stem_of(name), []), base_name(name)
         if base not in names and len(names) != 1:
             problem = f"several of {', '.join(names)} fit" if names else "no image fits"
-            raise DataError(f"{path}: {place}: {problem} {printable(name, 200)} in {folder}")
+            raise DataError(f"{path}: {place}: {problem} '{printable(name, 200)}' in {folder}")
         image = folder / (base if base in names else names[0])
         findings.append(Finding(Kind.OTHER_FILE, f"{image.name} for {printable(name, 100)}"))
     return Record(name, image, f"{path} {place}", size, boxes)

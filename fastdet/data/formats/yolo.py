@@ -125,7 +125,7 @@ def _find_images(
         else:
             images += _read_list(source, root, problems)
     if not images:
-        # Of a list in which each line is wrong, the first says more.
+        # Where each line of a list is wrong, the error of the first one is of more use.
         raise problems[0] if problems else error_at(path, f"{keys[0]}: no images in {', '.join(sources)} of {root}")
     findings += [Finding(Kind.LINKED_FOLDER, name) for name in linked]
     repeated = [path.relative_to(root).as_posix() for path, times in Counter(images).items() if times > 1]
