@@ -12,7 +12,7 @@ from fastdet.data.images import DataError
 from fastdet.safe_files import open_regular, printable
 
 _MAX_DEPTH, _MAX_DIRECTIVES = 16, 16
-# Bytes of YAML that are parsed within a second, whatever they are: by libyaml, and without it.
+# Bytes of YAML that are that take a second at most to parse: by libyaml, and without it.
 _MAX_YAML, _MAX_SLOW_YAML = 512 << 10, 128 << 10
 
 
