@@ -90,7 +90,7 @@ def run_train(options: argparse.Namespace) -> None:
         if processes.writes:
             _train(options, processes, device)
             return
-        # What the others have to say is what the first says.
+        # The warnings and lines of the others are those of the first.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _train(options, processes, device)

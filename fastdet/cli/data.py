@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from fastdet.cli.values import UserError, names, not_negative, positive, share
 from fastdet.data import COCO, VOC, YOLO, DataError, DetectionDataset, JoinedImages, Shapes
-from fastdet.data.formats.voc import has_lists
+from fastdet.data.formats.voc import find_lists
 from fastdet.data.images import MAX_PIXELS
 from fastdet.data.records import describe_unknown
 
@@ -36,7 +36,7 @@ class DataPlace(NamedTuple):
 
     @property
     def has_splits(self) -> bool:
-        return self.kind == "yolo" or (self.kind == "voc" and has_lists(Path(self.path)))
+        return self.kind == "yolo" or (self.kind == "voc" and bool(find_lists(Path(self.path))))
 
 
 def parse_place(text: str) -> DataPlace:
@@ -79,7 +79,7 @@ def add_split_options(parser: argparse.ArgumentParser) -> None:
         help="to evaluate on, in place of a split",
     )
     add("--val-share", type=share, metavar="0.2", help="this share of the images, in place of a split")
-    add("--split-seed", type=not_negative, default=0, help="which images --val-share takes (0)")
+    add("--split-seed", type=not_negative, help="which images --val-share takes (0)")
 
 
 def add_max_pixels(parser: argparse.ArgumentParser) -> None:
@@ -106,8 +106,7 @@ def _default_split(place: DataPlace, role: Role) -> str:
     """The split of a role; of VOC's lists trainval and test, or train and val where there is no trainval."""
     if place.kind == "yolo":
         return role
-    folder = Path(place.path) / "ImageSets" / "Main"
-    lists = {file.stem for file in folder.glob("*.txt")}
+    lists = find_lists(Path(place.path))
     usual = "trainval" if role == "train" else "test"
     # Where trainval is trained on, val is a part of it.
     return role if "trainval" not in lists and "train" in lists and usual not in lists else usual
@@ -134,6 +133,11 @@ def open_data(
     Raises:
         DataError: as the data sets, or a box is of another class, and there is no `--classes`.
     """
+    kinds = {place.kind for place in (*options.data, *(getattr(options, "val_data", None) or ()))}
+    if options.zero_based and "voc" not in kinds:
+        raise UserError(f"--zero-based: it is of VOC's files, and the data sets are of {', '.join(sorted(kinds))}")
+    if options.orientation != "auto" and kinds == {"shapes"}:
+        raise UserError(f"--orientation {options.orientation}: drawn shapes have none")
     if split is not None and not any(place.has_splits for place in places):
         raise UserError(f"{places[0].kind}:{places[0].path} has no splits, but {split!r} is asked for")
     opened = [
@@ -164,14 +168,18 @@ def open_training_data(
         problems, val_problems: as of the data sets; that there is nothing to evaluate on is among the first.
 
     Raises:
-        UserError: there is more than one way to what is evaluated on.
+        UserError: there is more than one way to what is evaluated on, or an option has no effect.
     """
     ways = [name for name in ("val_data", "val_share", "val_split") if getattr(options, name) is not None]
     if len(ways) > 1 and ways != ["val_data", "val_split"]:
         raise UserError(f"{' and '.join('--' + way.replace('_', '-') for way in ways)}: only one goes with --data")
+    if options.split_seed is not None and options.val_share is None:
+        raise UserError(f"--split-seed {options.split_seed}: it goes with --val-share")
     train = open_data(options, options.data, "train", options.train_split, problems=problems)
     if options.val_share is not None:
-        return train.split(options.val_share, options.split_seed)
+        if len(train) < 2:
+            raise UserError(f"--val-share: {len(train)} image(s) cannot be split")
+        return train.split(options.val_share, options.split_seed or 0)
     if not options.val_data and not all(place.has_splits for place in options.data):
         return train, None
     places = options.val_data or options.data

@@ -28,6 +28,7 @@ class Kind(Enum):
     UNLISTED_IMAGE = "annotation(s) of images that are not listed, left out", True
     WITHOUT_ANNOTATION = "image(s) without an XML file, left out", True
     WITHOUT_LABELS = "image(s) without a file of labels, taken as background", False
+    UNREAD_LABELS = "file(s) of labels beside images whose labels are in another folder, not read", True
     WITHOUT_IMAGE = "file(s) of labels without an image", True
     SHARED_LABELS = "file(s) of labels that several images have in common", True
     SEVERAL_IMAGES = "image(s) taken of several with one stem", True
@@ -40,6 +41,7 @@ class Kind(Enum):
     CLASS_LEFT_OUT = "class(es) left out, with all their boxes", False
     CLASS_WITHOUT_NAME = "class(es) without a name, named by their numbers", False
     CLASS_TWICE = "class(es) with the name of another, taken as one", False
+    SIMILAR_CLASS = "class(es) that only upper and lower case tells from another", False
     CLASS_WITHOUT_BOX = "class(es) without a box", False
     EQUAL_IMAGE = "image(s) with the pixels and boxes of another", True
     EQUAL_PIXELS = "image(s) with the pixels of another, and other boxes", True

@@ -9,7 +9,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from fastdet.safe_files import open_regular
 
@@ -137,6 +137,8 @@ def _open_image(path: str | Path) -> Iterator[tuple[BinaryIO, Image.Image]]:
         raise DataError(f"{path}: no such image file") from None
     except DataError:
         raise
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: the image cannot be decoded: it is not in a format of {', '.join(FORMATS)}") from None
     # A damaged file can lead a decoder into any exception.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__

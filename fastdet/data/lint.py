@@ -67,7 +67,7 @@ def lint(
         if repeated:
             repeated_boxes[index] = repeated
     findings += _find_over_border(dataset)
-    findings += _find_unused(dataset)
+    findings += _check_classes(dataset)
     return Lint(findings, digests, repeated_images, repeated_boxes)
 
 
@@ -75,7 +75,7 @@ def find_shared_images(train: JoinedImages, val: JoinedImages, of_train: Lint, o
     """The images of `val` that are in `train` too, by their pixels."""
     places = {digest: index for index, digest in enumerate(of_train.digests) if digest}
     return [
-        Finding(Kind.IN_TRAINING, f"{_count_boxes(val, index)} as {_count_boxes(train, places[digest])}", index)
+        Finding(Kind.IN_TRAINING, _describe_pair(val, index, train, places[digest]), index)
         for index, digest in enumerate(of_val.digests)
         if digest in places
     ]
@@ -100,8 +100,13 @@ def clean(
     return dataset.select(kept), repeated
 
 
-def _count_boxes(dataset: JoinedImages, index: int) -> str:
-    return f"{dataset.ids[index]} ({len(dataset.target(index)['labels'])} boxes)"
+def _describe_pair(dataset: JoinedImages, index: int, other: JoinedImages, before: int) -> str:
+    """Two items with their numbers of boxes: by their ids, or where these are equal by their paths."""
+    names = dataset.ids[index], other.ids[before]
+    if names[0] == names[1]:
+        names = f"{dataset.image_path(index)}", f"{other.image_path(before)}"
+    counts = len(dataset.target(index)["labels"]), len(other.target(before)["labels"])
+    return f"{names[0]} ({counts[0]} boxes) as {names[1]} ({counts[1]} boxes)"
 
 
 def _find_equal_images(dataset: JoinedImages, digests: Sequence[bytes]) -> Iterator[Finding]:
@@ -109,7 +114,7 @@ def _find_equal_images(dataset: JoinedImages, digests: Sequence[bytes]) -> Itera
     for index, digest in enumerate(digests):
         if digest and (before := first.setdefault(digest, index)) != index:
             is_equal = _has_equal_boxes(dataset.target(before), dataset.target(index))
-            text = f"{_count_boxes(dataset, index)} as {_count_boxes(dataset, before)}"
+            text = _describe_pair(dataset, index, dataset, before)
             yield Finding(Kind.EQUAL_IMAGE if is_equal else Kind.EQUAL_PIXELS, text, index)
 
 
@@ -157,8 +162,12 @@ def _match_boxes(boxes: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, i
     starts, shifts = boxes[:, axis].tolist(), (_SHIFT * (boxes[:, axis + 2] - boxes[:, axis])).tolist()
     compared, places = list[int](), list[float]()
     for second, (start, shift) in enumerate(zip(starts, shifts, strict=True)):
-        near = compared[bisect_left(places, start - shift) : bisect_right(places, start + shift)]
-        equal = sorted(np.array(near)[_overlaps(boxes[second], boxes[near]) >= _SAME_OBJECT].tolist()) if near else []
+        candidates = compared[bisect_left(places, start - shift) : bisect_right(places, start + shift)]
+        equal = (
+            sorted(np.array(candidates)[_overlaps(boxes[second], boxes[candidates]) >= _SAME_OBJECT].tolist())
+            if candidates
+            else []
+        )
         of_class = [first for first in equal if labels[first] == labels[second]]
         if equal:
             yield (of_class or equal)[0], second
@@ -188,8 +197,12 @@ def _find_over_border(dataset: JoinedImages) -> Iterator[Finding]:
                 yield Finding(Kind.OVER_BORDER, text, index, mark)
 
 
-def _find_unused(dataset: JoinedImages) -> list[Finding]:
+def _check_classes(dataset: JoinedImages) -> Iterator[Finding]:
     targets = map(dataset.target, range(len(dataset)))
     used = {label for target in targets for label in target["labels"][~target["ignore"]].tolist()}
-    names = [name for label, name in enumerate(dataset.class_names, start=1) if label not in used]
-    return [Finding(Kind.CLASS_WITHOUT_BOX, name) for name in names]
+    first: dict[str, str] = {}
+    for label, name in enumerate(dataset.class_names, start=1):
+        if label not in used:
+            yield Finding(Kind.CLASS_WITHOUT_BOX, name)
+        if (before := first.setdefault(name.lower(), name)) != name:
+            yield Finding(Kind.SIMILAR_CLASS, f"{name} and {before}")

@@ -248,11 +248,11 @@ def describe_unknown(name: str, labels: Iterable[str]) -> str:
 
 
 def find_images(folder: Path) -> dict[str, list[str]]:
-    """The names of the image files in a folder, by their stems."""
+    """The names of the image files in a folder, but hidden ones, by their stems."""
     found: dict[str, list[str]] = {}
     for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
         stem, suffix = os.path.splitext(name)
-        if suffix.lower() in SUFFIXES:
+        if suffix.lower() in SUFFIXES and not name.startswith("."):
             found.setdefault(stem, []).append(name)
     return found
 

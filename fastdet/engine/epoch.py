@@ -59,7 +59,7 @@ def train_epoch(
     last_step = (epoch + 1) * steps
     stepper.model.train()
     unread: UnreadRows[BatchPlan] = UnreadRows(stepper.checked)
-    clock, waited, seen = time.perf_counter(), 0.0, 0
+    clock, waited, trained = time.perf_counter(), 0.0, 0
     for step, batch in enumerate(plan, start=last_step - len(plan)):
         asked = time.perf_counter()
         images, targets = next(batches)
@@ -75,7 +75,7 @@ def train_epoch(
         if average is not None:
             update_average(average, stepper.model, settings.ema)
         unread.add(step + 1, own, row)
-        seen += len(batch)
+        trained += len(batch)
         bar.update(len(batch))
         ends = processes.count == 1 and is_terminated()
         if len(unread) == settings.log_every or step + 1 == last_step or ends:
@@ -86,9 +86,9 @@ def train_epoch(
             yield {
                 **{"epoch": step // steps + 1, "step": step + 1, "lr": rate, "loss": sum(means)},
                 **dict(zip(LOSSES, means, strict=True)),
-                **{"images_per_second": round(seen / seconds, 2), "data_wait": round(wait, 4)},
+                **{"images_per_second": round(trained / seconds, 2), "data_wait": round(wait, 4)},
             }
-            waited, seen = 0.0, 0
+            waited, trained = 0.0, 0
 
 
 def _read_losses(unread: UnreadRows[BatchPlan], dataset: Dataset[Item]) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -205,8 +205,8 @@ def build_average(model: nn.Module) -> AveragedModel:
 
 @torch.no_grad()
 def update_average(average: AveragedModel, model: nn.Module, decay: float) -> None:
-    """Move the average's parameters and buffers towards the model's, as `TrainSettings.ema` says; no host sync, which
-    the average's own `update_parameters` would be on a GPU."""
+    """Move the average's parameters and buffers towards the model's, by the rule of `TrainSettings.ema`; no host sync,
+    which the average's own `update_parameters` would be on a GPU."""
     count = int(average.n_averaged)
     share = 1 - min(decay, (1 + count) / (10 + count)) if count else 1.0
     old, new = ([*each.parameters(), *each.buffers()] for each in (average.module, model))

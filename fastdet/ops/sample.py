@@ -63,8 +63,7 @@ def sample(label: Tensor, num_samples: int, max_positive: int, seed: Tensor | No
     """At most `max_positive` positives, and negatives up to `num_samples` in all, at random.
 
     Those of the smallest keys are chosen, the lower index first among equal keys; the same seed chooses the same on
-    every device, whatever other images there are. Source of the quotas: Ren et al. 2015 (arXiv:1506.01497), section
-    3.1.3.
+    every device and in every batch. Source of the quotas: Ren et al. 2015 (arXiv:1506.01497), section 3.1.3.
 
     Args:
         label: int64 [B, K]: 1 for a positive, 0 for a negative; candidates of other labels are never chosen.

@@ -39,6 +39,8 @@ def test_a_share_of_the_images_to_evaluate_on(tree):
     assert (len(train), len(val)) == (4, 2)
     assert sorted(train.ids + val.ids) == [f"trainval_{k}" for k in range(6)]
     assert opened(*data, "--split-seed", "1")[1].ids != val.ids
+    with pytest.raises(UserError, match=r"--val-share: 1 image\(s\) cannot be split"):
+        opened(*data, "--limit", "1")
     with pytest.raises(UserError, match="--val-share and --val-split: only one goes"):
         opened(*data, "--val-split", "test")
 
@@ -190,6 +192,12 @@ def test_convert_and_back(tree, tmp_path, capsys):
     assert "coco:DIR" in message(capsys, "convert", "--data", "shapes:2", "--to", out)
 
 
+def test_zero_based_corners_of_the_data_to_evaluate_on_alone(tree):
+    data = ["--data", "shapes:2", "--val-data", f"voc:{tree}"]
+    first, other = (opened(*data, *options)[1].target(0)["boxes"] for options in ((), ("--zero-based",)))
+    assert (other - first).tolist() == [[1, 1, 0, 0]] * len(first)
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--version"])
@@ -219,6 +227,9 @@ def test_options_that_do_not_go_together(tree, tmp_path, capsys):
     shapes = ["train", "--out", tmp_path / "run", "--data", "shapes:4", "--val-data", "shapes:2", *SMALL]
     assert "has no splits, but 'x'" in message(capsys, *shapes, "--train-split", "x")
     assert "different names" in message(capsys, *train, "--classes", "star,star")
+    assert "--split-seed 3: it goes with --val-share" in message(capsys, *train, "--split-seed", "3")
+    assert "--zero-based: it is of VOC's files" in message(capsys, *shapes, "--zero-based")
+    assert "--orientation stored: drawn shapes have none" in message(capsys, *shapes, "--orientation", "stored")
     huge = [argument for argument in train if argument != "12,20,32"]
     huge.insert(huge.index("--anchor-sizes") + 1, "1e300,2")
     assert "--anchor-sizes" in message(capsys, *huge)

@@ -104,7 +104,7 @@ def test_lint_of_a_data_set_with_nothing_to_evaluate_on(tree, tmp_path, capsys):
     content = json.loads((tmp_path / "lint/lint.json").read_text())
     assert content["images"] == {"train": 6}
     (missing,) = [finding["items"] for finding in content["findings"]["train"] if finding["is_error"]]
-    assert "no such split" in missing[0]
+    assert "no list of a split test" in missing[0]
 
 
 def test_lint_lists_what_is_found_once(tree, tmp_path, capsys):

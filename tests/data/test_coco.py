@@ -90,19 +90,19 @@ def test_images_are_found_in_the_folder_alone(tmp_path: Path, content: Content, 
 
 def test_images_that_are_not_there_or_not_one(tmp_path: Path, content: Content) -> None:
     content["images"][0]["file_name"] = "c\x1b.jpg"
-    with pytest.raises(DataError, match=r"images\[0\]: no image fits c\\x1b\.jpg in") as caught:
+    with pytest.raises(DataError, match=r"images\[0\]: no image fits 'c\\x1b\.jpg' in") as caught:
         open_coco(tmp_path, content)
     assert str(caught.value).isprintable()
     content["images"][0]["file_name"] = "a.bmp"
     Image.new("RGB", (40, 30)).save(tmp_path / "images/a.png")
-    with pytest.raises(DataError, match=r"several of a\.jpg, a\.png fit a\.bmp"):
+    with pytest.raises(DataError, match=r"several of a\.jpg, a\.png fit 'a\.bmp'"):
         open_coco(tmp_path, content)
     content["images"][0]["file_name"] = "x" * 100_000
-    with pytest.raises(DataError, match="no image fits x"):
+    with pytest.raises(DataError, match="no image fits 'x"):
         open_coco(tmp_path, content)
     with pytest.raises(DataError, match="no such folder"):
         COCO(tmp_path / "nowhere", tmp_path / "instances.json")
-    with pytest.raises(DataError, match="no such file of annotations"):
+    with pytest.raises(DataError, match=r"nowhere\.json: no such file"):
         COCO(tmp_path, tmp_path / "nowhere.json")
 
 
@@ -138,7 +138,9 @@ def test_what_does_not_fit_is_counted(tmp_path: Path, content: Content) -> None:
         (lambda c: {**c, "images": [{"id": 7}]}, r"images\[0\] has no 'file_name'"),
         (lambda c: {**c, "images": [{"id": 7, "file_name": 5}]}, r"images\[0\]: file_name is 5"),
         (lambda c: {**c, "images": c["images"] * 2}, r"images\[2\] has the id of images\[0\], 7"),
-        (lambda c: {**c, "categories": [{"id": 9, "name": "x"}, {"id": 2, "name": "x"}]}, "has the name of"),
+        (lambda c: {**c, "categories": [{"id": 9, "name": " "}]}, r"categories\[0\]: name is blank"),
+        (lambda c: {**c, "images": [{**c["images"][0], "id": 0.5}]}, r"images\[0\]: id is 0\.5"),
+        (lambda c: {**c, "images": [{**c["images"][0], "id": float("nan")}]}, r"images\[0\]: id is nan"),
     ],
 )
 def test_entries_that_are_wrong_are_named(tmp_path: Path, content: Content, change: Any, message: str) -> None:
@@ -159,7 +161,7 @@ def test_files_that_are_no_json_are_named(tmp_path: Path, text: str) -> None:
 def test_files_too_large_are_not_read(tmp_path: Path) -> None:
     with (tmp_path / "instances.json").open("wb") as file:
         file.truncate(2 << 30)
-    with pytest.raises(DataError, match="have 2048 MB, more than 1024"):
+    with pytest.raises(DataError, match=r"instances\.json: the file has more than 1024 MB"):
         COCO(tmp_path, tmp_path / "instances.json")
 
 
@@ -200,3 +202,28 @@ def test_crowds_by_words(tmp_path, value, crowd):
     }
     (tmp_path / "all.json").write_text(json.dumps(content))
     assert COCO(tmp_path, tmp_path / "all.json")[0][1]["ignore"].tolist() == [crowd]
+
+
+def test_categories_of_one_name_are_one_class(tmp_path: Path, content: Content) -> None:
+    content["categories"] = [{"id": 9, "name": "dog "}, {"id": 2, "name": "dog"}, {"id": 5, "name": "\tcat"}]
+    with pytest.warns(UserWarning, match=r"taken as one: instances\.json categories\[1\] and categories\[0\], 'dog'"):
+        data = open_coco(tmp_path, content)
+    assert data.class_names == ("dog", "cat")
+    assert data[0][1]["labels"].tolist() == [1, 1, 1]
+
+
+def test_ids_as_texts_and_as_numbers(tmp_path: Path, content: Content) -> None:
+    expected = open_coco(tmp_path, content)
+    for entry in content["annotations"]:
+        entry.update(image_id=f"{entry['image_id']}", category_id=float(entry["category_id"]))
+    content["categories"] = [{**entry, "id": str(entry["id"])} for entry in content["categories"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = open_coco(tmp_path, content)
+    assert data.class_names == expected.class_names
+    torch.testing.assert_close(data[0], expected[0], rtol=0, atol=0)
+    # What is no usual way to write a number is a name.
+    content["images"] = [{"id": id, "file_name": "a.jpg"} for id in ("01", 1, "x", "-1")]
+    content["annotations"] = [annotation("01", 9, [1, 1, 5, 5])]
+    with pytest.warns(UserWarning, match="several annotations"):
+        assert [len(target["boxes"]) for _, target in open_coco(tmp_path, content)] == [1, 0, 0, 0]

@@ -84,3 +84,10 @@ def test_a_cut_jpeg_is_an_error(tmp_path):
         (tmp_path / "a.jpg").write_bytes(content.getvalue()[: int(share * len(content.getvalue()))])
         with pytest.raises(DataError, match=r"a\.jpg: the image cannot be decoded"):
             read_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>"])
+def test_files_that_are_no_images(tmp_path, content):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.jpg: the image cannot be decoded: it is not in a format of JPEG, PNG"):
+        read_image(tmp_path / "a.jpg")

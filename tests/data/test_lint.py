@@ -194,3 +194,18 @@ def test_ten_thousand_boxes_of_an_image(tmp_path, places):
         if not (box_iou(target[row : row + 1], target[kept]) >= 0.9).any():
             kept.append(row)
     assert repeated == sorted(set(range(500)) - set(kept))
+
+
+def test_images_of_one_name_are_named_by_their_paths(root, tmp_path):
+    other = write_voc(tmp_path / "other", {"train": 1})
+    data = JoinedImages([VOC(root, "train"), VOC(other, "train")])
+    (text,) = kinds(lint(data, ()))[Kind.EQUAL_IMAGE]
+    assert text.startswith(f"{other}/JPEGImages/train_0.jpg (")
+    assert f") as {root}/JPEGImages/train_0.jpg (" in text
+
+
+def test_classes_that_only_case_tells_apart(root):
+    for name in ("Star", "star"):
+        add_object(root, "train_0", name, (1, 1, 60, 20))
+    _, found = check(root)
+    assert kinds(found)[Kind.SIMILAR_CLASS] == ["star and Star"]

@@ -1,5 +1,6 @@
 """Datasets: what they return, and what they report of files that are wrong."""
 
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -299,7 +300,7 @@ def test_voc_missing_root_folder_and_split(root: Path) -> None:
     one_line(error, "Annotations", "VOC layout")
     with pytest.raises(DataError) as error:
         VOC(root, "test")
-    one_line(error, "test.txt", "train, val")
+    one_line(error, str(root), "no list of a split test", "train, val")
 
 
 def test_voc_empty_split(root: Path) -> None:
@@ -317,7 +318,7 @@ def test_voc_missing_files(root: Path) -> None:
     (root / "Annotations/a.xml").unlink()
     with pytest.raises(DataError) as error:
         VOC(root, "train")
-    one_line(error, "a.xml", "no such annotation")
+    one_line(error, "a.xml", "no such file")
 
 
 BOMB = '<!DOCTYPE a [<!ENTITY b "boom">]><annotation><filename>&b;</filename></annotation>'
@@ -425,6 +426,11 @@ def test_xml_of_another_kind_is_not_taken_as_background(tmp_path: Path) -> None:
         (text.replace("<annotation>", '<annotation xmlns="http://a.b">'), "not an <annotation>"),
         (f"<annotations>{text}</annotations>", "it is <annotations>"),
         (text.replace("<bndbox>", "<bndbox></bndbox><bndbox>", 1), "has 2 <bndbox>"),
+        (text.replace("object>", "Object>"), "but 0 <object> right inside of <annotation>"),
+        (
+            text.replace("<annotation>", "<annotation><objects>").replace("</annot", "</objects></annot"),
+            "but 0 <object>",
+        ),
         (text.replace("<xmin>", "<xmin>1_", 1), "<xmin> is not a number"),
     ):
         path.write_text(changed)
@@ -472,3 +478,41 @@ def test_png_files_are_not_decoded_when_they_are_opened(tmp_path: Path, monkeypa
     Image.new("RGB", (48, 64)).save(tree / "JPEGImages/train_0.png")
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", None)
     assert VOC(tree, "train").sizes == [(64, 48)]
+
+
+def test_xml_files_in_upper_case(root: Path) -> None:
+    (root / "Annotations/a.xml").rename(root / "Annotations/a.XML")
+    assert VOC(root, "train").ids == VOC(root, None).ids == ("a", "b")
+    folder = root / "beside"
+    folder.mkdir()
+    shutil.copyfile(root / "JPEGImages/a.jpg", folder / "a.JPG")
+    shutil.copyfile(root / "Annotations/a.XML", folder / "a.XML")
+    assert VOC(folder, None)[0][1]["labels"].tolist() == [2, 1]
+    annotate(root, "a", [("dog", (1, 1, 40, 30), 0)])
+    with pytest.warns(UserWarning, match=r"several annotations: a\.xml, and a\.XML, which is not read"):
+        assert VOC(root, "train").class_names == ("dog",)
+
+
+def test_hidden_files_are_no_images(root: Path) -> None:
+    for name in ("JPEGImages/._a.jpg", "Annotations/._a.xml"):
+        (root / name).write_bytes(b"of another system")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert VOC(root, None).ids == ("a", "b")
+
+
+def test_lists_beside_main(root: Path) -> None:
+    (root / "ImageSets/Main").rename(root / "ImageSets/Old")
+    for name in ("train", "val"):
+        (root / f"ImageSets/Old/{name}.txt").rename(root / f"ImageSets/{name}.txt")
+    assert VOC(root, "train").ids == ("a", "b")
+    assert VOC(root, "val").ids == ("b",)
+
+
+def test_images_of_xml_files_that_cannot_be_read_are_not_without_one(root: Path) -> None:
+    (root / "Annotations/a.xml").write_text("<annotation>")
+    problems: list[DataError] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert VOC(root, None, problems=problems).ids == ("b",)
+    assert len(problems) == 1

@@ -250,15 +250,18 @@ def test_files_of_labels_that_cannot_be_read_are_named(root: Path) -> None:
     path = root / "labels/train/a.txt"
     problems: list[DataError] = []
     for content, message in (
-        (b"1 0.5 0.5 0.5 0.5 \xff\n", "cannot be read: 'utf-8' codec"),
-        (b"\xfe\xff1", "cannot be read: 'utf-16"),
-        (b"\n" * 70_000 + b"0 0.5 0.5 1 1", "has more than 65536 lines"),
+        (b"1 0.5 0.5 0.5 0.5 \xff\n", "text is neither UTF-8 nor UTF-16 with a mark: 'utf-8' codec"),
+        (b"\xfe\xff1", "text is neither UTF-8 nor UTF-16 with a mark: 'utf-16"),
+        (b"\n" * 70_000 + b"0 0.5 0.5 1 1", "file has more than 65536 lines"),
     ):
         path.write_bytes(content)
-        assert f"{path}: the file {message}" in fails(root)
+        assert f"{path}: the {message}" in fails(root)
     with path.open("wb") as file:
         file.truncate(65 << 20)
     assert f"{path}: the file has more than 16 MB" in fails(root)
+    path.unlink()
+    path.symlink_to(path.with_name("nowhere.txt"))
+    assert f"{path}: no such file" in fails(root)
     path.unlink()
     os.mkfifo(path)
     assert f"{path}: the file cannot be read: a pipe, not a file" in fails(root)

@@ -193,3 +193,36 @@ def test_links(root: Path) -> None:
     (root / "linked").symlink_to(root / "images")
     (root / "linked/train/part/b.txt").write_text("")
     assert open_quietly(configure(root, f"train: linked/train/part\n{NAMES}")).ids == ("linked/train/part/b.jpg",)
+
+
+def test_folders_and_files_of_labels_in_upper_case(root: Path) -> None:
+    (root / "labels/train/a.txt").rename(root / "labels/train/a.TXT")
+    assert open_quietly(root)[0][1]["labels"].tolist() == [2]
+    (root / "images").rename(root / "Images")
+    configure(root, f"train: Images/train\n{NAMES}")
+    assert open_quietly(root)[0][1]["labels"].tolist() == [2]
+    (root / "labels").rename(root / "Labels")
+    assert open_quietly(root)[0][1]["labels"].tolist() == [2]
+
+
+def test_labels_of_no_image_are_found(root: Path) -> None:
+    """A data set in which all is background is one whose labels are in another place."""
+    (root / "labels").rename(root / "annotations")
+    message = "data.yaml: train: no image of 2 has a file of labels: images/train/a.jpg has no images/train/a.txt"
+    assert message in fails(root)
+    problems: list[DataError] = []
+    assert len(warnings_of(root, problems=problems)[0]) == 2
+    assert [message in str(problem) for problem in problems] == [True]
+
+
+def test_labels_beside_an_image_whose_labels_belong_elsewhere(root: Path) -> None:
+    (root / "labels/train/a.txt").rename(root / "images/train/a.txt")
+    _, messages = warnings_of(root)
+    assert len(messages) == 2
+    assert "labels beside images whose labels are in another folder, not read: images/train/a.txt" in messages[1]
+
+
+def test_of_a_list_without_a_right_line_the_first_is_named(root: Path) -> None:
+    (root / "list.txt").write_text("C:\\me\\a.jpg\nb.jpg\n")
+    configure(root, f"train: list.txt\n{NAMES}")
+    assert "list.txt:1: no image" in fails(root, problems=[])

@@ -3,15 +3,16 @@
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from fastdet.data.findings import Finding, Kind
-from fastdet.data.formats.text_files import is_true
+from fastdet.data.formats.text_files import error_at, is_true, read_text
 from fastdet.data.images import MAX_PIXELS, DataError
 from fastdet.data.records import AnnotatedImages, Box, Orientation, Record, base_name, collect, find_images, stem_of
-from fastdet.safe_files import open_regular, printable
+from fastdet.safe_files import printable
 
 # COCO's own of 118,000 images has 450 MB.
 _MAX_BYTES = 1 << 30
@@ -21,7 +22,8 @@ class COCO(AnnotatedImages):
     """Images with the instances of a JSON file in COCO's format.
 
     The file has "images" (id, file_name; width and height where they are known), "annotations" (image_id, category_id,
-    bbox as x, y, width, height in continuous pixels; iscrowd) and "categories" (id, name). An image is the file of its
+    bbox as x, y, width, height in continuous pixels; iscrowd) and "categories" (id, name). Categories of one name are
+    one class. An image is the file of its
     file_name in the folder, without following a path out of it; else the one of the same stem, with any suffix.
     Crowds are to be ignored. Items, the image's size and orientation, and which boxes are left out: as of
     `AnnotatedImages`.
@@ -36,7 +38,7 @@ class COCO(AnnotatedImages):
     Attributes: as of `AnnotatedImages`; `ids` are the names of the image files, in the order of the JSON file.
 
     Raises:
-        DataError: the file or an image is missing, an entry lacks what it needs, ids or names are repeated, or a class
+        DataError: the file or an image is missing, an entry lacks what it needs, ids are repeated, or a class
             is not among `class_names`; on access, an image that cannot be decoded.
     """
 
@@ -54,13 +56,13 @@ class COCO(AnnotatedImages):
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder")
         content = _read(path)
-        names = _read_categories(path, content)
-        listed = _index(path, content, "images", "id")
-        boxes: dict[Any, list[Box]] = {key: [] for key in listed}
         findings = list[Finding]()
+        names = _read_categories(path, content, findings)
+        listed = _index(path, content, "images")
+        boxes: dict[Any, list[Box]] = {key: [] for key in listed}
         for place, entry in _entries(path, content, "annotations"):
             with collect(problems):
-                image, category = (_get(path, place, entry, key, (int, str)) for key in ("image_id", "category_id"))
+                image, category = (_get_id(path, place, entry, key) for key in ("image_id", "category_id"))
                 if category not in names:
                     raise DataError(f"{path}: {place}: category_id {category!r:.100} is not among the categories")
                 box = _to_box(path, place, entry, names[category])
@@ -72,11 +74,11 @@ class COCO(AnnotatedImages):
         for key, (place, entry) in listed.items():
             with collect(problems):
                 records.append(_to_record(path, place, entry, folder, found, boxes[key], findings))
-        ordered = [names[key] for key in sorted(names, key=lambda key: (isinstance(key, str), key))]
+        in_order = dict.fromkeys(names[key] for key in sorted(names, key=lambda key: (isinstance(key, str), key)))
         super().__init__(
             f"{path}",
             records,
-            ordered if class_names is None else class_names,
+            list(in_order) if class_names is None else class_names,
             orientation=orientation,
             max_pixels=max_pixels,
             findings=findings,
@@ -85,17 +87,11 @@ class COCO(AnnotatedImages):
 
 
 def _read(path: Path) -> dict[str, Any]:
+    text = read_text(path, _MAX_BYTES)
     try:
-        with open_regular(path) as file:
-            if (size := os.fstat(file.fileno()).st_size) > _MAX_BYTES:
-                raise DataError(f"{path}: the annotations have {size >> 20} MB, more than {_MAX_BYTES >> 20}")
-            content = json.load(file)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file of annotations") from None
-    except DataError:
-        raise
-    except (ValueError, RecursionError, OSError) as error:
-        raise DataError(f"{path}: the JSON does not parse: {' '.join(str(error).split())[:300]}") from error
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise error_at(path, f"the JSON does not parse: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: not in COCO's format: it is a {type(content).__name__}, not an object")
     return content
@@ -122,24 +118,37 @@ def _get(path: Path, place: str, entry: dict[str, Any], key: str, kinds: tuple[t
     return value
 
 
-def _index(path: Path, content: dict[str, Any], name: str, key: str) -> dict[Any, tuple[str, dict[str, Any]]]:
-    """The objects of a list by a key that none shares."""
+def _get_id(path: Path, place: str, entry: dict[str, Any], key: str) -> Any:
+    """A number or a text; a text of a number is that number, since tools write both in one file."""
+    value = _get(path, place, entry, key, (int, float, str))
+    # A float that is no whole number, NaN above all, is not equal to itself once it is written and read.
+    if isinstance(value, float) and not value.is_integer():
+        raise DataError(f"{path}: {place}: {key} is {value!r}")
+    return int(value) if isinstance(value, str) and re.fullmatch("0|[1-9][0-9]{0,17}", value) else value
+
+
+def _index(path: Path, content: dict[str, Any], name: str) -> dict[Any, tuple[str, dict[str, Any]]]:
+    """The objects of a list by their ids, which are all different."""
     indexed: dict[Any, tuple[str, dict[str, Any]]] = {}
     for place, entry in _entries(path, content, name):
-        value = _get(path, place, entry, key, (int, str))
+        value = _get_id(path, place, entry, "id")
         if value in indexed:
-            raise DataError(f"{path}: {place} has the {key} of {indexed[value][0]}, {value!r:.100}")
+            raise DataError(f"{path}: {place} has the id of {indexed[value][0]}, {value!r:.100}")
         indexed[value] = (place, entry)
     return indexed
 
 
-def _read_categories(path: Path, content: dict[str, Any]) -> dict[Any, str]:
-    """The names of the categories by their ids."""
-    _index(path, content, "categories", "name")
-    return {
-        key: _get(path, place, entry, "name", (str,))
-        for key, (place, entry) in _index(path, content, "categories", "id").items()
-    }
+def _read_categories(path: Path, content: dict[str, Any], findings: list[Finding]) -> dict[Any, str]:
+    """The names of the categories by their ids; `findings` gets those that have the name of another."""
+    names: dict[Any, str] = {}
+    first: dict[str, str] = {}
+    for key, (place, entry) in _index(path, content, "categories").items():
+        names[key] = name = _get(path, place, entry, "name", (str,)).strip()
+        if not name:
+            raise DataError(f"{path}: {place}: name is blank")
+        if first.setdefault(name, place) != place:
+            findings.append(Finding(Kind.CLASS_TWICE, f"{path.name} {place} and {first[name]}, '{name}'"))
+    return names
 
 
 def _to_box(path: Path, place: str, entry: dict[str, Any], name: str) -> Box:
@@ -172,7 +181,7 @@ def _to_record(
         names, base = found.get(stem_of(name), []), base_name(name)
         if base not in names and len(names) != 1:
             problem = f"several of {', '.join(names)} fit" if names else "no image fits"
-            raise DataError(f"{path}: {place}: {problem} {printable(name, 200)} in {folder}")
+            raise DataError(f"{path}: {place}: {problem} '{printable(name, 200)}' in {folder}")
         image = folder / (base if base in names else names[0])
         findings.append(Finding(Kind.OTHER_FILE, f"{image.name} for {printable(name, 100)}"))
     return Record(name, image, f"{path} {place}", size, boxes)

@@ -12,6 +12,8 @@ from fastdet.data.images import DataError
 from fastdet.safe_files import open_regular, printable
 
 _MAX_DEPTH, _MAX_DIRECTIVES = 16, 16
+# Bytes of YAML that are that take a second at most to parse: by libyaml, and without it.
+_MAX_YAML, _MAX_SLOW_YAML = 512 << 10, 128 << 10
 
 
 def error_at(place: object, message: str) -> DataError:
@@ -19,25 +21,38 @@ def error_at(place: object, message: str) -> DataError:
     return DataError(printable(f"{place}: {message}", 2000))
 
 
-def read_text(path: Path, max_bytes: int) -> str:
-    """The text of a file in UTF-8, with or without a mark of the byte order, or in UTF-16 with one.
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """What a file has.
 
     Raises:
-        FileNotFoundError: there is none.
-        DataError: it is no file, has more than `max_bytes`, or is in another encoding.
+        DataError: there is none, it is no file, cannot be read, or has more than `max_bytes`.
     """
     try:
         with open_regular(path) as file:
             is_too_large = os.fstat(file.fileno()).st_size > max_bytes
             content = b"" if is_too_large else file.read(max_bytes + 1)
-        if is_too_large or len(content) > max_bytes:
-            raise error_at(path, f"the file has more than {max_bytes >> 20} MB")
-        # PowerShell writes UTF-16.
-        return content.decode("utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
-    except (FileNotFoundError, DataError):
-        raise
+    except FileNotFoundError:
+        raise error_at(path, "no such file") from None
     except (OSError, ValueError) as error:
         raise error_at(path, f"the file cannot be read: {error}") from error
+    if is_too_large or len(content) > max_bytes:
+        size = f"{max_bytes >> 20} MB" if max_bytes >> 20 else f"{max_bytes >> 10} KB"
+        raise error_at(path, f"the file has more than {size}")
+    return content
+
+
+def read_text(path: Path, max_bytes: int) -> str:
+    """The text of a file in UTF-8, with or without a mark of the byte order, or in UTF-16 with one.
+
+    Raises:
+        DataError: as of `read_bytes`, or it is in another encoding.
+    """
+    content = read_bytes(path, max_bytes)
+    try:
+        # PowerShell writes UTF-16.
+        return content.decode("utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
+    except ValueError as error:
+        raise error_at(path, f"the text is neither UTF-8 nor UTF-16 with a mark: {error}") from error
 
 
 def is_true(text: str) -> bool:
@@ -55,35 +70,31 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def read_yaml(path: Path, max_bytes: int) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file has: of texts, lists and mappings by texts.
 
     Scalars stay as they are written: what YAML takes for a number, a date or a truth value (no, 007, 1e3) can be a name
     as well. Anchors and aliases are refused, since a few of them can make billions of nodes.
 
     Raises:
-        DataError: there is no such file, it is not as of `read_text`, does not parse, is not one mapping, repeats a
-            key, or is nested deeper than 16 levels.
+        DataError: the file is not as of `read_text`, has more than 512 KB (128 KB where PyYAML is without libyaml),
+            does not parse, is not one mapping, repeats a key, or is nested deeper than 16 levels.
     """
     # Here and not above, so that the detector can be had where there is no such package.
     import yaml
 
+    fast_loader = getattr(yaml, "CSafeLoader", None)
+    text = read_text(path, _MAX_YAML if fast_loader else _MAX_SLOW_YAML)
     try:
-        text = read_text(path, max_bytes)
         if sum(line.startswith("%") for line in text.splitlines()) > _MAX_DIRECTIVES:
             raise ValueError(f"it has more than {_MAX_DIRECTIVES} directives, of which each is compared with all")
-        # libyaml's parser gives the same events in a tenth of the time.
-        events = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        events = yaml.parse(text, Loader=fast_loader or yaml.SafeLoader)
         mapping = None
         for event in events:
             if isinstance(event, yaml.NodeEvent) and mapping is None:
                 mapping = _build(events, event, 0)
             elif isinstance(event, yaml.NodeEvent):
                 raise ValueError(f"line {event.start_mark.line + 1} begins a second document")
-    except FileNotFoundError:
-        raise error_at(path, "no such file") from None
-    except DataError:
-        raise
     # OverflowError: the escape of a character beyond the last one.
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise error_at(path, f"the YAML does not parse: {' '.join(str(error).split())[:300]}") from error

@@ -1,5 +1,6 @@
 """Data sets in the folder layout of Pascal VOC."""
 
+import io
 import math
 import os
 import re
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, ParseError
 
 from fastdet.data.findings import Finding, Kind
-from fastdet.data.formats.text_files import is_true, lines_of, read_text
+from fastdet.data.formats.text_files import is_true, lines_of, read_bytes, read_text
 from fastdet.data.images import MAX_PIXELS, SUFFIXES, DataError
 from fastdet.data.records import (
     AnnotatedImages,
@@ -22,21 +23,21 @@ from fastdet.data.records import (
     find_images,
     stem_of,
 )
-from fastdet.safe_files import open_regular
 
 # Beyond anything that people annotate.
 _MAX_BYTES, _MAX_OBJECTS, _MAX_DEPTH = 64 << 20, 1 << 16, 32
+_XML = "*.[xX][mM][lL]"
 
 
 class VOC(AnnotatedImages):
     """Images with an XML file each, in the VOC layout or another.
 
-    In the VOC layout `root/Annotations` has the XML files, `root/JPEGImages` the images, and
-    `root/ImageSets/Main/{split}.txt` lists the stems of a split, one a line. The list may be one of VOC's own for a
-    class (a stem and 1 or -1), and have names with suffixes and folders, in UTF-8 or UTF-16. Otherwise `root` or
-    one folder in it has the XML files, and one the images. An image is the file with the annotation's own stem and the
-    suffix of any format that is read; else the one that the XML names, of any folder. Sizes and `difficult` in the XML
-    that are blank or nothing that is known are as if absent.
+    In the VOC layout `root/Annotations` has the XML files, `root/JPEGImages` the images, and `{split}.txt` in
+    `root/ImageSets/Main` (or else in `root/ImageSets`) lists the stems of a split, one a line. The list may be one of
+    VOC's own for a class (a stem and 1 or -1), and have names with suffixes and folders, in UTF-8 or UTF-16. Otherwise
+    `root` or one folder in it has the XML files, and one the images. An image is the file with the annotation's own
+    stem and the suffix of any format that is read; else the one that the XML names, of any folder. Sizes and
+    `difficult` in the XML that are blank or nothing that is known are as if absent.
 
     The file's corners are 1-based pixels, both ends inside the box; an item's boxes are continuous:
     (xmin - 1, ymin - 1, xmax, ymax). Boxes that reach over the image's border stay as they are; those with
@@ -45,7 +46,7 @@ class VOC(AnnotatedImages):
 
     Args:
         root: the folder.
-        split: name of a file in ImageSets/Main, without .txt; None takes all XML files.
+        split: name of a file in ImageSets/Main or ImageSets, without .txt; None takes all XML files.
         class_names: label k is `class_names[k - 1]`; when None, the sorted names of all XML files, of any split,
             so that the splits of a data set have the same labels.
         max_pixels: of an image, as of `read_image`.
@@ -73,34 +74,34 @@ class VOC(AnnotatedImages):
         self.root, self.split = Path(root), split
         annotations, images = _find_folders(self.root)
         found = find_images(images)
-        files = sorted(name for name in os.listdir(annotations) if not name.startswith("."))
-        every_stem = [stem for stem, suffix in map(os.path.splitext, files) if suffix == ".xml"]
         findings = list[Finding]()
-        stems = every_stem if split is None else _read_split(self.root, split, set(every_stem), findings)
+        files = _find_annotations(annotations, findings)
+        stems = list(files) if split is None else _read_split(self.root, split, files, findings)
         if not stems:
             raise DataError(f"{annotations}: the folder has no XML file")
         records = []
         for stem in stems:
             with collect(problems):
-                annotation = _read_annotation(annotations / f"{stem}.xml")
+                annotation = _read_annotation(annotations / files.get(stem, f"{stem}.xml"))
                 image = _choose_image(images, stem, annotation, found, findings)
                 boxes = [_to_box(item, zero_based) for item in annotation.objects]
                 records.append(Record(stem, image, str(annotation.path), annotation.size, boxes))
         if split is None:
-            folders = [
-                name for name in files if (annotations / name).is_dir() and any((annotations / name).rglob("*.xml"))
-            ]
-            findings += [Finding(Kind.INNER_FOLDER, name) for name in folders]
+            inner = [path.name for path in sorted(annotations.iterdir()) if path.is_dir() and any(path.rglob(_XML))]
+            findings += [Finding(Kind.INNER_FOLDER, name) for name in inner]
             used = {record.image.name for record in records}
-            unused = [name for names in found.values() for name in names if name not in used]
+            unread = files.keys() - {record.name for record in records}
+            unused = [
+                name for stem, names in found.items() for name in names if name not in used and stem not in unread
+            ]
             findings += [Finding(Kind.WITHOUT_ANNOTATION, name) for name in unused]
         if class_names is None:
-            names, unread = {box.name for record in records for box in record.boxes}, list[DataError]()
-            for stem in sorted(set(every_stem) - set(stems)):
-                with collect(unread):
-                    names |= {item.name for item in _read_annotation(annotations / f"{stem}.xml").objects}
+            names, failed = {box.name for record in records for box in record.boxes}, list[DataError]()
+            for stem in sorted(files.keys() - set(stems)):
+                with collect(failed):
+                    names |= {item.name for item in _read_annotation(annotations / files[stem]).objects}
             class_names = sorted(names)
-            findings += [Finding(Kind.UNREAD_ANNOTATION, str(error)) for error in unread]
+            findings += [Finding(Kind.UNREAD_ANNOTATION, str(error)) for error in failed]
         super().__init__(
             str(self.root) if split is None else f"{self.root} ({split})",
             records,
@@ -112,9 +113,11 @@ class VOC(AnnotatedImages):
         )
 
 
-def has_lists(root: Path) -> bool:
-    """Whether a folder in the VOC layout has lists of splits."""
-    return (root / "ImageSets" / "Main").is_dir()
+def find_lists(root: Path) -> dict[str, Path]:
+    """The lists of splits that a folder in the VOC layout has, by name: those in ImageSets/Main, or in ImageSets."""
+    folders = (root / "ImageSets" / "Main", root / "ImageSets")
+    folder = next(filter(os.path.isdir, folders), root / "ImageSets")
+    return {path.stem: path for path in sorted(folder.glob("*.txt"))}
 
 
 def _find_folders(root: Path) -> tuple[Path, Path]:
@@ -123,7 +126,7 @@ def _find_folders(root: Path) -> tuple[Path, Path]:
         raise DataError(f"{root}: no such folder")
     folders = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
     return (
-        _find_folder(root, "Annotations", "XML files", [path for path in folders if any(path.glob("*.xml"))]),
+        _find_folder(root, "Annotations", "XML files", [path for path in folders if any(path.glob(_XML))]),
         _find_folder(root, "JPEGImages", "images", [path for path in folders if find_images(path)]),
     )
 
@@ -137,6 +140,19 @@ def _find_folder(root: Path, usual: str, what: str, found: list[Path]) -> Path:
             f"{root}: not in the VOC layout, with a folder {usual}, nor one folder of {what}: {listed} {what}"
         )
     return found[0]
+
+
+def _find_annotations(folder: Path, findings: list[Finding]) -> dict[str, str]:
+    """The names of the XML files by their stems, sorted; of several with one stem the last, .xml, and a finding."""
+    found: dict[str, str] = {}
+    for name in sorted(os.listdir(folder)):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() == ".xml" and not name.startswith("."):
+            if stem in found:
+                text = f"{name}, and {found[stem]}, which is not read"
+                findings.append(Finding(Kind.SEVERAL_ANNOTATIONS, text))
+            found[stem] = name
+    return found
 
 
 class _Object(NamedTuple):
@@ -165,13 +181,10 @@ def _read_split(root: Path, split: str, known: Container[str], findings: list[Fi
 
     `known` are the stems of the XML files: a name of them may end in a number, as lines of VOC's lists of a class do.
     """
-    folder = root / "ImageSets" / "Main"
-    if not has_lists(root):
-        raise DataError(f"{folder}: no such folder, so {root} has no list of a split {split}")
-    path = folder / f"{split}.txt"
-    if not path.is_file():
-        found = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))) or "none"
-        raise DataError(f"{path}: no such split; the folder has: {found}")
+    lists = find_lists(root)
+    if split not in lists:
+        raise DataError(f"{root}: no list of a split {split} in ImageSets; there are: {', '.join(lists) or 'none'}")
+    path = lists[split]
     lines = [line for _, line in lines_of(read_text(path, _MAX_BYTES))]
     if not lines:
         raise DataError(f"{path}: the split is empty")
@@ -188,21 +201,20 @@ def _read_annotation(path: Path) -> _Annotation:
     # Here and not above, so that the detector can be had where there is no such package.
     from defusedxml import ElementTree
 
+    content = read_bytes(path, _MAX_BYTES)
     try:
-        with open_regular(path) as file:
-            if os.fstat(file.fileno()).st_size > _MAX_BYTES:
-                raise DataError(f"{path}: the annotation has more than {_MAX_BYTES >> 20} MB")
-            root = _parse(ElementTree.iterparse(file, events=("start", "end")), path)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such annotation") from None
+        root = _parse(ElementTree.iterparse(io.BytesIO(content), events=("start", "end")), path)
     except DataError:
         raise
     # ValueError covers forbidden entities (defusedxml) and encodings that expat does not support.
-    except (ParseError, ValueError, LookupError, OSError) as error:
+    except (ParseError, ValueError, LookupError) as error:
         raise DataError(f"{path}: the XML does not parse: {error}") from error
     elements = root.findall("object")
     if root.tag != "annotation" and not elements:
         raise DataError(f"{path}: it is <{root.tag[:100]}>, not an <annotation>, and has no object")
+    found = [element.tag for element in root.iter() if element.tag.lower() == "object"]
+    if len(found) > len(elements):
+        raise DataError(f"{path}: {len(found)} <{found[0]}>, but {len(elements)} <object> right inside of <annotation>")
     if len(elements) > _MAX_OBJECTS:
         raise DataError(f"{path}: the annotation has {len(elements)} objects, more than {_MAX_OBJECTS}")
     objects = [_read_object(element, path) for element in elements]

@@ -30,11 +30,12 @@ class YOLO(AnnotatedImages):
     in a folder not followed.
 
     The labels of an image are in the file with its stem and the suffix .txt, in its own folder, with `labels` for the
-    last `images` in the path if there is such a folder. A line has the number of a class, and center and size of a box
-    (x, y, width, height) or a polygon of at least 3 points (x, y, x, y, ...), of which the box is the extent; all in
-    shares of the width and height of the image as it is shown. Keypoints behind the box are not read, and need a
-    "kpt_shape" in the data.yaml. An image without a file of labels has no objects. Items, the image's orientation, and
-    which boxes are left out: as of `AnnotatedImages`.
+    last `images` in the path if there is such a folder; the suffix and the folders may be in upper case. A line
+    has the number of a class, and center and size of a box (x, y, width, height) or a polygon of at least 3 points (x,
+    y, x, y, ...), of which the box is the extent; all in shares of the width and height of the image as it is shown.
+    Keypoints behind the box are not read, and need a "kpt_shape" in the data.yaml. An image without a file of labels
+    has no objects, but one image at least has such a file. Items, the image's orientation, and which boxes are left
+    out: as of `AnnotatedImages`.
 
     Args:
         path: the data.yaml, or a folder that has it.
@@ -74,9 +75,15 @@ class YOLO(AnnotatedImages):
                 if boxes is None:
                     text = f"{name} has no {os.path.relpath(label, config.root)}"
                     findings.append(Finding(Kind.WITHOUT_LABELS, text))
+                    if os.path.lexists(beside := image.with_suffix(".txt")):
+                        findings.append(Finding(Kind.UNREAD_LABELS, os.path.relpath(beside, config.root)))
                 else:
                     labeled.setdefault(label, []).append(image.name)
                 records.append(Record(name, image, printable(label), None, boxes or [], relative=True))
+        if not labeled and records:
+            first = next(finding.text for finding in findings if finding.kind is Kind.WITHOUT_LABELS)
+            with collect(problems):
+                raise error_at(config.path, f"{split}: no image of {len(records)} has a file of labels: {first}")
         strangers = _find_strangers(folders, set(labels), config.root)
         findings += [Finding(Kind.WITHOUT_IMAGE, name) for name in strangers]
         findings += [
@@ -118,7 +125,8 @@ def _find_images(
         else:
             images += _read_list(source, root, problems)
     if not images:
-        raise error_at(path, f"{keys[0]}: no images in {', '.join(sources)} of {root}")
+        # Where each line of a list is wrong, the error of the first one is of more use.
+        raise problems[0] if problems else error_at(path, f"{keys[0]}: no images in {', '.join(sources)} of {root}")
     findings += [Finding(Kind.LINKED_FOLDER, name) for name in linked]
     repeated = [path.relative_to(root).as_posix() for path, times in Counter(images).items() if times > 1]
     findings += [Finding(Kind.LISTED_TWICE, name) for name in repeated]
@@ -175,17 +183,20 @@ def _read_list(path: Path, root: Path, problems: list[DataError] | None) -> list
 def _find_labels(images: Sequence[Path], root: Path) -> list[Path]:
     """The file of labels of each image, which need not be there."""
     folders = {folder: _find_label_folder(folder, root) for folder in {image.parent for image in images}}
-    return [folders[image.parent] / f"{image.stem}.txt" for image in images]
+    paths = [os.path.join(folders[image.parent], image.stem) for image in images]
+    is_upper = [os.path.lexists(f"{path}.TXT") and not os.path.lexists(f"{path}.txt") for path in paths]
+    return [Path(f"{path}.TXT" if upper else f"{path}.txt") for path, upper in zip(paths, is_upper, strict=True)]
 
 
 def _find_label_folder(folder: Path, root: Path) -> Path:
     # The root itself can be the folder `images`, but what it lies in belongs to others.
     parts = folder.relative_to(root.parent).parts
-    if "images" not in parts:
-        return folder
-    place = len(parts) - 1 - parts[::-1].index("images")
-    replaced = root.parent.joinpath(*parts[:place], "labels", *parts[place + 1 :])
-    return replaced if os.path.isdir(replaced) else folder
+    places = [place for place, part in enumerate(parts) if part.lower() == "images"]
+    for name in ("labels", "Labels", "LABELS") if places else ():
+        replaced = root.parent.joinpath(*parts[: places[-1]], name, *parts[places[-1] + 1 :])
+        if os.path.isdir(replaced):
+            return replaced
+    return folder
 
 
 def _find_strangers(folders: Sequence[Path], labels: set[Path], root: Path) -> list[str]:
@@ -202,12 +213,10 @@ def _find_strangers(folders: Sequence[Path], labels: set[Path], root: Path) -> l
 
 def _read_boxes(path: Path, config: Config, problems: list[DataError] | None) -> list[Box] | None:
     """The boxes of a file of labels; None if there is no such file."""
-    try:
-        lines = lines_of(read_text(path, _MAX_LABELS))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
     boxes = []
-    for number, line in lines:
+    for number, line in lines_of(read_text(path, _MAX_LABELS)):
         if number > _MAX_OBJECTS:
             raise error_at(path, f"the file has more than {_MAX_OBJECTS} lines")
         with collect(problems):

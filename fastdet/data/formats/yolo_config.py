@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from fastdet.data.formats.text_files import error_at, read_yaml
 
 # Beyond anything that people annotate.
-_MAX_BYTES, _MAX_CLASSES = 1 << 20, 1 << 16
+_MAX_CLASSES = 1 << 16
 
 
 class Config(NamedTuple):
@@ -39,7 +39,7 @@ def read_config(path: Path) -> Config:
     Raises:
         DataError: the file is not as of `read_yaml`, or an entry is not what it has to be; splits are not looked at.
     """
-    content = read_yaml(path, _MAX_BYTES)
+    content = read_yaml(path)
     # null is a text here, as all scalars.
     content = {key: value for key, value in content.items() if value not in ("", "~", "null")}
     written, root = content.get("path", ""), path.parent
