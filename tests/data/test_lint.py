@@ -196,6 +196,34 @@ def test_ten_thousand_boxes_of_an_image(tmp_path, places):
     assert repeated == sorted(set(range(500)) - set(kept))
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_every_box_that_is_shifted_by_a_tenth_is_found(tmp_path, axis):
+    """Pairs of boxes, the second moved along one axis, or only its first corner; an IoU just above and below .9."""
+    rng, boxes, expected = np.random.default_rng(axis), [], []
+    for change in np.linspace(-0.12, 0.12, 60):
+        for is_moved in (True, False):
+            low, side = rng.uniform(0, 50, 2), rng.uniform(20, 40, 2)
+            row, column = divmod(len(boxes) // 2, 12)
+            low += (100 * row, 100 * column)
+            other_low, other_side = low.copy(), side.copy()
+            other_low[axis] += change * side[axis]
+            other_side[axis] -= 0 if is_moved else change * side[axis]
+            boxes += [[*low, *side], [*other_low, *other_side]]
+            corners = torch.tensor([[*low, *(low + side)], [*other_low, *(other_low + other_side)]])
+            if box_iou(corners[:1], corners[1:]).item() >= 0.9:
+                expected.append(len(boxes) - 1)
+    Image.new("L", (1300, 1300)).save(tmp_path / "a.png")
+    content = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [{"image_id": 1, "category_id": 1, "bbox": box} for box in boxes],
+        "categories": [{"id": 1, "name": "cell"}],
+    }
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    found = lint(JoinedImages([COCO(tmp_path, tmp_path / "all.json")]), ())
+    assert found.repeated_boxes == {0: expected}
+    assert 40 < len(expected) < 100
+
+
 def test_images_of_one_name_are_named_by_their_paths(root, tmp_path):
     other = write_voc(tmp_path / "other", {"train": 1})
     data = JoinedImages([VOC(root, "train"), VOC(other, "train")])
