@@ -32,6 +32,7 @@ from fastdet.engine import RECIPES, TrainSettings, build_model, detect, distribu
 from fastdet.engine.defaults import collect_objects
 from fastdet.engine.distributed import ALONE, Processes
 from fastdet.engine.evaluate import evaluate
+from fastdet.engine.recipes import default_rate
 from fastdet.engine.run.replay import replay
 from fastdet.engine.run.state import build_metadata, build_state
 from fastdet.engine.step import describe_steps
@@ -273,4 +274,8 @@ def _train_settings(options: argparse.Namespace) -> TrainSettings:
     given = {field.name: getattr(options, field.name, None) for field in fields(TrainSettings)}
     with raise_user_errors("training options"):
         recipe = RECIPES.get(options.backbone, TrainSettings())
-        return replace_fields(recipe, **{name: value for name, value in given.items() if value is not None})
+        settings = replace_fields(recipe, **{name: value for name, value in given.items() if value is not None})
+        if given["lr"] is None:
+            rate = default_rate(recipe, settings.optimizer_name, settings.batch_size)
+            settings = replace_fields(settings, lr=rate)
+        return settings

@@ -160,7 +160,7 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, help="images a step, of all processes together")
     add("--accumulate", type=int, metavar="N", help="parts of a batch that go through the network one after another")
     add("--optimizer", dest="optimizer_name", choices=("sgd", "adamw"))
-    add("--lr", type=float, help="learning rate")
+    add("--lr", type=float, help="learning rate; otherwise the recipe's, in proportion to --batch-size")
     add("--schedule", choices=("cosine", "step"))
     add("--milestones", type=milestones, metavar="8,11", help="epochs after which 'step' lowers it")
     add("--warmup-steps", type=int)

@@ -27,7 +27,11 @@ class AugmentedDataset(Dataset[Item]):
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         index, seed = key
-        image, target = augment(self.transform, make_item(*self.dataset[index]), seed)
+        try:
+            item = make_item(*self.dataset[index])
+        except ValueError as error:
+            raise DataError(f"item {index} of the data set: {error}") from error
+        image, target = augment(self.transform, item, seed)
         # What is sampled in the image then depends neither on what is beside it nor on which process has it.
         return image, {**target, "seed": torch.tensor(seed)}
 
@@ -45,6 +49,13 @@ def sizes_of(dataset: Any) -> list[tuple[int, int]] | None:
     if len(found) != len(dataset) or not all(len(size) == 2 and min(size) > 0 for size in found):
         raise ValueError(f"sizes must be (height, width) of each of the {len(dataset)} images, got {found!r:.100}")
     return found  # type: ignore[return-value]
+
+
+def check_ids(dataset: Any) -> None:
+    """Raises ValueError if a data set has another number of `ids`, which name its images, than images."""
+    ids = getattr(dataset, "ids", None)
+    if ids is not None and len(ids) != len(dataset):
+        raise ValueError(f"ids must name each of the {len(dataset)} images, got {len(ids)} names")
 
 
 def digest(dataset: Any) -> str | None:

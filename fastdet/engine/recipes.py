@@ -149,6 +149,18 @@ RECIPES = {
 }
 
 
+# Of AdamW, for batches of four images.
+_ADAMW_RATE = 2e-4
+
+
+def default_rate(recipe: TrainSettings, optimizer_name: str, batch_size: int) -> float:
+    """The learning rate of a recipe for another optimizer or batch size, to which it is proportional (Goyal et al. 2017,
+    arXiv:1706.02677)."""
+    if optimizer_name == recipe.optimizer_name:
+        return recipe.lr * batch_size / recipe.batch_size
+    return _ADAMW_RATE * batch_size / 4
+
+
 def learning_rate(settings: TrainSettings, step: int, steps_per_epoch: int) -> float:
     """The rate of a step, counted from 0: the schedule times the warm-up."""
     steps = settings.epochs * steps_per_epoch

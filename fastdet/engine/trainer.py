@@ -19,7 +19,7 @@ from fastdet.data import DataError, Item
 from fastdet.engine.checkpoint import CheckpointError
 from fastdet.engine.distributed import ALONE, Processes
 from fastdet.engine.epoch import NotFiniteError, train_epoch
-from fastdet.engine.loading import AugmentedDataset, load_batches, sizes_of
+from fastdet.engine.loading import AugmentedDataset, check_ids, load_batches, sizes_of
 from fastdet.engine.recipes import EpochPlans, TrainSettings
 from fastdet.engine.run import folder as run_folder
 from fastdet.engine.run.folder import Row, Terminated
@@ -92,7 +92,7 @@ def train(
 
     Raises:
         ImportError: TensorBoard is missing.
-        ValueError: the data set is empty, or its `sizes` are not those of its images.
+        ValueError: the data set is empty, or its `sizes` or `ids` are not those of its images.
         CheckpointError: the folder has a run already or another process writes into it, a run is resumed with other
             settings, or the checkpoint cannot be read or written.
         DataError: an image cannot be decoded, the model does not take an image or target, no anchor lies inside any
@@ -104,6 +104,7 @@ def train(
     settings, out = settings or TrainSettings(), Path(out)
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise ValueError("the data set has no images")
+    check_ids(dataset)
     if tensorboard:
         require_tensorboard()
     metadata = build_metadata(dataset, settings, description)

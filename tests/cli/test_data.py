@@ -89,7 +89,7 @@ def test_a_run_describes_what_it_trains(tree, tmp_path, capsys):
     assert lines[3].startswith("anchors: sides ")
     assert "(chosen for the objects), reach " in lines[3]
     assert lines[4] == "weights: random"
-    assert lines[5].startswith("training: small, 1 epochs of 3 steps of 2 images, sgd with rate 0.02")
+    assert lines[5].startswith("training: small, 1 epochs of 3 steps of 2 images, sgd with rate 0.01")
     saved = checkpoint.load(tmp_path / "run/last.pth")
     assert saved["class_names"] == ("star", "circle", "square")
     assert saved["augmentation"] == "flip"

@@ -102,7 +102,7 @@ def test_a_run_is_repeated_from_its_settings(trained, tmp_path, capsys):
         "of epoch",
         "images/s",
     }
-    assert table["lr"] == ["0.02", "0.001"]
+    assert table["lr"] == ["0.01", "0.001"]
     assert table["epochs done"] == ["2", "1"]
     fails(capsys, ["train", "--settings", run / "metrics.csv"], "metrics.csv", "not the settings.json of a run")
     fails(capsys, ["train", "--settings"], "--settings")

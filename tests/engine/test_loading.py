@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 
 from fastdet.data import VOC, DataError, JoinedImages, Shapes
 from fastdet.data.augmentation import PRESETS
-from fastdet.engine.loading import AugmentedDataset, load_batches, sizes_of
+from fastdet.engine.loading import AugmentedDataset, check_ids, load_batches, sizes_of
 from fastdet.engine.recipes import EpochPlans, TrainSettings, plan_epoch
 from tests.helpers.voc import write_voc
 
@@ -151,3 +151,18 @@ def test_sizes_in_arrays():
     assert sizes_of(data) is None
     for data.sizes in ([[40, 50]] * 7, np.array([(40, 50)] * 7), torch.tensor([(40, 50)] * 7)):
         assert sizes_of(data) == [(40, 50)] * 7
+
+
+def test_an_item_that_is_wrong_is_named():
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    dataset = AugmentedDataset(Bare(image, torch.zeros(2, 3)), "none", (8, 8))
+    with pytest.raises(DataError, match=r"item 0 of the data set: .*boxes"):
+        dataset[0, 5]
+
+
+def test_ids_of_another_number_are_refused():
+    data = Bare(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(0, 4))
+    check_ids(data)
+    data.ids = ["only one name"] * (len(data) + 1)
+    with pytest.raises(ValueError, match=f"each of the {len(data)} images, got {len(data) + 1} names"):
+        check_ids(data)
