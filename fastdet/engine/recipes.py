@@ -154,8 +154,10 @@ _ADAMW_RATE = 2e-4
 
 
 def default_rate(recipe: TrainSettings, optimizer_name: str, batch_size: int) -> float:
-    """The learning rate of a recipe for another optimizer or batch size, to which it is proportional (Goyal et al. 2017,
-    arXiv:1706.02677)."""
+    """The learning rate of a recipe for another optimizer or batch size, to which it is proportional.
+
+    Goyal et al. 2017 (arXiv:1706.02677), section 2.1.
+    """
     if optimizer_name == recipe.optimizer_name:
         return recipe.lr * batch_size / recipe.batch_size
     return _ADAMW_RATE * batch_size / 4
