@@ -15,8 +15,7 @@ from torchvision.transforms import v2
 import fastdet
 from fastdet.data import COCO, JoinedImages, Shapes
 from fastdet.engine import TrainSettings, train
-from fastdet.engine.loading import AugmentedDataset, load_batches
-from fastdet.engine.recipes import EpochPlans
+from fastdet.engine.loading import AugmentedDataset, EpochPlans, load_batches
 
 IMAGES, SIDE, BATCH = 96, 512, 4
 

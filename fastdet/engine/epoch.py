@@ -10,8 +10,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset, Subset
 
 from fastdet.data import DataError, Item
-from fastdet.engine.loading import Batch
-from fastdet.engine.recipes import BatchPlan, EpochPlans, learning_rate, update_average
+from fastdet.engine.loading import Batch, BatchPlan, EpochPlans
+from fastdet.engine.recipes import learning_rate, update_average
 from fastdet.engine.run.folder import Row
 from fastdet.engine.step import Stepper
 from fastdet.graphs.rows import StepRow, UnreadRows

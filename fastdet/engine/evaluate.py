@@ -89,7 +89,7 @@ def evaluate(
         batch_size: images at a time, if the data set has their `sizes`: only those of one size are put together, so
             that the figures do not depend on it. Without, one at a time.
         workers: processes that load data.
-        progress: show a bar.
+        progress: show a bar where stderr is a terminal.
         processes: that share the images, each with this call; all get the whole result.
 
     Raises:
@@ -106,7 +106,9 @@ def evaluate(
         dataset, batch_sampler=plan, collate_fn=collate, num_workers=workers, generator=torch.Generator()
     )
     found: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
-    batches = tqdm(zip(plan, loader, strict=True), "evaluate", len(plan), disable=not progress, unit=" batches")
+    # tqdm shows nothing elsewhere than on a terminal where `disable` is None.
+    hidden = None if progress else True
+    batches = tqdm(zip(plan, loader, strict=True), "evaluate", len(plan), disable=hidden, unit=" batches")
     for indices, (images, batch_targets) in batches:
         complete = [{"ignore": torch.zeros(len(t["labels"]), dtype=torch.bool), **t} for t in batch_targets]
         found.update(zip(indices, zip(detect_in_batch(model, images), complete, strict=True), strict=True))

@@ -1,11 +1,12 @@
-"""The batches of a training run: drawn ahead, augmented in workers, brought to the device while the last step runs."""
+"""The batches of a training run: planned by a seed, augmented in workers, brought to the device during the last step."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -13,10 +14,14 @@ from torch.utils.data import DataLoader, Dataset
 from fastdet.data import DataError, Item, Target, collate
 from fastdet.data.augmentation import Preset, augment, build
 from fastdet.data.transforms import make_item
-from fastdet.engine.recipes import EpochPlans
+from fastdet.engine.distributed import ALONE, Processes
+from fastdet.engine.recipes import TrainSettings
 from fastdet.weights.files import one_line
 
 Batch = tuple[list[Tensor], list[Target]]
+# The images of a step: their indices, each with the seed of what is drawn for it.
+BatchPlan = list[tuple[int, int]]
+Size = tuple[int, int]
 
 
 class AugmentedDataset(Dataset[Item]):
@@ -67,6 +72,81 @@ def digest(dataset: Any) -> str | None:
         target = dataset.target(index)
         sums.update(repr((name, *(target[key].tolist() for key in ("boxes", "labels", "ignore")))).encode())
     return sums.hexdigest()
+
+
+def plan_epoch(
+    length: int, settings: TrainSettings, epoch: int, sizes: Sequence[Size] | None = None
+) -> list[BatchPlan]:
+    """The batches of an epoch, counted from 0: indices of images, each with the seed of its augmentation.
+
+    It depends on nothing but the arguments, so an epoch is the same in a resumed run and with any number of workers.
+    With `sizes` (height, width) of the images, those of a batch are of one group of aspect ratios, except in batches
+    that are made of what is left of the groups. The number of batches does not depend on it.
+    """
+    rng = np.random.default_rng((settings.seed, epoch))
+    order = rng.permutation(length)
+    seeds = rng.integers(1 << 63, size=length)
+    size, groups = settings.batch_size, _aspect_groups(length, settings.aspect_groups, sizes)
+    batches, rest = list[np.ndarray](), list[np.ndarray]()
+    for group in np.unique(groups):
+        members = order[groups[order] == group]
+        full = len(members) // size * size
+        batches += np.split(members[:full], full // size) if full else []
+        rest.append(members[full:])
+    # What is left, of similar aspect ratios side by side.
+    left = np.concatenate(rest) if rest else order
+    batches += [left[start : start + size] for start in range(0, len(left), size)]
+    if len(rest) > 1:
+        batches = [batches[k] for k in rng.permutation(len(batches))]
+    return [[(index, int(seeds[index])) for index in batch.tolist()] for batch in batches]
+
+
+def _aspect_groups(length: int, steps: int, sizes: Sequence[Size] | None) -> np.ndarray:
+    """The group of each image."""
+    if not steps or sizes is None:
+        return np.zeros(length, dtype=np.int64)
+    height, width = np.array(sizes, dtype=np.float64).reshape(-1, 2).T
+    return np.round(np.log2(width / height) * steps).astype(np.int64)
+
+
+class EpochPlans:
+    """The batches from a step of an epoch on to the end of another, for a loader.
+
+    Args:
+        length: images of the data set.
+        settings: of the run.
+        epochs: those to plan, counted from 0.
+        first: steps of the first of them that are done already.
+        sizes: (height, width) of the images, if they are known.
+        processes: that share each batch.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        settings: TrainSettings,
+        epochs: range,
+        first: int,
+        sizes: Sequence[Size] | None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.length, self.settings, self.epochs, self.first, self.sizes = length, settings, epochs, first, sizes
+        self.processes = processes
+
+    @property
+    def steps(self) -> int:
+        """Of a whole epoch."""
+        return -(-self.length // self.settings.batch_size)
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        """What this process loads: its share of each batch; where that is nothing, any image."""
+        for epoch in self.epochs:
+            yield from (self.processes.share(batch) or batch[:1] for batch in self.of(epoch))
+
+    def of(self, epoch: int) -> list[BatchPlan]:
+        """The batches of one epoch that are to be done, of all processes."""
+        plan = plan_epoch(self.length, self.settings, epoch, self.sizes)
+        return plan[self.first :] if epoch == self.epochs.start else plan
 
 
 def load_batches(

@@ -19,10 +19,11 @@ from fastdet.data import DataError, Item
 from fastdet.engine.checkpoint import CheckpointError
 from fastdet.engine.distributed import ALONE, Processes
 from fastdet.engine.epoch import NotFiniteError, train_epoch
-from fastdet.engine.loading import AugmentedDataset, check_ids, load_batches, sizes_of
-from fastdet.engine.recipes import EpochPlans, TrainSettings
+from fastdet.engine.loading import AugmentedDataset, EpochPlans, check_ids, load_batches, sizes_of
+from fastdet.engine.recipes import TrainSettings
 from fastdet.engine.run import folder as run_folder
 from fastdet.engine.run.folder import Row, Terminated
+from fastdet.engine.run.progress import show_progress
 from fastdet.engine.run.state import RunState, build_metadata, build_state
 from fastdet.engine.step import Stepper, choose_graphs
 from fastdet.models.anchors import Size, has_anchor_inside
@@ -178,8 +179,6 @@ def _begin(state: RunState, settings: TrainSettings, resume: bool) -> None:
 
 
 def _train(run: _Run) -> list[Row]:
-    from tqdm import tqdm
-
     state, settings, end = run.state, run.settings, run.end
     length, steps, device = state.images, state.steps_per_epoch, next(state.model.parameters()).device
     start, done = state.epoch, min(state.epoch * length + state.step * settings.batch_size, end * length)
@@ -189,7 +188,7 @@ def _train(run: _Run) -> list[Row]:
     with (
         run_folder.MetricsFile(state.out / "metrics.csv", done_steps, writes) as metrics,
         write_events(state.out, done_steps + 1) if run.tensorboard else nullcontext(_ignore) as add_event,
-        tqdm(total=end * length, initial=done, unit=" images", disable=not run.progress) as bar,
+        show_progress(end * length, done, run.progress) as bar,
     ):
         for epoch in range(start, end):
             if settings.patience and state.best["evaluations_since"] >= settings.patience:

@@ -12,8 +12,8 @@ from torchvision import tv_tensors
 
 from fastdet.data import VOC, DataError, JoinedImages, Shapes
 from fastdet.data.augmentation import PRESETS
-from fastdet.engine.loading import AugmentedDataset, check_ids, load_batches, sizes_of
-from fastdet.engine.recipes import EpochPlans, TrainSettings, plan_epoch
+from fastdet.engine.loading import AugmentedDataset, EpochPlans, check_ids, load_batches, plan_epoch, sizes_of
+from fastdet.engine.recipes import TrainSettings
 from tests.helpers.voc import write_voc
 
 CPU = torch.device("cpu")

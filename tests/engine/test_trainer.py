@@ -12,15 +12,14 @@ from fastdet.data import DataError, Shapes
 from fastdet.data.augmentation import augment, build
 from fastdet.engine import checkpoint
 from fastdet.engine.checkpoint import CheckpointError
+from fastdet.engine.loading import EpochPlans, plan_epoch
 from fastdet.engine.recipes import (
     RECIPES,
-    EpochPlans,
     TrainSettings,
     build_average,
     build_optimizer,
     learning_rate,
     parameter_groups,
-    plan_epoch,
     update_average,
 )
 from fastdet.engine.run.folder import COLUMNS, LOSSES, VALIDATION_COLUMNS, read_rows

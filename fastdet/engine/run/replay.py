@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from fastdet.data import Item
 from fastdet.engine.epoch import NotFiniteError, train_epoch
-from fastdet.engine.loading import AugmentedDataset, load_batches, sizes_of
-from fastdet.engine.recipes import EpochPlans, TrainSettings
+from fastdet.engine.loading import AugmentedDataset, EpochPlans, load_batches, sizes_of
+from fastdet.engine.recipes import TrainSettings
 from fastdet.engine.run.state import RunState
 from fastdet.engine.step import Stepper
 
