@@ -1,4 +1,4 @@
-"""The batches of a training run: planned by a seed, augmented in workers, brought to the device during the last step."""
+"""The batches of a run: planned by a seed, augmented in workers, brought to the device during the step before."""
 
 from __future__ import annotations
 
