@@ -76,6 +76,7 @@ def test_every_backbone(name, frozen):
 def test_whole_detectors(make):
     torch.manual_seed(0)
     options = {"min_size": 96, "max_size": 160, "box_score_thresh": 0.0, "rpn_score_thresh": 0.0}
+    options |= {"rpn_post_nms_top_n_test": 100}
     model = make(weights_backbone=None, num_classes=NUM_CLASSES, **options).eval()
     randomize_statistics(model)
     images, _ = small_scene()
