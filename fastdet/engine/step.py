@@ -22,6 +22,7 @@ from fastdet.graphs import GraphedTrainer
 from fastdet.graphs.batch_losses import PaddedLosses, autocast, batch_losses
 from fastdet.graphs.optimizers import prepare_optimizer
 from fastdet.graphs.step import LossScale, checked_columns, training_step
+from fastdet.models.anchors import Size
 from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.models.preprocessing import smallest_bucket
 
@@ -100,19 +101,18 @@ class Stepper:
             return self._graphed.replay(batch.images, batch.sizes, padded, batch.scales)
         total = None
         if self.processes.count > 1:
-            batch = batch._replace(images=self._pad_alike(batch.images))
+            batch = batch._replace(images=self._pad_alike(batch.images, self.model.settings.size_buckets))
             total = partial(self.processes.divisors, learns)
         losses = batch_losses(
             self._module, batch, padded, amp=self.amp, accumulate=self.settings.accumulate, total=total
         )
         return self._step(losses, share)
 
-    def _pad_alike(self, images: Tensor) -> Tensor:
+    def _pad_alike(self, images: Tensor, buckets: Sequence[Size]) -> Tensor:
         """A part of a batch, padded as the whole batch is: what is beside an image reaches its features."""
-        (height, width), buckets = images.shape[-2:], self.model.settings.size_buckets
-        largest = self.processes.largest((height, width))
-        padded = smallest_bucket(buckets, largest) or largest
-        return F.pad(images, (0, padded[1] - width, 0, padded[0] - height))
+        height, width = self.processes.largest(images.shape[-2:])
+        height, width = smallest_bucket(buckets, (height, width)) or (height, width)
+        return F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
 
     def _combine(self, share: float, losses: Tensor, statistics: list[Tensor]) -> None:
         """The losses of the whole batch, in place of this process's, and the running statistics, to which each process

@@ -64,8 +64,8 @@ def training_step(
         check_gradients: compute the norm also where it is not needed to clip or to find the loss scale of fp16. Without
             it only losses are checked.
         no_sync: around all parts but the last, as of `DistributedDataParallel`.
-        combine: brings the losses, fp32 [4], and the running statistics of BatchNorm, in place, to those of all processes
-            that take the step together.
+        combine: brings the losses, fp32 [4], and the running statistics of BatchNorm, in place, to those of all
+            processes that take the step together.
 
     Returns:
         fp32 [len(COLUMNS)]: the losses, the gradients' norm before clipping (NaN if it is not computed), whether the

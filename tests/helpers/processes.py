@@ -3,7 +3,6 @@
 import math
 import pickle
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
