@@ -1,6 +1,16 @@
 """Training by several processes is that by one, and ends as a whole."""
 
+import contextlib
 import csv
+import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +18,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fastdet.cli.main import main
 from fastdet.engine import checkpoint
 from fastdet.graphs.step import COLUMNS
 from fastdet.models.losses import NAMES as LOSSES
 from tests.helpers import processes
+from tests.helpers.voc import SMALL, write_voc
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 
@@ -81,3 +93,153 @@ def test_evaluation_by_two_processes_is_that_by_one(by_two):
             summary, predictions = found["evaluations"][number]
             assert summary == expected.summary()
             torch.testing.assert_close(predictions, expected.predictions, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A data set "voc"; "start", whose weights BatchNorm is frozen with; "alone", the run of one process, and its lines."""
+    place = tmp_path_factory.mktemp("commands")
+    write_voc(place / "voc", {"trainval": 7, "test": 3})
+    data = ["train", "--data", f"voc:{place / 'voc'}", *SMALL]
+    assert main([*data, "--epochs", "1", "--out", str(place / "start")]) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main([*arguments(place), str(place / "alone")]) == 0
+    (place / "printed").write_text(printed.getvalue())
+    return place
+
+
+def arguments(place: Path, voc: Path | None = None) -> list[str]:
+    """Of a training run, up to its folder."""
+    data = ["train", "--data", f"voc:{voc or place / 'voc'}", "--weights", str(place / "start" / "last.pth")]
+    return [*data, *SMALL, "--epochs", "6", "--out"]
+
+
+class Torchrun:
+    """A command of fastdet in processes of this machine, as one node of a run; what it prints goes to files."""
+
+    def __init__(self, log: Path, *command: object, launch: tuple[str, ...] = ("--standalone", "--nproc-per-node=2")):
+        self._logs = [log.with_suffix(suffix) for suffix in (".out", ".err")]
+        with self._logs[0].open("w") as out, self._logs[1].open("w") as err:
+            self._agent = subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "fastdet", *map(str, command)],
+                stdout=out,
+                stderr=err,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+    def send(self, kind: signal.Signals, rank: int | None = None) -> None:
+        """A signal, to the process of a rank on this node or to `torchrun`."""
+        found = self._agent.pid if rank is None else self.ranks()[rank]
+        os.kill(found, kind)
+
+    def ranks(self) -> dict[int, int]:
+        children = Path(f"/proc/{self._agent.pid}/task/{self._agent.pid}/children").read_text().split()
+        found = {}
+        for child in children:
+            environment = Path(f"/proc/{child}/environ").read_text().split("\0")
+            found.update({int(entry[5:]): int(child) for entry in environment if entry.startswith("RANK=")})
+        return found
+
+    def ends_with(self, code: int) -> tuple[list[str], list[str]]:
+        """The lines on stdout, and those of fastdet on stderr."""
+        try:
+            found = self._agent.wait(timeout=60)
+        finally:
+            self._agent.kill()
+        out, err = (log.read_text() for log in self._logs)
+        assert found == code, err
+        return out.splitlines(), [line for line in err.splitlines() if line.startswith(("fastdet: ", "epoch "))]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def has_validated(out: Path) -> Callable[[], bool]:
+    return lambda: (out / "validation.csv").exists()
+
+
+def assert_is_run_of_one(out: Path, alone: Path) -> None:
+    torch.testing.assert_close(torch.tensor(losses_of(out)), torch.tensor(losses_of(alone)), rtol=0, atol=1e-5)
+    one, two = (checkpoint.load(place / "last.pth")["model"] for place in (alone, out))
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
+    first, second = ((place / "validation.csv").read_text().splitlines() for place in (alone, out))
+    assert first == second
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in alone.iterdir())
+
+
+def test_a_command_in_two_processes_is_that_in_one(tmp_path, folder):
+    out = tmp_path / "run"
+    printed, shown = Torchrun(tmp_path / "log", *arguments(folder), out, "--workers", "2").ends_with(0)
+    expected = (folder / "printed").read_text().splitlines()
+    differ = [line for line, other in zip(printed, expected, strict=True) if line != other]
+    assert differ[0] == "steps: on cpu, float32, 2 processes"
+    assert [line.split()[0] for line in differ[1:]] == ["trained"]
+    # Progress is shown now and then, and each evaluation once.
+    assert [line for line in shown if "images/s" not in line] == [line for line in shown if ": AP " in line]
+    assert len([line for line in shown if ": AP " in line]) == 6
+    assert_is_run_of_one(out, folder / "alone")
+    written = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"}
+    _, shown = Torchrun(tmp_path / "log", *arguments(folder), out).ends_with(1)
+    assert len(shown) == 1
+    assert "the folder has a run already" in shown[0]
+    assert written == {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"}
+
+
+def test_a_killed_process_is_started_again_and_the_run_goes_on(tmp_path, folder):
+    out = tmp_path / "run"
+    launch = "--standalone", "--nproc-per-node=2", "--max-restarts=1"
+    running = Torchrun(tmp_path / "log", *arguments(folder), out, launch=launch)
+    wait_for(has_validated(out))
+    running.send(signal.SIGKILL, rank=1)
+    _, shown = running.ends_with(0)
+    assert len([line for line in shown if "the connection to another process of the run is lost" in line]) == 1
+    assert_is_run_of_one(out, folder / "alone")
+
+
+def test_a_run_that_is_asked_to_end_saves_its_state(tmp_path, folder):
+    """The agent of torch asks all processes of a rank, those that load images among them."""
+    out = tmp_path / "run"
+    running = Torchrun(tmp_path / "log", *arguments(folder), out, "--workers", "2")
+    wait_for(has_validated(out))
+    running.send(signal.SIGTERM)
+    _, shown = running.ends_with(1)
+    assert len([line for line in shown if line.startswith("fastdet: ")]) == 1
+    assert "terminated; " in shown[-1]
+    assert main([*arguments(folder), str(out), "--resume"]) == 0
+    assert_is_run_of_one(out, folder / "alone")
+
+
+def test_an_image_that_cannot_be_read_by_one_process_ends_all(tmp_path, folder):
+    damaged = Path(shutil.copytree(folder / "voc", tmp_path / "voc"))
+    image = damaged / "JPEGImages" / "trainval_3.jpg"
+    image.write_bytes(image.read_bytes()[:500])
+    start = time.monotonic()
+    _, shown = Torchrun(tmp_path / "log", *arguments(folder, damaged), tmp_path / "run").ends_with(1)
+    assert time.monotonic() - start < 40
+    errors = [line for line in shown if line.startswith("fastdet: ")]
+    assert len(errors) == 1
+    assert "trainval_3.jpg: the image cannot be decoded" in errors[0]
+
+
+def test_two_nodes_go_on_after_one_has_lost_a_process(tmp_path, folder):
+    out, port = tmp_path / "run", free_port()
+    launch = "--nnodes=2", "--nproc-per-node=1", "--max-restarts=2", "--rdzv-id=1", "--rdzv-backend=c10d"
+    launch = *launch, f"--rdzv-endpoint=localhost:{port}"
+    nodes = [Torchrun(tmp_path / f"node{k}", *arguments(folder), out, launch=launch) for k in range(2)]
+    wait_for(has_validated(out))
+    # Which node is the first is not decided by the order in which they came.
+    node = next(each for each in nodes if 1 in each.ranks())
+    node.send(signal.SIGKILL, rank=1)
+    printed = [lines for each in nodes for lines in each.ends_with(0)[0]]
+    assert len([line for line in printed if line.startswith("trained in")]) == 1
+    assert_is_run_of_one(out, folder / "alone")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])
