@@ -105,8 +105,8 @@ def find_bound(
     ONE_TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A bound below which `rank` codes lie; or, where equal codes make that impossible, the code that they equal. Returned
-    are the bound and how many codes lie below it.
+    """A bound below which `rank` codes lie; or, where equal codes make that impossible, the code that they equal. And
+    how many codes lie below it.
 
     There are more than `rank` codes below lowest + KEY_END. The bound is found bit by bit, until it separates the
     wanted codes from the next one: of N candidates after about log2(N) bits.

@@ -13,8 +13,8 @@ from tools.launches import TARGETS, launches_of
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles, so is not interpreted")
 
 # Bytes a thread of the loads (and for what is written out, the stores) on NVIDIA's devices, in the loops of a kernel or
-# of one that has none. Channels come in 16 bytes, or 2 or 4 values, boxes in what the threads of a program share out; flags
-# and counters in as many as they have.
+# of one that has none. Channels come in 16 bytes, or 2 or 4 values, boxes in what the threads of a program share out;
+# flags and counters in as many as they have.
 WIDTHS = {
     ("box_iou", "_box_iou_kernel", "stores_in_loops"): {16},
     ("nms 12000 to 2000", "_filter_kernel", "loads_in_loops"): {4},
