@@ -87,11 +87,12 @@ def _describe(options: argparse.Namespace, run: _Run, device: torch.device) -> d
 
 def run_train(options: argparse.Namespace) -> None:
     require_pycocotools()
-    with distributed.join(_device(options)) as (processes, device):
+    device = _device(options)
+    with distributed.join(device) as processes:
         if processes.writes:
             _train(options, processes, device)
             return
-        # The warnings and lines of the others are those of the first.
+        # The lines and warnings of the others are those of the first.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _train(options, processes, device)
@@ -100,6 +101,8 @@ def run_train(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace, processes: Processes, device: torch.device) -> None:
     run = _prepare(options, device)
     settings, data, held_out, plan, model = run
+    if settings.batch_size < processes.count:
+        raise UserError(f"--batch-size {settings.batch_size}: it is shared by {processes.count} processes")
     steps = describe_steps(model, data, settings, processes)
     print("\n".join(describe_run(options, plan, settings, steps, data, held_out)), flush=True)
 
@@ -110,14 +113,13 @@ def _train(options: argparse.Namespace, processes: Processes, device: torch.devi
         return {"AP": coco.ap, "AP50": coco.ap50, "AP75": coco.ap75, "val_loss": sum(losses.values()), **losses}
 
     start = time.perf_counter()
-    goes_on = distributed.was_restarted() and (options.out / "last.pth").exists()
     train(
         model,
         data,
         options.out,
         settings,
         description=_describe(options, run, device),
-        resume=options.resume or goes_on,
+        resume=options.resume or processes.has_begun(),
         overwrite=options.overwrite,
         stop_after=options.stop_after,
         validate=validate,
@@ -127,8 +129,9 @@ def _train(options: argparse.Namespace, processes: Processes, device: torch.devi
     minutes = round((time.perf_counter() - start) / 60, 3)
     metadata = {"backbone": options.backbone, "epochs": settings.epochs, "minutes_of_training": minutes}
     best = options.out / "best.pth"
-    if best.exists():
-        model = load_model(best)[0].to(device)
+    best_model = processes.from_first(lambda: load_model(best)[0] if best.exists() else None)
+    if best_model is not None:
+        model = best_model.to(device)
     _evaluate(options, model, held_out, data.class_names, settings.workers, metadata, processes)
     print(f"trained in {minutes:.1f} minutes, all in {(time.perf_counter() - start) / 60:.1f}: {options.out}")
 
@@ -261,12 +264,11 @@ def _evaluate(
 
 
 def _device(options: argparse.Namespace) -> torch.device:
-    if options.device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with raise_user_errors("--device"):
-        device = torch.device(options.device)
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
             raise UserError(f"--device: there are cpu and cuda, not {options.device!r}")
+        device = distributed.own_device(device)
         torch.empty(0, device=device)
     return device
 

@@ -17,6 +17,7 @@ from fastdet.cli.options import parse
 from fastdet.cli.values import UserError
 from fastdet.data import DataError
 from fastdet.engine import CheckpointError, Terminated
+from fastdet.engine.distributed import OtherFailedError
 from fastdet.safe_files import printable
 
 # The last two are what shells give for SIGINT and SIGTERM.
@@ -27,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; an error that the user can correct is one line on stderr.
 
     Returns:
-        0; 1 if training diverged, memory ran out, the self-check of `doctor` failed or `lint` found errors; 2 for an
-        error in options or files, or a package that is missing; 130 after Ctrl-C; 143 after SIGTERM, in training with
-        its state saved.
+        0; 1 if training diverged, memory ran out, another process of the run failed, the self-check of `doctor` failed
+        or `lint` found errors; 2 for an error in options or files, or a package that is missing; 130 after Ctrl-C; 143
+        after SIGTERM, in training with its state saved.
     """
     try:
         with warnings.catch_warnings():
@@ -45,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = "interrupted", _INTERRUPTED
     except Terminated as error:
         message, code = f"terminated; {error}: go on with --resume", _TERMINATED
+    except OtherFailedError:
+        return _FAILED
+    except ConnectionError as error:
+        message, code = str(error), _FAILED
     except (UserError, DataError, CheckpointError, ImportError, OSError) as error:
         message, code = _last_line(error), _USER_ERROR
     except FloatingPointError as error:

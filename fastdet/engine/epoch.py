@@ -51,7 +51,7 @@ def train_epoch(
         plans: of the run.
         epoch: counted from 0.
         bar: a progress bar.
-        is_terminated: whether the run is to end. Several processes agree on it when losses are read.
+        is_terminated: whether the run is to end, on which several processes agree.
         average: of the weights, updated after each step.
     """
     settings, processes = plans.settings, plans.processes
@@ -74,12 +74,11 @@ def train_epoch(
             raise DataError(f"images {_image_names(dataset, own)}: {error}") from error
         if average is not None:
             update_average(average, stepper.model, settings.ema)
-        unread.add(step + 1, own, row)
+        unread.add(step + 1, batch, row)
         trained += len(batch)
         bar.update(len(batch))
-        ends = processes.count == 1 and is_terminated()
-        if len(unread) == settings.log_every or step + 1 == last_step or ends:
-            means = processes.mean(_read_losses(unread, dataset), row.device)
+        if len(unread) == settings.log_every or step + 1 == last_step or is_terminated():
+            means = _read_losses(unread, dataset)
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             wait = waited / seconds
             bar.set_postfix_str(f"loss {sum(means):.3f}, {wait:.0%} of the time waiting for data")

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastdet.data import DataError, Item, collate
 from fastdet.engine.distributed import ALONE, Processes
-from fastdet.engine.loading import image_names, sizes_of
+from fastdet.engine.loading import ignore_sigterm, image_names, sizes_of
 from fastdet.engine.predict import detect_in_batch, detect_with_losses
 from fastdet.metrics import (
     COCOResult,
@@ -111,7 +111,12 @@ def evaluate(
     plan = processes.share(_plan_batches(dataset, batch_size))
     # A generator of its own: a loader draws a seed for its workers, which would change what training draws.
     loader = DataLoader(
-        dataset, batch_sampler=plan, collate_fn=collate, num_workers=workers, generator=torch.Generator()
+        dataset,
+        batch_sampler=plan,
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=ignore_sigterm,
+        generator=torch.Generator(),
     )
     found: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
     sums: dict[int, Tensor] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -179,11 +180,18 @@ def load_batches(
         collate_fn=collate,
         num_workers=workers,
         pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_sigterm,
         # Without this generator, a loader draws from the global one, which is the model's.
         generator=torch.Generator().manual_seed(seed),
     )
     batches = _name_killed_workers(loader)
     return _copy_ahead(batches, device) if device.type == "cuda" else batches
+
+
+def ignore_sigterm(worker: int) -> None:
+    """For workers: who asks a run to end often asks all of its processes, and the run has steps to take until then.
+    They end with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _name_killed_workers(loader: Iterable[Any]) -> Iterator[Any]:

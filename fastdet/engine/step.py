@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -21,7 +22,9 @@ from fastdet.graphs import GraphedTrainer
 from fastdet.graphs.batch_losses import PaddedLosses, autocast, batch_losses
 from fastdet.graphs.optimizers import prepare_optimizer
 from fastdet.graphs.step import LossScale, checked_columns, training_step
+from fastdet.models.anchors import Size
 from fastdet.models.faster_rcnn import FasterRCNN
+from fastdet.models.preprocessing import smallest_bucket
 
 
 class Stepper:
@@ -67,6 +70,8 @@ class Stepper:
         self._module: nn.Module = PaddedLosses(model) if isinstance(model, FasterRCNN) else model
         if self.processes.count > 1:
             self._module = DistributedDataParallel(self._module)
+            # Those that change are combined after each step, and processes may go through the network so many times.
+            self._module.broadcast_buffers = False
 
     def set_lr(self, lr: float) -> None:
         """The learning rate from the next step on, times the "lr_factor" of each group; no host sync."""
@@ -74,7 +79,7 @@ class Stepper:
             group["lr"].fill_(lr * group["lr_factor"])
 
     def __call__(self, images: Sequence[Tensor], targets: Sequence[Target], batch_size: int) -> Tensor:
-        """Take a step; its row, as of `training_step`, is on the device. The mean of all processes' is the batch's.
+        """Take a step; its row, as of `training_step`, is on the device, and that of the whole batch in all processes.
 
         Args:
             images: those of this process, on the device; where the batch has fewer images than there are processes,
@@ -86,20 +91,39 @@ class Stepper:
             ValueError: bad images or targets.
         """
         learns = self.processes.rank < batch_size
+        share = learns * len(images) / batch_size
         if not isinstance(self.model, FasterRCNN):
             weight = learns * self.processes.count / batch_size
-            return self._step(self._list_losses(images, targets, weight))
+            return self._step(self._list_losses(images, targets, weight), share)
         batch, padded, _ = self.model.preprocess(images, targets)
         assert padded is not None
         if self._graphed is not None and self._graphed.holds(batch, padded):
             return self._graphed.replay(batch.images, batch.sizes, padded, batch.scales)
-        total = partial(self.processes.divisors, learns) if self.processes.count > 1 else None
+        total = None
+        if self.processes.count > 1:
+            batch = batch._replace(images=self._pad_alike(batch.images, self.model.settings.size_buckets))
+            total = partial(self.processes.divisors, learns)
         losses = batch_losses(
             self._module, batch, padded, amp=self.amp, accumulate=self.settings.accumulate, total=total
         )
-        return self._step(losses)
+        return self._step(losses, share)
 
-    def _step(self, losses: Sequence[Callable[[], Mapping[str, Tensor]]]) -> Tensor:
+    def _pad_alike(self, images: Tensor, buckets: Sequence[Size]) -> Tensor:
+        """A part of a batch, padded as the whole batch is: what is beside an image reaches its features."""
+        height, width = self.processes.largest(images.shape[-2:])
+        height, width = smallest_bucket(buckets, (height, width)) or (height, width)
+        return F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
+
+    def _combine(self, share: float, losses: Tensor, statistics: list[Tensor]) -> None:
+        """The losses of the whole batch, in place of this process's, and the running statistics, to which each process
+        contributes by its share of the images."""
+        losses /= self.processes.count
+        for statistic in statistics:
+            statistic *= share
+        self.processes.add_up([losses, *statistics])
+
+    def _step(self, losses: Sequence[Callable[[], Mapping[str, Tensor]]], share: float) -> Tensor:
+        """`share` of the images of the batch is learned from in this process."""
         ddp: Any = self._module
         return training_step(
             self.model,
@@ -109,6 +133,7 @@ class Stepper:
             amp=self.amp,
             clip_norm=self.settings.clip_norm,
             no_sync=ddp.no_sync if self.processes.count > 1 else nullcontext,
+            combine=partial(self._combine, share) if self.processes.count > 1 else None,
         )
 
     def _list_losses(
@@ -145,7 +170,7 @@ def describe_steps(
     precision = str(amp_dtype(settings, device) or torch.float32).removeprefix("torch.")
     words = [f"on {device.type}", precision]
     if processes.count > 1:
-        words.append(f"{processes.count} processes, without CUDA graphs")
+        words.append(f"{processes.count} processes" + (", without CUDA graphs" if device.type == "cuda" else ""))
     elif graphs := choose_graphs(model, dataset, settings, processes):
         shapes = ", ".join(f"{height} x {width}" for *_, height, width in graphs.shapes)
         words.append(f"each one CUDA graph, of images padded to {shapes}")

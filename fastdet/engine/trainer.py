@@ -91,11 +91,12 @@ def train(
         tensorboard: write the rows for TensorBoard too, an extra of fastdet.
 
     Returns:
-        The rows of metrics.csv, those before a resumption included.
+        The rows of metrics.csv, those before a resumption included (of several processes, in the first).
 
     Raises:
         ImportError: TensorBoard is missing.
-        ValueError: the data set is empty, or its `sizes` or `ids` are not those of its images.
+        ValueError: the data set is empty, its `sizes` or `ids` are not those of its images, or a batch has fewer images
+            than there are processes.
         CheckpointError: the folder has a run already or another process writes into it, a run is resumed with other
             settings, or the checkpoint cannot be read or written.
         DataError: an image cannot be decoded, the model does not take an image or target, no anchor lies inside any
@@ -111,6 +112,10 @@ def train(
     if tensorboard:
         require_tensorboard()
     metadata = build_metadata(dataset, settings, description)
+    if settings.batch_size < processes.count:
+        raise ValueError(
+            f"batch_size {settings.batch_size} is less than one image for each of {processes.count} processes"
+        )
     lock = run_folder.own(out) if processes.writes else nullcontext()
     with lock, run_folder.notice_sigterm() as came:
         if processes.writes and (out / "last.pth").exists() and not (resume or overwrite):
@@ -120,7 +125,8 @@ def train(
         _check_anchors(model, sizes or ())
         state = build_state(out, model, settings, metadata, processes)
         _begin(state, settings, resume)
-        device, end = next(model.parameters()).device, settings.epochs
+        processes.mark_begun()
+        end = settings.epochs
         graphs = choose_graphs(model, dataset, settings, processes)
         run = _Run(
             dataset=dataset,
@@ -131,7 +137,7 @@ def train(
             sizes=sizes,
             end=end if stop_after is None else min(stop_after, end),
             validate=validate,
-            is_terminated=lambda: processes.any(came(), device),
+            is_terminated=lambda: processes.any(came()),
             progress=progress and processes.writes,
             tensorboard=tensorboard and processes.writes,
         )
@@ -170,6 +176,9 @@ def _begin(state: RunState, settings: TrainSettings, resume: bool) -> None:
         gone = ["failure.json"]
     else:
         torch.manual_seed(settings.seed)
+        if state.processes.rank:
+            # Networks drop out other values in each process. What is drawn on the CPU, such as a `min_size`, is the same.
+            torch.cuda.manual_seed(settings.seed + state.processes.rank)
         gone = ["failure.json", "best.pth", "validation.csv"]
     if state.processes.writes:
         for name in gone:

@@ -56,7 +56,8 @@ def batch_losses(
     size = -(-len(batch.images) // accumulate)
     slices = [slice(start, start + size) for start in range(0, len(batch.images), size)]
     parts = [(Batch(*(tensor[rows] for tensor in batch)), targets.map(itemgetter(rows))) for rows in slices]
-    if len(parts) == 1:
+    # Processes that share a batch count at one time, also those that have less of it than there are parts.
+    if len(parts) == 1 and (accumulate == 1 or total is None):
         return [partial(padded_losses, module, batch, targets, total, amp=amp)]
     counts = torch.zeros(len(NAMES), device=batch.images.device)
 

@@ -48,6 +48,7 @@ def training_step(
     clip_norm: float,
     check_gradients: bool = True,
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
+    combine: Callable[[Tensor, list[Tensor]], None] | None = None,
 ) -> Tensor:
     """Forward, losses, backward, clipping, update. If a loss or gradient is not finite, all stays as it was.
 
@@ -63,6 +64,8 @@ def training_step(
         check_gradients: compute the norm also where it is not needed to clip or to find the loss scale of fp16. Without
             it only losses are checked.
         no_sync: around all parts but the last, as of `DistributedDataParallel`.
+        combine: brings the losses, fp32 [4], and the running statistics of BatchNorm, in place, to those of all
+            processes that take the step together.
 
     Returns:
         fp32 [len(COLUMNS)]: the losses, the gradients' norm before clipping (NaN if it is not computed), whether the
@@ -83,6 +86,8 @@ def training_step(
             (total * scale if amp == torch.float16 else total).backward()
             each += values.detach()
     with torch.no_grad():
+        if combine is not None:
+            combine(each, [statistic for statistic in statistics if statistic.is_floating_point()])
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         if amp == torch.float16:
             torch._foreach_mul_(gradients, scale.reciprocal())

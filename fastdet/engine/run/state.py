@@ -90,14 +90,13 @@ class RunState:
         return self.model if self.average is None else self.average.module
 
     def save(self, epoch: int, step: int = 0) -> None:
-        """Write the state after so many epochs, and so many steps of the next."""
+        """Write the state after so many epochs, and so many steps of the next; all processes wait for the file."""
         self.epoch, self.step = epoch, step
-        if not self.processes.writes:
-            return
         device = next(self.model.parameters()).device
         random = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(device)
+        random, *random_of_others = self.processes.gather(random)
         content = {
             **self.metadata,
             "model": self.model.state_dict(),
@@ -107,10 +106,11 @@ class RunState:
             "averaged": 0 if self.average is None else int(self.average.n_averaged),
             "best": self.best,
             "random": random,
+            "random_of_others": random_of_others,
             "epoch": epoch,
             "step": step,
         }
-        checkpoint.save(self.last, content)
+        self.processes.from_first(lambda: checkpoint.save(self.last, content))
 
     def keep_best(self, epoch: int, average_precision: float) -> None:
         """Take note of an evaluation after so many epochs, and write `best.pth` if there was none as good before."""
@@ -128,7 +128,8 @@ class RunState:
         Raises:
             CheckpointError: the file cannot be read, or is of another run.
         """
-        path, saved = self.last, {"step": 0, **checkpoint.load(self.last)}
+        path, loaded = self.last, self.processes.from_first(lambda: checkpoint.load(self.last))
+        saved = {"step": 0, "random_of_others": [], **loaded}
         names = ("model", "optimizer", "loss_scale", "average", "averaged", "best", "random", "epoch", "step")
         checkpoint.require(path, saved, (*self.metadata, *names), "of a run")
         epochs = self.metadata["epochs"]
@@ -145,10 +146,13 @@ class RunState:
             checkpoint.load_optimizer(self.optimizer, saved["optimizer"])
             for name, tensor in self.loss_scale._asdict().items():
                 tensor.copy_(saved["loss_scale"][name])
-            torch.set_rng_state(saved["random"]["cpu"])
+            states = [saved["random"], *saved["random_of_others"]]
+            # There may have been another number of processes.
+            random = states[self.processes.rank % len(states)]
+            torch.set_rng_state(random["cpu"])
             device = next(self.model.parameters()).device
-            if device.type == "cuda" and "cuda" in saved["random"]:
-                torch.cuda.set_rng_state(saved["random"]["cuda"], device)
+            if device.type == "cuda" and "cuda" in random:
+                torch.cuda.set_rng_state(random["cuda"], device)
         except CheckpointError:
             raise
         # Anything that the file has in place of what belongs there.
