@@ -177,7 +177,7 @@ def _begin(state: RunState, settings: TrainSettings, resume: bool) -> None:
     else:
         torch.manual_seed(settings.seed)
         if state.processes.rank:
-            # Networks drop out other values in each process. What is drawn on the CPU, such as a `min_size`, is the same.
+            # Networks drop out other values in each. What the CPU draws, such as a `min_size`, is the same in all.
             torch.cuda.manual_seed(settings.seed + state.processes.rank)
         gone = ["failure.json", "best.pth", "validation.csv"]
     if state.processes.writes:
