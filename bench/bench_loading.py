@@ -63,6 +63,7 @@ def load_ours(folder: Path, workers: int) -> Iterator[object]:
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_loader_alone(compare, folder, workers):
+    pytest.importorskip("pycocotools")
     batches, loader = load_ours(folder, workers), build_their_loader(folder, workers)
 
     def ours():

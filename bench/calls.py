@@ -94,9 +94,23 @@ def untrained_boxes(count: int) -> Tensor:
 
 
 def match(device: torch.device, small: bool) -> OpCall:
-    anchors, gt_boxes = scenes.anchors()[:: 187 if small else 1].to(device), scenes.uniform(50)[0][None].to(device)
+    return _match(device, small, 50)
+
+
+def match_few(device: torch.device, small: bool) -> OpCall:
+    return _match(device, small, 5)
+
+
+def match_many(device: torch.device, small: bool) -> OpCall:
+    return _match(device, small, 90 if small else 5000)
+
+
+def _match(device: torch.device, small: bool, count: int) -> OpCall:
+    anchors, gt_boxes = scenes.anchors()[:: 187 if small else 1].to(device), scenes.uniform(count)[0][None].to(device)
+    gt_valid = torch.ones(1, count, dtype=torch.bool, device=device)
     return OpCall(
-        f"{len(anchors)} x 50", lambda: ops.match(anchors, gt_boxes, high=0.7, low=0.3, allow_low_quality=True)
+        f"{len(anchors)} x {count}",
+        lambda: ops.match(anchors, gt_boxes, gt_valid, high=0.7, low=0.3, allow_low_quality=True),
     )
 
 
@@ -150,6 +164,17 @@ def roi_pool(device: torch.device, small: bool) -> OpCall:
 
 def roi_pool_gradient(device: torch.device, small: bool) -> OpCall:
     features, rois = _one_level(device, small)
+    return _gradient([features], rois, _bins(small), lambda: ops.roi_pool(features, rois, _bins(small), 1 / 16))
+
+
+def roi_pool_training(device: torch.device, small: bool) -> OpCall:
+    """As `roi_pool_gradient` in bf16, of RoIs that training samples: a quarter of them lie on a few objects."""
+    features, rois = _one_level(device, small)
+    generator = torch.Generator().manual_seed(2)
+    objects = scenes.uniform(3)[0].repeat(len(rois) // 12 + 1, 1)[: max(len(rois) // 4, 1)]
+    objects = objects + 20 * torch.randn(objects.shape, generator=generator)
+    rois[: len(objects), 1:] = objects.to(device)
+    features = features.bfloat16()
     return _gradient([features], rois, _bins(small), lambda: ops.roi_pool(features, rois, _bins(small), 1 / 16))
 
 
@@ -219,6 +244,8 @@ CALLS: tuple[Callable[[torch.device, bool], OpCall], ...] = (
     nms_classes_of_one,
     nms_all,
     match,
+    match_few,
+    match_many,
     decode,
     decode_batch,
     sample_anchors,
@@ -226,6 +253,7 @@ CALLS: tuple[Callable[[torch.device, bool], OpCall], ...] = (
     box_iou,
     roi_pool,
     roi_pool_gradient,
+    roi_pool_training,
     roi_align,
     roi_align_gradient,
 )

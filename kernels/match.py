@@ -13,22 +13,29 @@ import triton.language as tl
 
 from fastdet.kernels.common.boxes import load_boxes, store_rows_of_4
 from fastdet.kernels.common.match_tiles import ignored_share_tile, iou_tile, load_candidates, program_candidates
+from fastdet.kernels.common.nms_overlap import is_compiled
 
 # At most this many programs share the ground truths of an image in the first pass.
-MAX_PARTS = 8
+MAX_PARTS = 16
 
 
 class Config(NamedTuple):
-    """Candidates and ground truths of a tile, powers of two, and warps: one candidate per thread."""
+    """Candidates and ground truths of a tile, powers of two, in the second and in the first pass, and warps."""
 
     block_k: int
     block_g: int
     num_warps: int
+    best_block_k: int
+    best_block_g: int
 
 
 def config(num_gt: int) -> Config:
-    """Few candidates per program, so that there are many programs: one warp, as Triton 3.6 spills with two."""
-    return Config(block_k=32, block_g=min(max(triton.next_power_of_2(num_gt), 8), 16), num_warps=1)
+    """One candidate and 8 ground truths per thread: of more, registers would hold too few warps.
+
+    The first pass reduces over the candidates, so its tiles are wide and of one warp, with 2 x 4 pairs per thread.
+    """
+    block_g = min(max(triton.next_power_of_2(num_gt), 8), 32)
+    return Config(32, block_g, num_warps=block_g // 8, best_block_k=64, best_block_g=4)
 
 
 @triton.jit(do_not_specialize=["num_candidates", "num_gt", "candidates_stride_b"])
@@ -46,6 +53,7 @@ def _best_kernel(
     candidates_stride_b,  # 0 for [K, 4], 4 K for [B, K, 4]
     # Constexprs
     HAS_VALID: tl.constexpr,
+    FUSED: tl.constexpr,  # multiply-adds are
     BLOCK_K: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
@@ -64,7 +72,7 @@ def _best_kernel(
         candidates_ptr, valid_ptr, num_candidates, candidates_stride_b, HAS_VALID, BLOCK_K
     )
     for start in range(tl.program_id(1) * BLOCK_G, num_gt, tl.num_programs(1) * BLOCK_G):
-        overlap = iou_tile(ax1, ay1, ax2, ay2, gt_boxes_ptr, gt_valid_ptr, first_gt, start, num_gt, BLOCK_G)
+        overlap = iou_tile(ax1, ay1, ax2, ay2, gt_boxes_ptr, gt_valid_ptr, first_gt, start, num_gt, FUSED, BLOCK_G)
         # The maximum of each row, [BLOCK_G]; bits of floats that are not negative compare as the floats do.
         gt = start + tl.arange(0, BLOCK_G)
         bits = tl.max(overlap.to(tl.int32, bitcast=True), axis=1)
@@ -101,6 +109,7 @@ def _match_kernel(
     HAS_VALID: tl.constexpr,
     HAS_IGNORE: tl.constexpr,
     LOW_QUALITY: tl.constexpr,
+    FUSED: tl.constexpr,  # multiply-adds are
     BLOCK_K: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
@@ -124,15 +133,17 @@ def _match_kernel(
     best_index = tl.zeros([BLOCK_K], dtype=tl.int32)
     best_of_gt = tl.zeros([BLOCK_K], dtype=tl.int32)
     for start in range(0, num_gt, BLOCK_G):
-        overlap = iou_tile(ax1, ay1, ax2, ay2, gt_boxes_ptr, gt_valid_ptr, first_gt, start, num_gt, BLOCK_G)
+        gt = start + tl.arange(0, BLOCK_G)
+        if LOW_QUALITY:
+            # Loaded first: the test of the tile's range ends a basic block, past which no load moves up.
+            gt_best = tl.load(gt_best_ptr + first_gt + gt, mask=gt < num_gt, other=0).to(tl.float32, bitcast=True)
+        overlap = iou_tile(ax1, ay1, ax2, ay2, gt_boxes_ptr, gt_valid_ptr, first_gt, start, num_gt, FUSED, BLOCK_G)
         tile_best, tile_index = tl.max(overlap, axis=0, return_indices=True, return_indices_tie_break_left=True)
         better = tile_best > best
         best_index = tl.where(better, start + tile_index, best_index)
         best = tl.where(better, tile_best, best)
         if LOW_QUALITY:
             # Mark candidates that have the best IoU of some ground truth.
-            gt = start + tl.arange(0, BLOCK_G)
-            gt_best = tl.load(gt_best_ptr + first_gt + gt, mask=gt < num_gt, other=0).to(tl.float32, bitcast=True)
             equals_best = (overlap == gt_best[:, None]) & (overlap > 0.0)
             best_of_gt = tl.maximum(best_of_gt, tl.max(equals_best.to(tl.int32), axis=0))
 
@@ -204,12 +215,12 @@ def launch(
     batch, num_candidates = index.shape
     num_gt = gt_boxes.shape[1]
     candidates_stride_b = 0 if candidates.ndim == 2 else num_candidates * 4
-    block_k, block_g, num_warps = config(num_gt)
+    block_k, block_g, num_warps, best_block_k, best_block_g = config(num_gt)
     # Images and blocks share the first axis of the grid, the only one that is not limited to 65535.
-    programs = batch * triton.cdiv(num_candidates, block_k)
     if gt_best is not None:
         # Its results are atomic maxima in any case, so the ground truths are divided among programs too.
-        _best_kernel[(programs, min(triton.cdiv(num_gt, block_g), MAX_PARTS))](
+        parts = min(triton.cdiv(num_gt, best_block_g), MAX_PARTS)
+        _best_kernel[(batch * triton.cdiv(num_candidates, best_block_k), parts)](
             candidates_ptr=candidates,
             gt_boxes_ptr=gt_boxes,
             gt_valid_ptr=gt_valid,
@@ -219,12 +230,13 @@ def launch(
             num_gt=num_gt,
             candidates_stride_b=candidates_stride_b,
             HAS_VALID=valid is not None,
-            BLOCK_K=block_k,
-            BLOCK_G=block_g,
-            num_warps=num_warps,
+            FUSED=is_compiled(_best_kernel),
+            BLOCK_K=best_block_k,
+            BLOCK_G=best_block_g,
+            num_warps=1,
             enable_fp_fusion=False,
         )
-    _match_kernel[(programs,)](
+    _match_kernel[(batch * triton.cdiv(num_candidates, block_k),)](
         candidates_ptr=candidates,
         gt_boxes_ptr=gt_boxes,
         gt_valid_ptr=gt_valid,
@@ -248,6 +260,7 @@ def launch(
         HAS_VALID=valid is not None,
         HAS_IGNORE=gt_ignore is not None,
         LOW_QUALITY=gt_best is not None,
+        FUSED=is_compiled(_match_kernel),
         BLOCK_K=block_k,
         BLOCK_G=block_g,
         num_warps=num_warps,

@@ -31,17 +31,15 @@ class Config(NamedTuple):
 
 
 def config(channels: int, itemsize: int) -> Config:
-    """16 bytes per thread, of values of `itemsize` bytes, and at most two warps.
-
-    Half precision gets one warp: with two of them the compiled code completes each load before the next.
-    """
-    block = min(triton.next_power_of_2(channels), 256)
-    return Config(block, unroll=4, num_warps=max(block * itemsize // 512, 1))
+    """One warp, so 16 bytes per thread of half precision: with two, a thread has fewer loads to keep in flight."""
+    return Config(min(triton.next_power_of_2(channels), 256), unroll=4, num_warps=1)
 
 
 def config_backward(channels: int, itemsize: int) -> Config:
-    """As forward, with more loads at a time: a tile has about 50 bins, and up to some hundreds."""
-    return config(channels, itemsize)._replace(unroll=8)
+    """Two channels per thread, so that registers hold all loads of a round: the longest list, of up to some hundred
+    bins, decides the time."""
+    block = min(triton.next_power_of_2(channels), 256)
+    return Config(block, unroll=8, num_warps=max(block // 64, 1))
 
 
 def tiles(height: int, width: int) -> tuple[int, int]:
@@ -169,19 +167,30 @@ def _roi_pool_backward_kernel(
         x = left + k % TILE
         cells += (tl.where((y < height) & (x < width), y * width + x, -2),)
         totals += (tl.zeros([BLOCK_C], tl.float32),)
-    for first in range(begin, end, UNROLL):
+    # The bins of the first round, and in each round those of the next, so that no load of values waits for them. Past
+    # the end of the list they are its last bin, which is not added: a mask for each bin would take more predicates than
+    # there are, and the compiler would complete the loads one after another.
+    list_ptr = visits_ptr + begin
+    length = (end - begin).to(tl.int32)
+    visits = ()
+    for step in tl.static_range(UNROLL):
+        visits += (tl.load(list_ptr + tl.minimum(step, length - 1), mask=length > 0, other=0),)
+    for first in range(0, length, UNROLL):
         # Load UNROLL bins, each [BLOCK_C]. Of a sector of gradients some channel nearly always belongs to the tile.
-        argmaxes, grads = (), ()
+        argmaxes, grads, next_visits = (), (), ()
         for step in tl.static_range(UNROLL):
-            mask = first + step < end
-            offset = tl.load(visits_ptr + first + step, mask=mask, other=0).to(tl.int64) * channels + channel
-            argmaxes += (tl.load(argmax_ptr + offset, mask=inside & mask, other=-1).to(tl.int32),)
-            grads += (tl.load(grad_ptr + offset, mask=inside & mask, other=0.0).to(tl.float32),)
+            offset = visits[step].to(tl.int64) * channels + channel
+            argmaxes += (tl.load(argmax_ptr + offset, mask=inside, other=-1),)
+            grads += (tl.load(grad_ptr + offset, mask=inside, other=0.0),)
         for step in tl.static_range(UNROLL):
+            next_visits += (tl.load(list_ptr + tl.minimum(first + UNROLL + step, length - 1)),)
+        for step in tl.static_range(UNROLL):
+            argmax = tl.where(first + step < length, argmaxes[step].to(tl.int32), -1)
             sums = ()
             for k in tl.static_range(TILE * TILE):
-                sums += (tl.where(argmaxes[step] == cells[k], totals[k] + grads[step], totals[k]),)
+                sums += (tl.where(argmax == cells[k], totals[k] + grads[step].to(tl.float32), totals[k]),)
             totals = sums
+        visits = next_visits
     # Store the cells that lie on the map.
     plane_ptr = grad_input_ptr + image.to(tl.int64) * height * width * channels + channel
     for k in tl.static_range(TILE * TILE):

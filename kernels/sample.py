@@ -15,7 +15,8 @@ from fastdet.kernels.common.sample_codes import IGNORED, KEY_END, NEGATIVE, coun
 MIN_BLOCK_K = 128
 SMALL_BLOCK_K = 4096
 MAX_BLOCK_K = 16384
-MAX_SCAN_K = 1024
+MAX_SCAN_K = 4096
+READ_BLOCK_K = 512
 
 
 class Config(NamedTuple):
@@ -27,14 +28,15 @@ class Config(NamedTuple):
 
 
 def config(span: int) -> Config:
-    """Sizes for programs of `span` candidates: one tile where possible, which then stays in registers.
+    """Sizes for programs of `span` candidates: one tile where possible, which then stays in registers, and is scanned
+    at once where they suffice.
 
     Tiles that every pass reads anew are small, as their keys are computed anew too.
     """
     if span > MAX_BLOCK_K:
-        return Config(MAX_SCAN_K, MAX_SCAN_K, 4)
+        return Config(READ_BLOCK_K, READ_BLOCK_K, 4)
     block = max(triton.next_power_of_2(span), MIN_BLOCK_K)
-    return Config(block, min(block, MAX_SCAN_K), 8 if block <= 8192 else 16)
+    return Config(block, min(block, MAX_SCAN_K), 8 if block <= 4096 else 16)
 
 
 @triton.jit
@@ -90,8 +92,15 @@ def _sample_kernel(
     codes = load_codes(label_ptr, code_ptr, first, begin, end, seed, HAS_CODES, BLOCK_K)
 
     # Count each class, and limit it to its quota.
-    positives = count_below(NEGATIVE, codes, label_ptr, code_ptr, first, begin, end, seed, HAS_CODES, ONE_TILE, BLOCK_K)
-    both = count_below(IGNORED, codes, label_ptr, code_ptr, first, begin, end, seed, HAS_CODES, ONE_TILE, BLOCK_K)
+    if ONE_TILE:
+        packed = tl.sum(_pack_by_class(codes < IGNORED, codes >= NEGATIVE), axis=0)
+        positives = _unpack_class(packed, False)
+        both = positives + _unpack_class(packed, True)
+    else:
+        positives = count_below(
+            NEGATIVE, codes, label_ptr, code_ptr, first, begin, end, seed, HAS_CODES, ONE_TILE, BLOCK_K
+        )
+        both = count_below(IGNORED, codes, label_ptr, code_ptr, first, begin, end, seed, HAS_CODES, ONE_TILE, BLOCK_K)
     num_positive = tl.minimum(positives, max_positive)
     num_negative = tl.minimum(both - positives, num_slots - num_positive)
 
@@ -99,45 +108,47 @@ def _sample_kernel(
     positive_bound = tl.full([], KEY_END, dtype=tl.int32)
     positive_ties = tl.full([], 0, dtype=tl.int32)
     if num_positive < positives:
-        positive_bound = find_bound(
-            num_positive, 0, codes, label_ptr, code_ptr, first, begin, end, seed, HAS_CODES, ONE_TILE, BLOCK_K
+        positive_bound, below = find_bound(
+            num_positive, 0, 0, codes, label_ptr, code_ptr, first, begin, end, seed, HAS_CODES, ONE_TILE, BLOCK_K
         )
-        positive_ties = num_positive - count_below(
-            positive_bound, codes, label_ptr, code_ptr, first, begin, end, seed, HAS_CODES, ONE_TILE, BLOCK_K
-        )
+        positive_ties = num_positive - below
     negative_bound = tl.full([], NEGATIVE + KEY_END, dtype=tl.int32)
     negative_ties = tl.full([], 0, dtype=tl.int32)
     if positives + num_negative < both:
         rank = positives + num_negative
-        negative_bound = find_bound(
-            rank, NEGATIVE, codes, label_ptr, code_ptr, first, begin, end, seed, HAS_CODES, ONE_TILE, BLOCK_K
+        negative_bound, below = find_bound(
+            rank, NEGATIVE, positives, codes, label_ptr, code_ptr, first, begin, end, seed, HAS_CODES, ONE_TILE, BLOCK_K
         )
-        negative_ties = rank - count_below(
-            negative_bound, codes, label_ptr, code_ptr, first, begin, end, seed, HAS_CODES, ONE_TILE, BLOCK_K
-        )
+        negative_ties = rank - below
 
-    # Write the chosen to their slots; in smaller tiles, read once more, as a scan needs many registers.
+    # Write the chosen to their slots: one tile from registers, or smaller ones, read once more, as a scan needs many.
     out = tl.program_id(0).to(tl.int64) * num_slots
     next_positive = 0
     next_negative = num_positive
-    for start in range(begin, end, SCAN_K):
-        tile = load_codes(label_ptr, code_ptr, first, start, end, seed, HAS_CODES, SCAN_K)  # [SCAN_K]
+    ONE_SCAN: tl.constexpr = ONE_TILE and SCAN_K == BLOCK_K
+    for start in range(begin, begin + SCAN_K if ONE_SCAN else end, SCAN_K):
+        if ONE_SCAN:
+            tile = codes
+        else:
+            tile = load_codes(label_ptr, code_ptr, first, start, end, seed, HAS_CODES, SCAN_K)  # [SCAN_K]
         is_negative = tile >= NEGATIVE
         bound = tl.where(is_negative, negative_bound, positive_bound)
-        ties = tl.where(is_negative, negative_ties, positive_ties)
-        # Choose, counting the ties of each class.
-        tied = tile == bound
-        packed_ties = _pack_by_class(tied, is_negative)
-        chosen = (tile < bound) | (tied & (_unpack_class(tl.cumsum(packed_ties, axis=0), is_negative) <= ties))
+        chosen = tile < bound
+        if positive_ties + negative_ties > 0:
+            # Choose the first of each class's ties, and advance those that are left.
+            ties = tl.where(is_negative, negative_ties, positive_ties)
+            tied = tile == bound
+            packed_ties = _pack_by_class(tied, is_negative)
+            chosen = chosen | (tied & (_unpack_class(tl.cumsum(packed_ties, axis=0), is_negative) <= ties))
+            num_ties = tl.sum(packed_ties, axis=0)
+            positive_ties = tl.maximum(positive_ties - _unpack_class(num_ties, False), 0)
+            negative_ties = tl.maximum(negative_ties - _unpack_class(num_ties, True), 0)
         # Compute the slot of each chosen candidate: after those of its class before it.
         packed_chosen = _pack_by_class(chosen, is_negative)
         up_to = _unpack_class(tl.cumsum(packed_chosen, axis=0), is_negative)
         slot = tl.where(is_negative, next_negative, next_positive) + up_to - 1
-        # Advance the ties that are left and the next slots.
-        num_ties = tl.sum(packed_ties, axis=0)
+        # Advance the next slots.
         num_chosen = tl.sum(packed_chosen, axis=0)
-        positive_ties -= _unpack_class(num_ties, False)
-        negative_ties -= _unpack_class(num_ties, True)
         next_positive += _unpack_class(num_chosen, False)
         next_negative += _unpack_class(num_chosen, True)
         position = start + tl.arange(0, SCAN_K)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+# torch asks once a process whether cuBLAS sums in a fixed order: before the first test that needs it to.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

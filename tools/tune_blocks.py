@@ -121,6 +121,26 @@ def sample_fits(config: Config) -> bool:
     return config.block_k >= config.scan_k
 
 
+MATCH = (
+    {"block_g": 16, "num_warps": 2},
+    {"block_g": 64, "num_warps": 8},
+    {"block_g": 32, "num_warps": 2},
+    {"block_g": 16, "num_warps": 1},
+    {"best_block_g": 2, "best_block_k": 128},
+    {"best_block_g": 8, "best_block_k": 32},
+)
+# Two channels per thread, in programs of more or fewer of them; four, and eight.
+ROI_POOL_BACKWARD = (
+    {"block_c": 64, "num_warps": 1},
+    {"block_c": 128, "num_warps": 2},
+    {"block_c": 512, "num_warps": 8},
+    {"unroll": 4},
+    {"unroll": 16},
+    {"num_warps": 2},
+    {"block_c": 128, "num_warps": 1},
+    {"num_warps": 1},
+)
+
 TARGETS = (
     Target(calls.nms_untrained, "nms", fits=nms_fits, beside=NMS_LARGE),
     Target(calls.nms_classes, "nms", fits=nms_fits, beside=NMS_CLASSES),
@@ -129,13 +149,16 @@ TARGETS = (
     Target(calls.nms_inference, "nms", fits=nms_fits, beside=NMS_FEW_KEPT),
     Target(calls.nms_classes_of_one, "nms", fits=nms_fits, beside=(_wide(512, 1, _TWICE), *_ALONE)),
     Target(calls.nms_all, "nms", fits=nms_fits, beside=NMS_SMALL),
-    Target(calls.match, "match"),
+    Target(calls.match, "match", beside=MATCH),
+    Target(calls.match_few, "match", beside=({"block_g": 16, "num_warps": 2}, {"best_block_g": 8})),
+    Target(calls.match_many, "match", beside=MATCH),
     Target(calls.decode, "decode"),
     Target(calls.decode_batch, "decode"),
-    Target(calls.sample_anchors, "sample", fits=sample_fits),
+    Target(calls.sample_anchors, "sample", fits=sample_fits, beside=({"scan_k": 1024}, {"scan_k": 512})),
     Target(calls.sample_proposals, "sample", fits=sample_fits),
     Target(calls.roi_pool, "roi_pool"),
-    Target(calls.roi_pool_gradient, "roi_pool", "config_backward"),
+    Target(calls.roi_pool_gradient, "roi_pool", "config_backward", beside=ROI_POOL_BACKWARD),
+    Target(calls.roi_pool_training, "roi_pool", "config_backward", beside=ROI_POOL_BACKWARD),
     Target(calls.roi_align, "roi_align"),
     Target(calls.roi_align_gradient, "roi_align_backward"),
     Target(calls.box_iou, "box_iou"),

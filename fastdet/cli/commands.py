@@ -107,8 +107,10 @@ def _train(options: argparse.Namespace, processes: Processes, device: torch.devi
     print("\n".join(describe_run(options, plan, settings, steps, data, held_out)), flush=True)
 
     def validate(model: nn.Module) -> dict[str, float]:
-        found = evaluate(model, held_out, data.class_names, workers=settings.workers, processes=processes).coco
-        return {"AP": found.ap, "AP50": found.ap50, "AP75": found.ap75}
+        workers = settings.workers
+        found = evaluate(model, held_out, data.class_names, workers=workers, processes=processes, compute_losses=True)
+        coco, losses = found.coco, found.losses or {}
+        return {"AP": coco.ap, "AP50": coco.ap50, "AP75": coco.ap75, "val_loss": sum(losses.values()), **losses}
 
     start = time.perf_counter()
     train(

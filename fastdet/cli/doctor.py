@@ -59,8 +59,8 @@ def _installed_version(package: str) -> str:
 def run_self_check(device: torch.device) -> str | None:
     """Detect and train with a small detector for a step; returns the problem in one line, None if there is none.
 
-    On a GPU its detections have to be those of the same detector on the CPU, to a tenth of a pixel; two in a hundred
-    may differ, since scores that are nearly equal may change places by the last bit.
+    On a GPU its detections have to be those of the same detector on the CPU, to a tenth of a pixel; five in a hundred
+    may differ (on an H100 two do), since scores that are nearly equal may change places by the last bit.
     """
     with preserve_rng(device), torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
         torch.manual_seed(0)
@@ -76,7 +76,7 @@ def run_self_check(device: torch.device) -> str | None:
         total = int(found.count.sum() + expected.count.sum())
         if not total:
             return "no detections, neither on the CPU"
-        if extra + missing > 0.02 * total:
+        if extra + missing > 0.05 * total:
             return f"{extra} detections are not found on the CPU, {missing} only there, of {total}"
         losses = model.train().forward_padded(images, sizes, targets)[0]
         assert losses is not None

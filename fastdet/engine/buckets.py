@@ -36,7 +36,8 @@ def plan_graphs(model: Settings, settings: TrainSettings, dataset: Any) -> Graph
     most `_MOST_BOXES` boxes.
     """
     length = len(dataset)
-    chosen = merge(Counter(_padded_sizes(model, settings, sizes_of(dataset), length)), MOST_SHAPES)
+    padded = Counter(_padded_sizes(model, settings, sizes_of(dataset), length))
+    chosen = merge(padded, MOST_SHAPES, model.size_divisible)
     batch, channels = min(settings.batch_size, length), len(model.image_mean)
     target = getattr(dataset, "target", None)
     most = max(len(target(index)["labels"]) for index in range(length)) if callable(target) else _MOST_BOXES
@@ -45,12 +46,12 @@ def plan_graphs(model: Settings, settings: TrainSettings, dataset: Any) -> Graph
     return GraphPlan(tuple(sorted((batch, channels, *size) for size in chosen)), rows)
 
 
-def merge(padded: Mapping[Size, int], most: int) -> list[Size]:
+def merge(padded: Mapping[Size, int], most: int, divisible: int = 1) -> list[Size]:
     """At most so many (height, width) that hold all of `padded`, whose numbers say how often each occurs.
 
-    Two are merged at a time, those that add the fewest pixels of padding.
+    Two are merged at a time, those that add the fewest pixels of padding. Multiples of `divisible` stay multiples.
     """
-    counts = _coarsen(padded)
+    counts = _coarsen(padded, divisible)
     while len(counts) > most:
         pair = min(combinations(sorted(counts), 2), key=partial(_added_pixels, counts))
         together = counts.pop(pair[0]) + counts.pop(pair[1])
@@ -58,9 +59,9 @@ def merge(padded: Mapping[Size, int], most: int) -> list[Size]:
     return sorted(counts)
 
 
-def _coarsen(padded: Mapping[Size, int]) -> Counter[Size]:
+def _coarsen(padded: Mapping[Size, int], step: int) -> Counter[Size]:
     """The same with sides rounded up, so far that there are few, whose pairs are searched; none above the largest."""
-    counts, step, largest = Counter(padded), 1, _hull(padded)
+    counts, largest = Counter(padded), _hull(padded)
     while len(counts) > _MOST_SEARCHED:
         step, rounded = 2 * step, Counter[Size]()
         for size, count in padded.items():

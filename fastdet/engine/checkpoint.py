@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -15,7 +16,7 @@ from fastdet.models.anchors import AnchorGenerator
 from fastdet.models.backbones import NAMED
 from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.safe_files import FileError, printable
-from fastdet.weights import files
+from fastdet.weights import files, torch_files
 from fastdet.weights.files import TensorFileError, one_line
 
 
@@ -26,6 +27,8 @@ class CheckpointError(FileError):
 def save(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint so that the file is either the old one or the new one, never a part.
 
+    It is a file of `torch.save`, which `torch.load` reads, with a checksum of all its bytes at the end.
+
     Args:
         path: the file; its folder is made if it is not there.
         content: tensors, state dicts and plain Python values.
@@ -34,7 +37,7 @@ def save(path: str | Path, content: Mapping[str, Any]) -> None:
         CheckpointError: the file cannot be written.
     """
     try:
-        files.write(path, lambda file: torch.save(dict(content), file), kind="checkpoint")
+        files.write(path, partial(torch_files.save, dict(content)), kind="checkpoint")
     except TensorFileError as error:
         raise CheckpointError(str(error)) from error
 
@@ -43,7 +46,7 @@ def load(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, as tensors and plain values only: it cannot run code.
 
     Raises:
-        CheckpointError: the file is missing, cut short, not a checkpoint, or holds other objects.
+        CheckpointError: the file is missing, cut short or changed, not a checkpoint, or holds other objects.
     """
     try:
         content = files.read(path, kind="checkpoint")

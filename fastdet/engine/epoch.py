@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from fastdet.data import DataError, Item
-from fastdet.engine.loading import Batch, BatchPlan, EpochPlans
+from fastdet.engine.loading import Batch, BatchPlan, EpochPlans, image_names
 from fastdet.engine.recipes import learning_rate, update_average
 from fastdet.engine.run.folder import Row
 from fastdet.engine.step import Stepper
@@ -114,7 +114,4 @@ def _record(row: StepRow[BatchPlan], names: str, dataset: Any) -> dict[str, Any]
 
 
 def _image_names(dataset: Any, batch: BatchPlan) -> str:
-    indices = [index for index, _ in batch]
-    while isinstance(dataset, Subset):
-        dataset, indices = dataset.dataset, [dataset.indices[index] for index in indices]
-    return ", ".join(str(dataset.ids[index]) if hasattr(dataset, "ids") else str(index) for index in indices)
+    return image_names(dataset, [index for index, _ in batch])

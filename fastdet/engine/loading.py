@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from fastdet.data import DataError, Item, Target, collate
 from fastdet.data.augmentation import Preset, augment, build
@@ -62,6 +62,13 @@ def check_ids(dataset: Any) -> None:
     ids = getattr(dataset, "ids", None)
     if ids is not None and len(ids) != len(dataset):
         raise ValueError(f"ids must name each of the {len(dataset)} images, got {len(ids)} names")
+
+
+def image_names(dataset: Any, indices: Sequence[int]) -> str:
+    """What a data set calls its items, in a line: its `ids`, else their indices."""
+    while isinstance(dataset, Subset):
+        dataset, indices = dataset.dataset, [dataset.indices[index] for index in indices]
+    return ", ".join(str(dataset.ids[index]) if hasattr(dataset, "ids") else str(index) for index in indices)
 
 
 def digest(dataset: Any) -> str | None:

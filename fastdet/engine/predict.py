@@ -10,8 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdet.data import read_image
+from fastdet.data import Target, read_image
 from fastdet.data.images import MAX_PIXELS
+from fastdet.models import losses
+from fastdet.models.faster_rcnn import FasterRCNN
+from fastdet.models.preprocessing import unbatch
 from fastdet.preserve import preserve_mode
 
 
@@ -51,5 +54,40 @@ def detect_in_batch(model: nn.Module, images: Sequence[Tensor]) -> list[dict[str
     device = next(model.parameters()).device
     with preserve_mode(model, training=False), torch.inference_mode():
         predictions = model([image.to(device, non_blocking=True) for image in images])
-    # Copies, made outside of the mode, because tensors of the inference mode cannot be changed in place out here.
+    return _to_host(predictions)
+
+
+def detect_with_losses(
+    model: FasterRCNN, images: Sequence[Tensor], targets: Sequence[Target]
+) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """As `detect_in_batch`, and the losses in the same pass through the backbone and the RPN's head.
+
+    Args:
+        targets: of the images, on the CPU. With a "seed" in each nothing is drawn from torch's generators.
+
+    Returns:
+        The detections; and float64 [2, 4] on the CPU, in the order of `losses.NAMES`: the losses summed up, and the
+        numbers of anchors and of samples that they are divided by.
+
+    Raises:
+        ValueError: bad images or targets.
+    """
+    counts: list[Tensor] = []
+
+    def keep(own: Tensor) -> Tensor:
+        counts.append(own)
+        return torch.ones_like(own)
+
+    with preserve_mode(model, training=False), torch.inference_mode():
+        batch, padded, original_sizes = model.preprocess(images, targets)
+        sums, found = model.forward_padded(*batch[:2], padded, batch.scales, compute_losses=True, divisors=keep)
+        assert sums is not None
+        assert found is not None
+        predictions = unbatch(found, original_sizes, batch.sizes, {})
+        summed = torch.stack([torch.stack([sums[name] for name in losses.NAMES]), *counts])
+    return _to_host(predictions), summed.to("cpu", torch.float64, copy=True)
+
+
+def _to_host(predictions: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Copies, made outside of the inference mode, because its tensors cannot be changed in place out here."""
     return [{name: values.to("cpu", copy=True) for name, values in found.items()} for found in predictions]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -83,8 +84,9 @@ def train(
         overwrite: begin anew even if the folder has a run.
         stop_after: end after this many epochs in all; the schedule still counts `settings.epochs`.
         progress: show a bar.
-        validate: given the model, or the average of its weights, it returns "AP", "AP50" and "AP75". It is called every
-            `eval_every` epochs, and must leave torch's generators as they are.
+        validate: given the model, or the average of its weights, it returns "AP", "AP50" and "AP75", and of losses
+            there those that it has, "val_loss" for their sum. It is called every `eval_every` epochs, and must leave
+            torch's generators as they are.
         processes: that train together, as of `fastdet.engine.distributed.join`, each with this call.
         tensorboard: write the rows for TensorBoard too, an extra of fastdet.
 
@@ -175,7 +177,7 @@ def _begin(state: RunState, settings: TrainSettings, resume: bool) -> None:
     else:
         torch.manual_seed(settings.seed)
         if state.processes.rank:
-            # Networks drop out other values in each. What is drawn on the CPU, such as a `min_size`, is the same.
+            # Networks drop out other values in each. What the CPU draws, such as a `min_size`, is the same in all.
             torch.cuda.manual_seed(settings.seed + state.processes.rank)
         gone = ["failure.json", "best.pth", "validation.csv"]
     if state.processes.writes:
@@ -224,7 +226,8 @@ def _train(run: _Run) -> list[Row]:
             if run.is_terminated():
                 raise Terminated(f"{state.last}: saved after epoch {epoch + 1}")
     if writes:
-        for name, plot, picture in (("metrics", plot_losses, "loss"), ("validation", plot_average_precision, "AP")):
+        draw_losses = partial(plot_losses, validation=state.out / "validation.csv")
+        for name, plot, picture in (("metrics", draw_losses, "loss"), ("validation", plot_average_precision, "AP")):
             if run_folder.has_rows(state.out / f"{name}.csv"):
                 drawn = io.BytesIO()
                 plot(state.out / f"{name}.csv", drawn)
@@ -256,7 +259,8 @@ def _validate(validate: Validate, state: RunState, epoch: int, bar: Any) -> Row:
 def _write_validation(path: Path, row: Row) -> None:
     """Add a row to the file of evaluations, in place of those from its step on, which a killed run has left."""
     columns = run_folder.VALIDATION_COLUMNS
-    rows = [*run_folder.read_rows(path, int(row["step"]) - 1, columns), {name: row[name] for name in columns}]
+    new = {name: row.get(name, math.nan) for name in columns}
+    rows = [*run_folder.read_rows(path, int(row["step"]) - 1, columns), new]
     files.write(path, lambda file: file.write(run_folder.to_csv(rows, columns, header=True)), kind="metrics")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -92,7 +91,7 @@ def capture_program(step: StaticStep, stream: torch.cuda.Stream, pool: Any = Non
     stream.wait_stream(current)
     # A capture that fails leaves its own stream the current one.
     with preserve_rng(device), torch.cuda.stream(current):
-        with torch.cuda.stream(stream), preserve_tensors(step.changed), _fastest_convolutions():
+        with torch.cuda.stream(stream), preserve_tensors(step.changed):
             for _ in range(WARM_UP_CALLS):
                 step.function(*step.inputs)
         torch.cuda.synchronize(device)
@@ -100,10 +99,7 @@ def capture_program(step: StaticStep, stream: torch.cuda.Stream, pool: Any = Non
         before = torch.cuda.memory_reserved(device)
         graph = torch.cuda.CUDAGraph()
         # Other threads go on, such as one that pins the next batch: only this one's work is captured.
-        with (
-            _fastest_convolutions(),
-            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-        ):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             output = step.function(*step.inputs)
     nbytes = torch.cuda.memory_reserved(device) - before + _nbytes(step.inputs)
 
@@ -125,18 +121,6 @@ def capture_program(step: StaticStep, stream: torch.cuda.Stream, pool: Any = Non
         torch.cuda.empty_cache()
 
     return Program(step.inputs, run, nbytes, drop)
-
-
-@contextmanager
-def _fastest_convolutions() -> Iterator[None]:
-    """Let cuDNN choose algorithms by measuring, as shapes do not change; not where they must be deterministic."""
-    cudnn: Any = torch.backends.cudnn
-    before = cudnn.benchmark
-    cudnn.benchmark = before or not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
-    try:
-        yield
-    finally:
-        cudnn.benchmark = before
 
 
 class GraphedModel:

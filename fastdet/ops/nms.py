@@ -14,6 +14,7 @@ from torch import Tensor, float32
 from torch.overrides import handle_torch_function
 
 from fastdet.ops import _checks
+from fastdet.ops._groups import padded_groups
 from fastdet.ops._library import define, find_proxies
 from fastdet.ops.cpu import nms as cpu
 
@@ -152,7 +153,13 @@ def _batched_nms_indices(
     if boxes.is_cpu and implemented:
         corners, values, ids = (cpu.plain(given).numpy() for given in (boxes, scores, idxs))
         return cpu.batched_nms_cpu(corners, values, ids, iou_threshold, limit)
-    limit = len(boxes) if limit is None else limit
+    return _batched_by_padding(boxes, scores, idxs, iou_threshold, limit, implemented)
+
+
+def _batched_by_padding(
+    boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, limit: int | None, implemented: bool = True
+) -> Tensor:
+    """`_batched_nms_indices` of groups that are padded to few sizes."""
     order = scores.argsort(descending=True, stable=True)
     keep = torch.zeros_like(order, dtype=torch.bool)
     groups, group, sizes = torch.unique(idxs[order], return_inverse=True, return_counts=True)
@@ -160,16 +167,9 @@ def _batched_nms_indices(
         for rows in (order[group == each] for each in range(len(groups))):
             keep[rows[cpu.finite_nms(boxes[rows], scores[rows], iou_threshold)]] = True
         return order[keep[order]][:limit]
-    by_group = group.argsort(stable=True)
-    first = sizes.cumsum(0) - sizes
-    padded_sizes = [1 << (size - 1).bit_length() for size in sizes.tolist()]
-    for padded_size in sorted(set(padded_sizes)):
-        members = torch.tensor([i for i, size in enumerate(padded_sizes) if size == padded_size], device=boxes.device)
-        slot = torch.arange(padded_size, device=boxes.device)
-        valid = slot < sizes[members, None]
-        ranks = by_group[torch.where(valid, first[members, None] + slot, 0)]
-        rows = order[ranks]
-        kept = nms_padded(boxes[rows], scores[rows], iou_threshold, min(padded_size, limit), valid, presorted=True)
+    for rows, valid in padded_groups(order, group, sizes):
+        most = rows.shape[1] if limit is None else min(rows.shape[1], limit)
+        kept = nms_padded(boxes[rows], scores[rows], iou_threshold, most, valid, presorted=True)
         keep[rows.gather(1, kept.index)[kept.valid]] = True
     return order[keep[order]][:limit]
 
@@ -237,8 +237,8 @@ def batched_nms(
     """`nms` within each group of `idxs`, as torchvision's `batched_nms`.
 
     Groups are kept apart by their ids, not by shifted coordinates (as in torchvision), so that decisions close to the
-    threshold are those of `nms` on each group alone. On a GPU groups are padded to the power of two above their size
-    and those of one padded size go through one call, so that padding at most doubles the memory of the boxes.
+    threshold are those of `nms` on each group alone. On a GPU groups are padded: all to one size and in one call, or,
+    where that would be above eight times the memory of many boxes, each to the power of two above its size.
 
     Args:
         boxes, scores, iou_threshold: as of `nms`.

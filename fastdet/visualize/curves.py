@@ -25,6 +25,7 @@ _PRECISIONS = {
     "AP50": ("AP50", "#2e86ab"),
     "AP75": ("AP75", "#d1495b"),
 }
+_VALIDATION = "#d1495b"
 # Up to so many values each has a dot.
 _DOTS = 25
 # In characters.
@@ -33,7 +34,7 @@ _LONGEST_NAME, _LEGEND_WIDTH = 70, 140
 _COLORS = 10
 
 
-def plot_losses(csv_path: str | Path, png: str | Path | BinaryIO) -> None:
+def plot_losses(csv_path: str | Path, png: str | Path | BinaryIO, validation: str | Path | None = None) -> None:
     """Draw the losses in a trainer's metrics file against the step: the total, and its four parts.
 
     Faint lines are the file's values, strong ones their running mean. Where a step comes twice, as after a resumed
@@ -43,6 +44,7 @@ def plot_losses(csv_path: str | Path, png: str | Path | BinaryIO) -> None:
         csv_path: a CSV file with the columns step, loss, loss_classifier, loss_box_reg, loss_objectness and
             loss_rpn_box_reg; others are ignored.
         png: the image to write, or an open file.
+        validation: a file of evaluations with the columns step and val_loss, whose total is drawn too, if it is there.
 
     Raises:
         ValueError: a column is missing, a value is not a number, or there is no row.
@@ -52,6 +54,12 @@ def plot_losses(csv_path: str | Path, png: str | Path | BinaryIO) -> None:
     total, parts = figure.subplots(1, 2, sharex=True)
     for column, (name, color) in _LOSSES.items():
         _draw_smoothed(total if column == "loss" else parts, steps, losses[column], color, name)
+    if validation is not None and Path(validation).exists():
+        steps, evaluated = _read_columns(Path(validation), "step", ["val_loss"])
+        if np.isfinite(evaluated["val_loss"]).any():
+            _draw(total, steps, evaluated["val_loss"], _VALIDATION, "validation", "--")
+            total.lines[1].set_label("training")
+            total.legend(frameon=False)
     _finish(total, "Total loss", "step")
     _finish(parts, "Its four parts", "step")
     parts.legend(frameon=False)

@@ -5,6 +5,7 @@ import pickle
 import re
 import zlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +45,7 @@ def read(path: StrPath, *, kind: str = "file of tensors") -> Any:
     try:
         with open_regular(path) as file:
             data = file.read()
+        torch_files.verify_checksum(data)
         if data.startswith(_ZIP):
             return torch_files.read_archive(data)
         if _OLD_TORCH in data[:32]:
@@ -128,8 +130,8 @@ def describe_values(state: Mapping[str, Tensor]) -> str:
 def write_state_dict(path: StrPath, state: Mapping[str, Tensor]) -> None:
     """Write names and tensors: as safetensors if the name ends in .safetensors, else as torch does.
 
-    Tensors that share memory are written each for itself into safetensors, a format without sharing. Their metadata has
-    a checksum of the file; torch's files have one of each record.
+    Tensors that share memory are written each for itself into safetensors, a format without sharing. Either file has a
+    checksum of all its bytes, in the metadata of safetensors and as the comment of torch's archive.
 
     Raises:
         TensorFileError: the file cannot be written, or `state` is not a mapping of names to tensors.
@@ -138,7 +140,7 @@ def write_state_dict(path: StrPath, state: Mapping[str, Tensor]) -> None:
         raise TensorFileError(f"{path}: the state dict cannot be written: {problem}")
     tensors = {name: value.detach().cpu() for name, value in state.items()}
     if Path(path).suffix != ".safetensors":
-        write(path, lambda file: torch.save(tensors, file), kind="state dict")
+        write(path, partial(torch_files.save, tensors), kind="state dict")
         return
     try:
         # Others' loaders look for the word "pt".

@@ -4,9 +4,11 @@ What is checked is what is read: two readers of archives take different records 
 """
 
 import io
+import os
 import pickle
 import zipfile
-from typing import Any
+import zlib
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -17,6 +19,51 @@ from fastdet.weights.pickle_contents import examine
 from fastdet.weights.tensor_pickles import TensorUnpickler, arrays_to_tensors
 
 _END, _END_64, _END_64_LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
+# The comment at the end of an archive of ours, after its length of two bytes: this and eight digits.
+_CHECKSUM, _DIGITS = b"fastdet.crc32=", 8
+_COMMENT = (len(_CHECKSUM) + _DIGITS).to_bytes(2, "little") + _CHECKSUM
+
+
+def save(content: Any, file: BinaryIO) -> None:
+    """`torch.save`, with a checksum of the whole file as the archive's comment, which torch's reader ignores.
+
+    Args:
+        content: what torch can write.
+        file: open and empty; not a pipe.
+    """
+    summed = _Summed(file)
+    torch.save(content, summed)  # type: ignore[arg-type]
+    # Its end has the length of the comment, which is 0 so far.
+    file.seek(-2, os.SEEK_END)
+    file.write(_COMMENT + _digits(summed.crc))
+
+
+class _Summed:
+    """What `torch.save` needs of a file, with the CRC-32 of what has been written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.crc, self.flush = file, 0, file.flush
+
+    def write(self, data: bytes) -> int:
+        self.crc = zlib.crc32(data, self.crc)
+        return self.file.write(data)
+
+
+def verify_checksum(data: bytes) -> None:
+    """Raises UnpicklingError if a file ends as those of `save`, and one of its bytes is not what was written."""
+    end = _comment_start(data)
+    if end < len(data) and _digits(zlib.crc32(bytes(2), zlib.crc32(memoryview(data)[: end - 2]))) != data[-_DIGITS:]:
+        raise pickle.UnpicklingError("its checksum is wrong")
+
+
+def _comment_start(data: bytes) -> int:
+    """Where the comment of `save` begins; without one, the length."""
+    start = len(data) - len(_CHECKSUM) - _DIGITS
+    return start if data[-_DIGITS - len(_COMMENT) : -_DIGITS] == _COMMENT else len(data)
+
+
+def _digits(crc: int) -> bytes:
+    return b"%0*x" % (_DIGITS, crc)
 
 
 def read_archive(data: bytes) -> Any:
@@ -55,14 +102,16 @@ def read_archive(data: bytes) -> Any:
 
 def _check_end(data: bytes) -> None:
     """Check the end of an archive, which has the length of its directory: the directory is read whole."""
-    if data[-22:-18] != _END or data[-2:] != bytes(2):
+    length = _comment_start(data)
+    end = data[max(length - 98, 0) : length]
+    if end[-22:-18] != _END or (length == len(data) and end[-2:] != bytes(2)):
         raise pickle.UnpicklingError("its end is missing, or has a comment")
-    check_list(int.from_bytes(data[-10:-6], "little") % 0xFFFFFFFF, "directory")
+    check_list(int.from_bytes(end[-10:-6], "little") % 0xFFFFFFFF, "directory")
     # Of an archive of more than 4 GB its length is in a record before that, to which another points.
-    if data[-42:-38] == _END_64_LOCATOR:
-        if int.from_bytes(data[-34:-26], "little") != len(data) - 98 or data[-98:-94] != _END_64:
+    if end[-42:-38] == _END_64_LOCATOR:
+        if int.from_bytes(end[-34:-26], "little") != length - 98 or end[-98:-94] != _END_64:
             raise pickle.UnpicklingError("its end is not where it should be")
-        check_list(int.from_bytes(data[-58:-50], "little"), "directory")
+        check_list(int.from_bytes(end[-58:-50], "little"), "directory")
 
 
 def read_old_archive(data: bytes) -> Any:

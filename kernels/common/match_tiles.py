@@ -3,7 +3,11 @@
 import triton
 import triton.language as tl
 
-from fastdet.kernels.common.boxes import intersection_union, iou, load_boxes, ratio_or_zero
+from fastdet.kernels.common.boxes import intersection_union, load_boxes, ratio_or_zero
+
+# If an intersection is not below the one and a union below the other, no step of the division underflows or overflows.
+LEAST = tl.constexpr(2.0**-60)
+LARGEST = tl.constexpr(2.0**60)
 
 
 @triton.jit
@@ -39,6 +43,30 @@ def load_candidates(
 
 
 @triton.jit
+def _ratio_tile(numerator, denominator, FUSED: tl.constexpr):
+    """`ratio_or_zero` of the intersections and unions of a tile.
+
+    A division that rounds as IEEE asks for branches where an operand is extreme, value after value, and the next one
+    waits for the branch. So, where multiply-adds are fused, one branch serves the tile, and the quotients are computed
+    as in P. Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor" (1990): the
+    reciprocal is corrected, and then the quotient, twice, by its remainder, which is exact.
+    """
+    if FUSED:
+        inverse = 1.0 / denominator  # to a few units in the last place
+        inverse = tl.fma(tl.fma(-denominator, inverse, 1.0), inverse, inverse)
+        ratio = numerator * inverse
+        ratio = tl.fma(tl.fma(-denominator, ratio, numerator), inverse, ratio)
+        ratio = tl.fma(tl.fma(-denominator, ratio, numerator), inverse, ratio)
+        ratio = tl.where((numerator > 0.0) & (denominator > 0.0), ratio, 0.0)
+        extreme = ((numerator > 0.0) & (numerator < LEAST)) | ~(tl.abs(denominator) < LARGEST)
+        if tl.max(extreme.to(tl.int32)) > 0:
+            ratio = ratio_or_zero(numerator, denominator)
+        return ratio
+    else:
+        return ratio_or_zero(numerator, denominator)
+
+
+@triton.jit
 def iou_tile(
     ax1,  # [1, BLOCK_K] fp32, corners of candidates, as are ay1, ax2 and ay2
     ay1,
@@ -49,6 +77,7 @@ def iou_tile(
     first_gt,  # index in [B, G] of the image's first ground truth
     start,  # first ground truth of the tile, counted in the image
     num_gt,
+    FUSED: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
     """IoU [BLOCK_G, BLOCK_K] of ground truths with candidates; 0 where either is not valid."""
@@ -56,7 +85,8 @@ def iou_tile(
     inside = gt < num_gt
     valid = tl.load(gt_valid_ptr + first_gt + gt, mask=inside, other=0) != 0
     bx1, by1, bx2, by2 = load_boxes(gt_boxes_ptr, first_gt + gt, inside & valid)
-    return iou(ax1, ay1, ax2, ay2, bx1[:, None], by1[:, None], bx2[:, None], by2[:, None])
+    inter, union = intersection_union(ax1, ay1, ax2, ay2, bx1[:, None], by1[:, None], bx2[:, None], by2[:, None])
+    return _ratio_tile(inter, union, FUSED)
 
 
 @triton.jit

@@ -93,6 +93,7 @@ def count_below(
 def find_bound(
     rank,
     lowest,  # 0 to search among the positives, NEGATIVE among the negatives
+    num_lower,  # codes below `lowest`
     codes,  # as of `count_below`, down to `seed`
     label_ptr,
     code_ptr,
@@ -104,16 +105,19 @@ def find_bound(
     ONE_TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A bound below which `rank` codes lie; or, where equal codes make that impossible, the code that they equal.
+    """A bound below which `rank` codes lie; or, where equal codes make that impossible, the code that they equal. And
+    how many codes lie below it.
 
     There are more than `rank` codes below lowest + KEY_END. The bound is found bit by bit, until it separates the
     wanted codes from the next one: of N candidates after about log2(N) bits.
     """
     bound = lowest
+    below = num_lower
     step = 1
     while step <= KEY_BITS:
         higher = bound + (KEY_END >> step)
         count = count_below(higher, codes, label_ptr, code_ptr, first, begin, end, seed, HAS_CODES, ONE_TILE, BLOCK_K)
         bound = tl.where(count <= rank, higher, bound)
+        below = tl.where(count <= rank, count, below)
         step = tl.where(count == rank, KEY_BITS, step) + 1
-    return bound
+    return bound, below

@@ -18,7 +18,7 @@ def write_run(folder: Path, lr: float, losses: list[float], precisions: list[flo
     rows = [{**dict.fromkeys(COLUMNS, 0.0), "epoch": k, "step": k, "loss": x} for k, x in enumerate(losses, 1)]
     (folder / "metrics.csv").write_bytes(to_csv(rows, header=True))
     if precisions:
-        rows = [dict(zip(VALIDATION_COLUMNS, (k, k, x, x, x), strict=True)) for k, x in enumerate(precisions, 1)]
+        rows = [dict(zip(VALIDATION_COLUMNS, (k, k, *[x] * 8), strict=True)) for k, x in enumerate(precisions, 1)]
         (folder / "validation.csv").write_bytes(to_csv(rows, VALIDATION_COLUMNS, header=True))
     return folder
 

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 
 from fastdet.engine import checkpoint
 from fastdet.engine.checkpoint import CheckpointError
+from fastdet.weights import files
+from fastdet.weights.files import TensorFileError
 
 CONTENT = {"model": {"weight": torch.arange(6.0).reshape(2, 3)}, "class_names": ("a", "b"), "epoch": 3, "lr": 0.02}
 
@@ -196,6 +199,55 @@ def test_every_length_of_a_cut_short_file_is_noticed(tmp_path):
         path.write_bytes(buffer.getvalue()[:length])
         with pytest.raises(CheckpointError):
             checkpoint.load(path)
+
+
+def refused(path, data):
+    """Whether bytes in a file are refused in one line, as a checkpoint and as weights."""
+    path.write_bytes(data)
+    messages = []
+    for load, error in ((checkpoint.load, CheckpointError), (files.read_state_dict, TensorFileError)):
+        try:
+            load(path)
+        except error as caught:
+            messages.append(str(caught))
+    assert all(message.startswith(f"{path}: ") and "\n" not in message for message in messages)
+    return len(messages) == 2
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
+    checkpoint.save(tmp_path / "last.pth", CONTENT)
+    data, path = bytearray((tmp_path / "last.pth").read_bytes()), tmp_path / "flipped.pth"
+    for place in range(len(data)):
+        for bit in range(8):
+            data[place] ^= 1 << bit
+            assert refused(path, data), (place, bit)
+            data[place] ^= 1 << bit
+    assert not refused(path, data)
+
+
+def test_a_checkpoint_with_more_or_fewer_bytes_is_refused(tmp_path):
+    checkpoint.save(tmp_path / "last.pth", CONTENT)
+    data, path = (tmp_path / "last.pth").read_bytes(), tmp_path / "changed.pth"
+    for length in range(len(data)):
+        assert refused(path, data[:length]), length
+    for more in (b"\0", b"x" * 100, data[-22:], data[-44:], data):
+        assert refused(path, data + more)
+        assert refused(path, more + data)
+    for start in range(0, len(data) - 64, 97):
+        assert refused(path, data[:start] + data[start + 64 :])
+        assert refused(path, data[:start] + data[start : start + 64] + data[start:])
+
+
+def test_a_checkpoint_is_a_file_of_torch_and_theirs_need_no_checksum(tmp_path):
+    path = tmp_path / "last.pth"
+    checkpoint.save(path, CONTENT)
+    for options in ({}, {"mmap": True}):
+        assert torch.equal(torch.load(path, **options)["model"]["weight"], CONTENT["model"]["weight"])
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        assert archive.comment.startswith(b"fastdet.crc32=")
+    torch.save(CONTENT, path)
+    assert checkpoint.load(path)["epoch"] == 3
 
 
 def test_another_kind_of_checkpoint_is_not_a_detector(tmp_path):

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def test_evaluation_by_two_processes_is_that_by_one(by_two):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A data set "voc"; "start", whose weights BatchNorm is frozen with; "alone", the run of one process, and its lines."""
+    """A data set "voc"; "start", with whose weights BatchNorm is frozen; "alone", the run of one process."""
     place = tmp_path_factory.mktemp("commands")
     write_voc(place / "voc", {"trainval": 7, "test": 3})
     data = ["train", "--data", f"voc:{place / 'voc'}", *SMALL]
@@ -142,13 +142,31 @@ class Torchrun:
 
     def ends_with(self, code: int) -> tuple[list[str], list[str]]:
         """The lines on stdout, and those of fastdet on stderr."""
-        try:
-            found = self._agent.wait(timeout=60)
-        finally:
-            self._agent.kill()
+        found = self._agent.wait(timeout=60)
         out, err = (log.read_text() for log in self._logs)
         assert found == code, err
         return out.splitlines(), [line for line in err.splitlines() if line.startswith(("fastdet: ", "epoch "))]
+
+    def kill(self) -> None:
+        """All that is left, which torch starts in sessions of their own."""
+        if self._agent.poll() is None:
+            for process in (self._agent.pid, *self.ranks().values()):
+                os.kill(process, signal.SIGKILL)
+            self._agent.wait()
+
+
+@pytest.fixture
+def torchrun(tmp_path) -> Iterator[Callable[..., Torchrun]]:
+    """`Torchrun` of a test, at whose end none of its processes is left."""
+    started = list[Torchrun]()
+
+    def start(*command: object, **how: Any) -> Torchrun:
+        started.append(Torchrun(tmp_path / str(len(started)), *command, **how))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -171,9 +189,9 @@ def assert_is_run_of_one(out: Path, alone: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in alone.iterdir())
 
 
-def test_a_command_in_two_processes_is_that_in_one(tmp_path, folder):
+def test_a_command_in_two_processes_is_that_in_one(tmp_path, folder, torchrun):
     out = tmp_path / "run"
-    printed, shown = Torchrun(tmp_path / "log", *arguments(folder), out, "--workers", "2").ends_with(0)
+    printed, shown = torchrun(*arguments(folder), out, "--workers", "2").ends_with(0)
     expected = (folder / "printed").read_text().splitlines()
     differ = [line for line, other in zip(printed, expected, strict=True) if line != other]
     assert differ[0] == "steps: on cpu, float32, 2 processes"
@@ -183,16 +201,16 @@ def test_a_command_in_two_processes_is_that_in_one(tmp_path, folder):
     assert len([line for line in shown if ": AP " in line]) == 6
     assert_is_run_of_one(out, folder / "alone")
     written = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"}
-    _, shown = Torchrun(tmp_path / "log", *arguments(folder), out).ends_with(1)
+    _, shown = torchrun(*arguments(folder), out).ends_with(1)
     assert len(shown) == 1
     assert "the folder has a run already" in shown[0]
     assert written == {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"}
 
 
-def test_a_killed_process_is_started_again_and_the_run_goes_on(tmp_path, folder):
+def test_a_killed_process_is_started_again_and_the_run_goes_on(tmp_path, folder, torchrun):
     out = tmp_path / "run"
     launch = "--standalone", "--nproc-per-node=2", "--max-restarts=1"
-    running = Torchrun(tmp_path / "log", *arguments(folder), out, launch=launch)
+    running = torchrun(*arguments(folder), out, launch=launch)
     wait_for(has_validated(out))
     running.send(signal.SIGKILL, rank=1)
     _, shown = running.ends_with(0)
@@ -200,10 +218,10 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on(tmp_path, folder)
     assert_is_run_of_one(out, folder / "alone")
 
 
-def test_a_run_that_is_asked_to_end_saves_its_state(tmp_path, folder):
+def test_a_run_that_is_asked_to_end_saves_its_state(tmp_path, folder, torchrun):
     """The agent of torch asks all processes of a rank, those that load images among them."""
     out = tmp_path / "run"
-    running = Torchrun(tmp_path / "log", *arguments(folder), out, "--workers", "2")
+    running = torchrun(*arguments(folder), out, "--workers", "2")
     wait_for(has_validated(out))
     running.send(signal.SIGTERM)
     _, shown = running.ends_with(1)
@@ -213,23 +231,23 @@ def test_a_run_that_is_asked_to_end_saves_its_state(tmp_path, folder):
     assert_is_run_of_one(out, folder / "alone")
 
 
-def test_an_image_that_cannot_be_read_by_one_process_ends_all(tmp_path, folder):
+def test_an_image_that_cannot_be_read_by_one_process_ends_all(tmp_path, folder, torchrun):
     damaged = Path(shutil.copytree(folder / "voc", tmp_path / "voc"))
     image = damaged / "JPEGImages" / "trainval_3.jpg"
     image.write_bytes(image.read_bytes()[:500])
     start = time.monotonic()
-    _, shown = Torchrun(tmp_path / "log", *arguments(folder, damaged), tmp_path / "run").ends_with(1)
+    _, shown = torchrun(*arguments(folder, damaged), tmp_path / "run").ends_with(1)
     assert time.monotonic() - start < 40
     errors = [line for line in shown if line.startswith("fastdet: ")]
     assert len(errors) == 1
     assert "trainval_3.jpg: the image cannot be decoded" in errors[0]
 
 
-def test_two_nodes_go_on_after_one_has_lost_a_process(tmp_path, folder):
+def test_two_nodes_go_on_after_one_has_lost_a_process(tmp_path, folder, torchrun):
     out, port = tmp_path / "run", free_port()
     launch = "--nnodes=2", "--nproc-per-node=1", "--max-restarts=2", "--rdzv-id=1", "--rdzv-backend=c10d"
     launch = *launch, f"--rdzv-endpoint=localhost:{port}"
-    nodes = [Torchrun(tmp_path / f"node{k}", *arguments(folder), out, launch=launch) for k in range(2)]
+    nodes = [torchrun(*arguments(folder), out, launch=launch) for _ in range(2)]
     wait_for(has_validated(out))
     # Which node is the first is not decided by the order in which they came.
     node = next(each for each in nodes if 1 in each.ranks())

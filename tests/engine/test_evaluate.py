@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from fastdet.data import DataError
 from fastdet.engine import detect
 from fastdet.engine.evaluate import evaluate
-from tests.helpers.detectors import small_detector
+from tests.helpers.detectors import NUM_CLASSES, small_detector, small_scene
 
 BOX = torch.tensor([[2.0, 2, 12, 12]])
 
@@ -101,3 +102,67 @@ def test_detections_do_not_depend_on_the_batch(workers):
     with torch.inference_mode():
         expected = model([data[4][0]])[0]
     torch.testing.assert_close(single.predictions[4]["boxes"], expected["boxes"])
+
+
+class Scenes(torch.utils.data.Dataset):
+    """Seven images of two sizes, one without boxes."""
+
+    ids = tuple(f"picture-{k}" for k in range(7))
+
+    def __init__(self):
+        scenes = [small_scene(seed) for seed in (1, 2, 3)]
+        items = [item for scene in scenes for item in zip(*scene, strict=True)][:7]
+        self.items = [(image, {"ignore": torch.zeros(len(t["labels"])).bool(), **t}) for image, t in items]
+        self.sizes = [tuple(image.shape[1:]) for image, _ in self.items]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+CLASSES = [f"class {k}" for k in range(1, NUM_CLASSES)]
+
+
+@pytest.fixture
+def model():
+    """With something to add up in each loss."""
+    return small_detector(rpn_min_size=1.0, box_score_thresh=0.0)
+
+
+def test_losses_are_those_of_one_batch_of_all_images(model):
+    data = Scenes()
+    data.items = [item for item in data.items if item[0].shape[1:] == (64, 80)]
+    data.sizes, data.ids = [(64, 80)] * 5, data.ids[:5]
+    found = evaluate(model, data, CLASSES, batch_size=2, compute_losses=True).losses
+    images, targets = zip(*data.items, strict=True)
+    seeded = [{**target, "seed": torch.tensor(2 * k)} for k, target in enumerate(targets)]
+    with torch.inference_mode():
+        expected, _ = model.eval()(images, seeded, return_losses=True)
+    assert found == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-5)
+    assert min(found.values()) > 0
+
+
+def test_losses_repeat_and_change_nothing_else(model):
+    data, modes = Scenes(), [module.training for module in model.modules()]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    before = torch.get_rng_state()
+    first, again, single = (evaluate(model, data, CLASSES, batch_size=size, compute_losses=True) for size in (4, 4, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert first.losses == again.losses
+    assert single.losses == pytest.approx(first.losses, rel=1e-5)
+    plain = evaluate(model, data, CLASSES, batch_size=4)
+    assert plain.losses is None
+    for found, expected in zip(first.predictions, plain.predictions, strict=True):
+        assert len(found["scores"])
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_a_loss_does_not_take_names_the_image(model):
+    data = Scenes()
+    data.items[3][1]["labels"] = torch.full_like(data.items[3][1]["labels"], NUM_CLASSES)
+    with pytest.raises(DataError, match=r"images picture-3: target 0: .*label"):
+        evaluate(model, data, CLASSES, batch_size=1, compute_losses=True)

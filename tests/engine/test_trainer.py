@@ -80,7 +80,7 @@ def _quick(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for name in ("losses", "average_precision"):
-        monkeypatch.setattr(f"fastdet.engine.trainer.plot_{name}", lambda csv_path, png_path: None)
+        monkeypatch.setattr(f"fastdet.engine.trainer.plot_{name}", lambda *paths, **options: None)
     yield
     torch.set_num_threads(threads)
 
@@ -511,7 +511,7 @@ def test_a_resumed_run_has_the_best_of_one_that_was_not_interrupted(tmp_path, sh
     # As of a run that was killed after its third evaluation, before the checkpoint.
     (tmp_path / "resumed/best.pth").write_bytes(b"of the third epoch")
     with (tmp_path / "resumed/validation.csv").open("a") as file:
-        file.write("3,12,0.9,0.9,0.9\r\n")
+        file.write("3,12,0.9,0.9,0.9,1,1,1,1,1\r\n")
     run(StandInDetector(), shapes, tmp_path / "resumed", settings, validate=Graded(0.4, 0.6), resume=True)
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
     states = [checkpoint.load(tmp_path / name / "best.pth") for name in ("straight", "resumed")]
@@ -600,3 +600,21 @@ def test_checkpoints_within_an_epoch(tmp_path, shapes, monkeypatch):
     run(build_detector(), shapes, tmp_path, settings)
     places = [(content["epoch"], content["step"]) for content in saved]
     assert places == [(0, 0), (0, 3), (0, 6), (1, 0), (1, 3), (1, 6), (2, 0)]
+
+
+def test_losses_of_an_evaluation_are_kept_beside_its_figures(tmp_path, shapes, monkeypatch):
+    drawn, found = [], {"val_loss": 1.0, **dict.fromkeys(LOSSES, 0.25)}
+    monkeypatch.setattr("fastdet.engine.trainer.plot_losses", lambda *paths, validation: drawn.append(validation))
+    grades = Graded(0.1, 0.2, 0.3, 0.4)
+    run(build_detector(), shapes, tmp_path, validate=lambda model: {**grades(model), **found})
+    rows = read_rows(tmp_path / "validation.csv", 99, VALIDATION_COLUMNS)
+    assert [row["AP"] for row in rows] == [0.1, 0.2, 0.3, 0.4]
+    assert all({name: row[name] for name in found} == found for row in rows)
+    assert drawn == [tmp_path / "validation.csv"]
+
+
+def test_an_evaluation_need_not_have_losses(tmp_path, shapes):
+    run(build_detector(), shapes, tmp_path, replace(SETTINGS, epochs=1), validate=Graded(0.1))
+    (row,) = read_rows(tmp_path / "validation.csv", 99, VALIDATION_COLUMNS)
+    assert row["AP"] == 0.1
+    assert all(math.isnan(row[name]) for name in ("val_loss", *LOSSES))

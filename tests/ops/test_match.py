@@ -319,10 +319,12 @@ def test_bad_input_names_the_argument(arguments, error, words):
 def test_block_sizes_are_powers_of_two():
     kernel = pytest.importorskip("fastdet.kernels.match")
     for num_gt in (0, 1, 9, 50, 5000):
-        block_k, block_g, num_warps = kernel.config(num_gt)
-        assert block_k == 32 * num_warps, "a candidate a thread"
-        assert block_g & (block_g - 1) == 0
-        assert block_g >= min(num_gt, 16)
+        config = kernel.config(num_gt)
+        assert config.block_k == 32, "a candidate for each thread of a warp"
+        assert config.block_g == 8 * config.num_warps
+        assert config.block_g >= min(num_gt, 32)
+        for size in config:
+            assert size & (size - 1) == 0
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)])
@@ -371,6 +373,18 @@ def test_kernel_equals_cpu_on_overlapping_boxes(kernel_device, whole):
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("exponent", [-70, -40, 40, 60])
+def test_kernel_rounds_quotients_of_any_size(kernel_device, exponent):
+    """Areas from the smallest numbers up to infinity, in tiles with boxes of usual sizes."""
+    candidates, gt_boxes, gt_valid, _ = case(2, 70, 12, whole=False)
+    gt_boxes[1, ::2] *= 2.0**exponent
+    candidates[:, 35:] *= 2.0**exponent
+    inputs = (candidates, gt_boxes, gt_valid)
+    actual = match_cuda(*(x.to(kernel_device) for x in inputs), None, None, 0.7, 0.3, True, 0.5, ONES)
+    assert_equal(actual[:3], match_cpu(*inputs, None, None, 0.7, 0.3, True, 0.5, ONES)[:3])
+
+
+@pytest.mark.kernel
 def test_kernel_on_awkward_and_strided_boxes(kernel_device):
     boxes = awkward_boxes()[None].to(kernel_device)
     gt_valid = torch.ones(1, 11, dtype=torch.bool, device=kernel_device)
@@ -381,4 +395,5 @@ def test_kernel_on_awkward_and_strided_boxes(kernel_device):
     assert_equal(
         ignored, match_cpu(boxes.cpu(), boxes.cpu(), ~gt_valid.cpu(), None, gt_valid.cpu(), 0.5, 0.1, True, 0.5, ONES)
     )
-    assert_equal(match_cuda(strided, strided, gt_valid, None, None, 0.5, 0.1, True, 0.5, ONES), actual)
+    on_cpu = [part.cpu() for part in actual]
+    assert_equal(match_cuda(strided, strided, gt_valid, None, None, 0.5, 0.1, True, 0.5, ONES), on_cpu)

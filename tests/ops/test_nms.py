@@ -11,7 +11,7 @@ from fastdet.ops.cpu import nms, nms_tiles
 from fastdet.ops.cpu.nms import nms_cpu, round_threshold_down
 from fastdet.ops.cpu.overlap import scale_apart
 from fastdet.ops.cpu.sorting import argsort_descending, radix_argsort
-from fastdet.ops.nms import nms_cuda, nms_cuda_cooperative, nms_padded
+from fastdet.ops.nms import _batched_by_padding, nms_cuda, nms_cuda_cooperative, nms_padded
 from tests.helpers.checks import awkward_boxes, check_operator, check_registration, random_boxes
 
 THRESHOLDS = (0.1, 0.3, 0.5, 0.6, 0.7, 1 / 3)
@@ -153,6 +153,19 @@ def test_batched_equals_torchvision_group_by_group(seed):
     groups = torch.randint(-3, (1, 4, 40)[seed % 3] - 2, (len(boxes),)) * 1000
     expected = reference_batched(boxes, scores, groups, 0.5)
     assert torch.equal(ops.batched_nms(boxes, scores, groups, 0.5), expected)
+
+
+@pytest.mark.parametrize("little", [0, 1 << 16], ids=["by sizes", "all at once"])
+@pytest.mark.parametrize("max_keep", [None, 7])
+def test_groups_that_are_padded_as_on_a_gpu(monkeypatch, little, max_keep):
+    monkeypatch.setattr("fastdet.ops._groups._LITTLE", little)
+    generator = torch.Generator().manual_seed(3)
+    for count, ids in ((1, 1), (40, 40), (300, 5), (400, 2)):
+        boxes, scores = random_boxes(count, generator=generator), torch.rand(count, generator=generator)
+        # One group is most of them.
+        groups = (torch.rand(count, generator=generator) ** 4 * ids).long() * 3 - 5
+        expected = reference_batched(boxes, scores, groups, 0.5)[:max_keep]
+        assert torch.equal(_batched_by_padding(boxes, scores, groups, 0.5, max_keep), expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 33, 65, 160, 161, 400, nms.MANY + 1])

@@ -211,7 +211,7 @@ def test_kernel_in_many_tiles_equals_cpu(kernel_device, key_bits, monkeypatch, n
     """Small tiles: candidates are thinned first where that pays, and read tile by tile in every pass where not."""
     from fastdet.kernels import sample as kernel
 
-    for name, value in (("SMALL_BLOCK_K", 128), ("MAX_BLOCK_K", 256), ("MAX_SCAN_K", 128)):
+    for name, value in (("SMALL_BLOCK_K", 128), ("MAX_BLOCK_K", 256), ("MAX_SCAN_K", 128), ("READ_BLOCK_K", 128)):
         monkeypatch.setattr(kernel, name, value)
     assert bool(kernel.thinning(1000, num_samples)) == (num_samples < 400)
     label, seed = case(2, 1000)

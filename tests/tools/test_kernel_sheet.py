@@ -13,21 +13,21 @@ from tools.launches import TARGETS, launches_of
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles, so is not interpreted")
 
 # Bytes a thread of the loads (and for what is written out, the stores) on NVIDIA's devices, in the loops of a kernel or
-# of one that has none. Channels come in 16 bytes, or 4 values, boxes in what the threads of a program share out; flags
-# and counters in as many as they have.
+# of one that has none. Channels come in 16 bytes, or 2 or 4 values, boxes in what the threads of a program share out;
+# flags and counters in as many as they have.
 WIDTHS = {
     ("box_iou", "_box_iou_kernel", "stores_in_loops"): {16},
     ("nms 12000 to 2000", "_filter_kernel", "loads_in_loops"): {4},
     ("nms of classes", "_finish_kernel", "loads_in_loops"): {1, 8},
-    ("match of anchors", "_best_kernel", "loads_in_loops"): {1, 8},
-    ("match of anchors", "_match_kernel", "loads_in_loops"): {1, 4, 8},
+    ("match of anchors", "_best_kernel", "loads_in_loops"): {1, 16},
+    ("match of anchors", "_match_kernel", "loads_in_loops"): {1, 4},
     ("match of proposals", "_match_kernel", "loads_in_loops"): {1, 4},
     ("decode", "_decode_kernel", "loads_outside"): {4, 8, 16},
-    ("sample of proposals", "_sample_kernel", "loads_in_loops"): {8},
+    ("sample of proposals", "_sample_kernel", "loads_outside"): {8},
     ("roi_pool", "_roi_pool_kernel", "loads_in_loops"): {16},
-    ("roi_pool", "_roi_pool_backward_kernel", "loads_in_loops"): {4, 8, 16},
+    ("roi_pool", "_roi_pool_backward_kernel", "loads_in_loops"): {4, 8},
     ("roi_pool, bf16", "_roi_pool_kernel", "loads_in_loops"): {16},
-    ("roi_pool, bf16", "_roi_pool_backward_kernel", "loads_in_loops"): {4, 16},
+    ("roi_pool, bf16", "_roi_pool_backward_kernel", "loads_in_loops"): {4},
     ("roi_align", "_roi_align_kernel", "loads_outside"): {4, 16},
     ("roi_align", "_roi_align_backward_kernel", "loads_in_loops"): {4, 16},
     ("roi_align, bf16", "_roi_align_kernel", "loads_outside"): {4, 16},

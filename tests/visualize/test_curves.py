@@ -81,6 +81,19 @@ def test_plot_average_precision(tmp_path: Path, drawn: list[Any]) -> None:
     assert all(has_color(tmp_path / "ap.png", color) for _, color in curves._PRECISIONS.values())
 
 
+def test_the_loss_of_evaluations_is_drawn_beside_that_of_training(tmp_path: Path, drawn: list[Any]) -> None:
+    losses = write_metrics(tmp_path / "m.csv", rows_of(30))
+    path, columns = tmp_path / "validation.csv", ["epoch", "step", "val_loss"]
+    for values in (None, [2.5, np.nan, 1.5], [np.nan]):
+        if values is not None:
+            write_metrics(path, [[k, 10 * k, value] for k, value in enumerate(values, start=1)], columns)
+        plot_losses(losses, tmp_path / "m.png", path)
+    without, with_values, only_nan = (lines_of(figure.axes[0]) for figure in drawn)
+    assert with_values["validation"] == [(10, 2.5), (30, 1.5)]
+    assert "validation" not in {*without, *only_nan}
+    assert [text.get_text() for text in drawn[1].axes[0].get_legend().get_texts()] == ["training", "validation"]
+
+
 def test_of_one_epoch_the_axis_has_one_tick_and_without_values_there_is_a_note(
     tmp_path: Path, drawn: list[Any]
 ) -> None:

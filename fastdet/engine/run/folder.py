@@ -22,7 +22,7 @@ from fastdet.weights import files
 
 COLUMNS = ("epoch", "step", "lr", "loss", *LOSSES, "images_per_second", "data_wait")
 
-VALIDATION_COLUMNS = ("epoch", "step", "AP", "AP50", "AP75")
+VALIDATION_COLUMNS = ("epoch", "step", "AP", "AP50", "AP75", "val_loss", *LOSSES)
 
 Row = dict[str, float]
 
