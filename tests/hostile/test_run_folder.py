@@ -68,10 +68,16 @@ HELD_OUT = [Shapes(3, size=32, seed=1)[index] for index in range(3)]
 
 
 def validate(model):
-    """The better the lower the losses are: the average precision of so short a run is 0."""
+    """The better the higher the losses are, so that the best is not the last."""
     found = evaluate(model, HELD_OUT, Shapes.class_names, compute_losses=True)
     total = sum(found.losses.values())
-    return {"AP": 1 / (1 + total), "AP50": found.coco.ap50, "AP75": found.coco.ap75, "val_loss": total, **found.losses}
+    return {
+        "AP": 1 - 1 / (1 + total),
+        "AP50": found.coco.ap50,
+        "AP75": found.coco.ap75,
+        "val_loss": total,
+        **found.losses,
+    }
 
 
 def run(out, settings=SETTINGS, dataset=None, **options):
@@ -86,7 +92,9 @@ def straight(tmp_path_factory):
     torch.set_num_threads(1)
     folder, start = tmp_path_factory.mktemp("straight"), time.perf_counter()
     run(folder)
-    return folder, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    assert checkpoint.load(folder / "best.pth")["epoch"] < SETTINGS.epochs
+    return folder, seconds
 
 
 @pytest.fixture(autouse=True)
@@ -113,9 +121,9 @@ def assert_equal(found, expected, name):
         assert found == expected, name
 
 
-def assert_same_checkpoints(first, second):
+def assert_same_checkpoints(first, second, names=("last.pth", "best.pth")):
     """Two folders hold bitwise the same state and the same best weights, however the runs were called."""
-    for name in ("last.pth", "best.pth"):
+    for name in names:
         expected, found = (checkpoint.load(folder / name) for folder in (first, second))
         assert_equal(*({k: v for k, v in x.items() if k not in OF_A_RUN} for x in (found, expected)), name)
 
@@ -418,7 +426,7 @@ def test_hyperparameters_of_a_file_are_not_taken(tmp_path, one_step):
     groups = [{**group, "weight_decay": 1e6, "maximize": True} for group in content["optimizer"]["param_groups"]]
     checkpoint.save(tmp_path / "changed/last.pth", change(content, groups, "optimizer", "param_groups"))
     run(tmp_path / "changed", settings, Image1(), resume=True)
-    assert_same_run(tmp_path / "straight", tmp_path / "changed")
+    assert_same_checkpoints(tmp_path / "straight", tmp_path / "changed", ["last.pth"])
 
 
 def test_epochs_and_steps_beyond_the_run_are_refused(tmp_path, one_step):
