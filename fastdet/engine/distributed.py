@@ -26,7 +26,7 @@ _PATIENCE = timedelta(minutes=10)
 
 
 class OtherFailedError(Exception):
-    """Another process of the run failed before this one did, and says why."""
+    """Another process of the run failed before this one did, and gives the reason."""
 
 
 @dataclass(frozen=True)

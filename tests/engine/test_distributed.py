@@ -169,7 +169,7 @@ def torchrun(tmp_path) -> Iterator[Callable[..., Torchrun]]:
         each.kill()
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
@@ -211,7 +211,7 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on(tmp_path, folder,
     out = tmp_path / "run"
     launch = "--standalone", "--nproc-per-node=2", "--max-restarts=1"
     running = torchrun(*arguments(folder), out, launch=launch)
-    wait_for(has_validated(out))
+    until(has_validated(out))
     running.send(signal.SIGKILL, rank=1)
     _, shown = running.ends_with(0)
     assert len([line for line in shown if "the connection to another process of the run is lost" in line]) == 1
@@ -222,7 +222,7 @@ def test_a_run_that_is_asked_to_end_saves_its_state(tmp_path, folder, torchrun):
     """The agent of torch asks all processes of a rank, those that load images among them."""
     out = tmp_path / "run"
     running = torchrun(*arguments(folder), out, "--workers", "2")
-    wait_for(has_validated(out))
+    until(has_validated(out))
     running.send(signal.SIGTERM)
     _, shown = running.ends_with(1)
     assert len([line for line in shown if line.startswith("fastdet: ")]) == 1
@@ -248,7 +248,7 @@ def test_two_nodes_go_on_after_one_has_lost_a_process(tmp_path, folder, torchrun
     launch = "--nnodes=2", "--nproc-per-node=1", "--max-restarts=2", "--rdzv-id=1", "--rdzv-backend=c10d"
     launch = *launch, f"--rdzv-endpoint=localhost:{port}"
     nodes = [torchrun(*arguments(folder), out, launch=launch) for _ in range(2)]
-    wait_for(has_validated(out))
+    until(has_validated(out))
     # Which node is the first is not decided by the order in which they came.
     node = next(each for each in nodes if 1 in each.ranks())
     node.send(signal.SIGKILL, rank=1)
