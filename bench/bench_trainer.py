@@ -31,13 +31,13 @@ class InMemory(Dataset[Item]):
 
 @pytest.mark.parametrize("ema", [0.0, 0.999], ids=["", "ema"])
 def test_overhead_of_a_step(benchmark, tmp_path, capsys, device, monkeypatch, ema):
-    """The share of the time after the first reading that is neither in a step nor spent waiting for data."""
-    taken, step, number = list[float](), Stepper.__call__, count()
+    """The share of the time after the first reading that is neither in a step nor spent on loading."""
+    durations, step, number = list[float](), Stepper.__call__, count()
 
     def timed(self, *batch):
         start = time.perf_counter()
         row = step(self, *batch)
-        taken.append(time.perf_counter() - start)
+        durations.append(time.perf_counter() - start)
         return row
 
     monkeypatch.setattr(Stepper, "__call__", timed)
@@ -46,11 +46,11 @@ def test_overhead_of_a_step(benchmark, tmp_path, capsys, device, monkeypatch, em
     shares = []
 
     def run() -> None:
-        taken.clear()
+        durations.clear()
         rows = train(model, InMemory(), tmp_path / str(next(number)), settings, progress=False)
         seconds = [LOG_EVERY * BATCH / row["images_per_second"] for row in rows[1:]]
-        waiting = sum(row["data_wait"] * time for row, time in zip(rows[1:], seconds, strict=True))
-        shares.append(1 - (sum(taken[LOG_EVERY:]) + waiting) / sum(seconds))
+        loading = sum(row["data_wait"] * length for row, length in zip(rows[1:], seconds, strict=True))
+        shares.append(1 - (sum(durations[LOG_EVERY:]) + loading) / sum(seconds))
 
     benchmark.pedantic(run, rounds=1, iterations=1)
     benchmark.extra_info["overhead"] = shares[-1]

@@ -30,12 +30,12 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def config(channels: int, itemsize: int) -> Config:
-    """One warp, so 16 bytes per thread of half precision: with two, a thread has fewer loads to keep in flight."""
+def config(channels: int) -> Config:
+    """One warp, with 16 bytes per thread of half precision: with two, a thread has fewer loads to keep in flight."""
     return Config(min(triton.next_power_of_2(channels), 256), unroll=4, num_warps=1)
 
 
-def config_backward(channels: int, itemsize: int) -> Config:
+def config_backward(channels: int) -> Config:
     """Two channels per thread, so that registers hold all loads of a round: the longest list, of up to some hundred
     bins, decides the time."""
     block = min(triton.next_power_of_2(channels), 256)
@@ -209,7 +209,7 @@ def launch(
     """Fill `pooled` and `argmax` [R, C, PH, PW] for `features` [B, C, H, W], all channels-last, and `rois` [R, 5]."""
     num_images, channels, height, width = features.shape
     num_rois, _, pooled_height, pooled_width = pooled.shape
-    block_c, unroll, num_warps = config(channels, features.element_size())
+    block_c, unroll, num_warps = config(channels)
     _roi_pool_kernel[(num_rois * pooled_height * pooled_width, triton.cdiv(channels, block_c))](
         input_ptr=features,
         rois_ptr=rois,
@@ -255,7 +255,7 @@ def launch_backward(
         tile=TILE,
     )  # fmt: skip
     launch_visits(images, extents, spans, bounds, visits, grid=grid, pooled=pooled)
-    block_c, unroll, num_warps = config_backward(channels, grad.element_size())
+    block_c, unroll, num_warps = config_backward(channels)
     _roi_pool_backward_kernel[(len(bounds), triton.cdiv(channels, block_c))](
         grad_ptr=grad,
         argmax_ptr=argmax,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -189,9 +191,18 @@ def load_batches(
 
 
 def ignore_sigterm(worker: int) -> None:
-    """For workers: who asks a run to end often asks all of its processes, and the run has steps to take until then.
-    They end with it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """For workers: only the loader's SIGTERM ends them. Who asks a run to end often asks all of its processes, and the
+    run has a step to take until then. Without effect where Python does not tell from whom a signal is."""
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+
+    def exit_for_parent() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=exit_for_parent, daemon=True).start()
 
 
 def _name_killed_workers(loader: Iterable[Any]) -> Iterator[Any]:

@@ -81,11 +81,16 @@ def test_a_shape_holds_each_full_batch_of_every_epoch(model, augmentation, sizes
 
 @pytest.mark.parametrize("names", [("sizes", "target"), ("target",), ("sizes",), ()], ids=str)
 @pytest.mark.parametrize("augmentation", PRESETS)
-def test_a_shape_holds_what_the_model_makes_of_a_batch(augmentation, names):
+@pytest.mark.parametrize(
+    "sizes",
+    [[(60, 80), (80, 60), (50, 120), (64, 64), (90, 30), (70, 75)], [(45, 90)] * 6],
+    ids=["mixed", "landscape"],
+)
+def test_a_shape_holds_a_batch_as_the_model_pads_it(augmentation, names, sizes):
     """Also where the augmentation changes the sizes, and of data sets that do not tell them."""
     model = small_detector(min_size=(48, 64), max_size=96).train()
     settings = replace(SETTINGS, epochs=2, augmentation=augmentation)
-    data = Images([(60, 80), (80, 60), (50, 120), (64, 64), (90, 30), (70, 75)], 3, names)
+    data = Images(sizes, 3, names)
     shapes, max_boxes = plan_graphs(model.settings, settings, data)
     assert len(shapes) <= MOST_SHAPES
     augmented = AugmentedDataset(data, augmentation, (model.settings.min_sizes[-1], model.settings.max_size))

@@ -1,6 +1,8 @@
 """The batches of a run: the same with any number of workers, started in any way, of any data set."""
 
 import multiprocessing
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -166,3 +168,14 @@ def test_ids_of_another_number_are_refused():
     data.ids = ["only one name"] * (len(data) + 1)
     with pytest.raises(ValueError, match=f"each of the {len(data)} images, got {len(data) + 1} names"):
         check_ids(data)
+
+
+def test_a_process_ends_though_its_loader_was_not_read_to_the_end():
+    """At its exit Python asks the workers to end, and waits for them."""
+    lines = [
+        "from tests.engine.test_loading import *",
+        "plans = EpochPlans(7, TrainSettings(batch_size=1), range(9), 0, None)",
+        "batches = load_batches(AugmentedDataset(Shapes(7, size=32), 'none', (32, 32)), plans, 1, 0, CPU)",
+        "next(batches)",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=60)

@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(make, accumulate, clip_norm):
     assert differ(model, before)
 
 
-def test_how_steps_are_taken_is_told():
+def test_how_steps_are_taken_is_described():
     model, data = small_detector(), [None]
     assert describe_steps(model, data, TrainSettings()) == "on cpu, float32"
     assert describe_steps(model, data, TrainSettings(amp="bfloat16", accumulate=3)) == "on cpu, bfloat16, in 3 parts"

@@ -36,7 +36,7 @@ def test_two_graphs_serve_batches_of_one_to_eight(build, training):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model.forward_padded, fullgraph=True, backend=counter)
-    for batch in range(1, 9):
+    for batch in (1, 2, 5, 8):
         images, sizes, targets, scales = padded(batch)
         with torch.set_grad_enabled(training):
             torch.manual_seed(batch)

@@ -363,12 +363,12 @@ def test_workers_start_no_threads_of_their_own():
 
 
 @pytest.mark.parametrize(
-    ("channels", "itemsize", "expected"),
-    [(512, 4, (256, 2)), (512, 2, (256, 1)), (200, 4, (256, 2)), (100, 4, (128, 1)), (1, 2, (1, 1))],
+    ("channels", "forward", "backward"),
+    [(512, (256, 1), (256, 4)), (200, (256, 1), (256, 4)), (100, (128, 1), (128, 2)), (1, (1, 1), (1, 1))],
 )
-def test_config(channels, itemsize, expected):
+def test_config(channels, forward, backward):
     kernel = pytest.importorskip("fastdet.kernels.roi_pool")
-    for config in (kernel.config(channels, itemsize), kernel.config_backward(channels, itemsize)):
+    for config, expected in ((kernel.config(channels), forward), (kernel.config_backward(channels), backward)):
         assert (config.block_c, config.num_warps) == expected
 
 
