@@ -117,7 +117,7 @@ def evaluations(processes: Processes = ALONE) -> list[Evaluation]:
     """Of ten images, and of one."""
     model, data = detector(box_score_thresh=0.0), Scenes()
     return [
-        evaluate(model, part, data.class_names, batch_size=2, processes=processes)
+        evaluate(model, part, data.class_names, batch_size=2, processes=processes, compute_losses=True)
         for part in (data, torch.utils.data.Subset(data, [0]))
     ]
 
@@ -132,7 +132,7 @@ def _all(rank: int, folder: Path) -> None:
         "batchnorm": run_with_batchnorm(folder / "batchnorm", processes),
         "infinity": run_into_infinity(folder / "infinity", processes),
         "without boxes": steps_without_boxes(processes),
-        "evaluations": [(each.summary(), each.predictions) for each in evaluations(processes)],
+        "evaluations": [(each.summary(), each.predictions, each.losses) for each in evaluations(processes)],
     }
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
     dist.destroy_process_group()
