@@ -141,7 +141,7 @@ def _all(rank: int, folder: Path) -> None:
 def run_all(folder: Path) -> list[dict[str, Any]]:
     """All of this by two processes, in a folder; what each found."""
     context = torch.multiprocessing.spawn(_all, (folder,), nprocs=2, join=False)
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 80
     while not context.join(timeout=1):
         if time.monotonic() > deadline:
             for process in context.processes:
