@@ -95,8 +95,8 @@ def test_evaluation_by_two_processes_is_that_by_one(by_two):
     for number, expected in enumerate(processes.evaluations()):
         assert expected.summary()["VOC12"] > 0
         for found in by_two[1]:
-            summary, predictions = found["evaluations"][number]
-            assert summary == expected.summary()
+            summary, predictions, losses = found["evaluations"][number]
+            assert (summary, losses) == (expected.summary(), expected.losses)
             torch.testing.assert_close(predictions, expected.predictions, rtol=0, atol=0)
 
 

@@ -117,7 +117,7 @@ def evaluations(processes: Processes = ALONE) -> list[Evaluation]:
     """Of ten images, and of one."""
     model, data = detector(box_score_thresh=0.0), Scenes()
     return [
-        evaluate(model, part, data.class_names, batch_size=2, processes=processes)
+        evaluate(model, part, data.class_names, batch_size=2, processes=processes, compute_losses=True)
         for part in (data, torch.utils.data.Subset(data, [0]))
     ]
 
@@ -132,7 +132,7 @@ def _all(rank: int, folder: Path) -> None:
         "batchnorm": run_with_batchnorm(folder / "batchnorm", processes),
         "infinity": run_into_infinity(folder / "infinity", processes),
         "without boxes": steps_without_boxes(processes),
-        "evaluations": [(each.summary(), each.predictions) for each in evaluations(processes)],
+        "evaluations": [(each.summary(), each.predictions, each.losses) for each in evaluations(processes)],
     }
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
     dist.destroy_process_group()
@@ -141,7 +141,7 @@ def _all(rank: int, folder: Path) -> None:
 def run_all(folder: Path) -> list[dict[str, Any]]:
     """All of this by two processes, in a folder; what each found."""
     context = torch.multiprocessing.spawn(_all, (folder,), nprocs=2, join=False)
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 80
     while not context.join(timeout=1):
         if time.monotonic() > deadline:
             for process in context.processes:
