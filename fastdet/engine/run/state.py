@@ -26,7 +26,7 @@ from fastdet.weights.files import one_line
 
 # A resumed run may change these, as they change nothing in what was drawn so far.
 _FREE_ON_RESUME = (
-    *("epochs", "workers", "log_every", "eval_every", "save_every", "patience"),
+    *("epochs", "workers", "log_every", "eval_every", "save_every", "patience", "graphs"),
     *("arguments", "environment"),
 )
 
