@@ -1,6 +1,7 @@
 """fastdet: the two-stage object detector as batched, fixed-shape tensor operations with Triton kernels."""
 
 from fastdet import data, export, graphs, ops, weights
+from fastdet.engine import TrainSettings, train
 from fastdet.interop.accelerate import accelerate
 from fastdet.models.anchors import AnchorGenerator
 from fastdet.models.builders import (
@@ -28,6 +29,7 @@ __all__ = [
     "Samples",
     "Settings",
     "Targets",
+    "TrainSettings",
     "__version__",
     "accelerate",
     "data",
@@ -41,5 +43,6 @@ __all__ = [
     "fuse",
     "graphs",
     "ops",
+    "train",
     "weights",
 ]

@@ -9,9 +9,10 @@ from functools import partial
 from itertools import combinations, islice, product
 from typing import Any, NamedTuple
 
-from fastdet.engine.loading import Size, plan_epoch, sizes_of
+from fastdet.engine.loading import plan_epoch, sizes_of
 from fastdet.engine.recipes import TrainSettings
 from fastdet.graphs.static_inputs import Shape
+from fastdet.models.anchors import Size
 from fastdet.models.preprocessing import padded_size, resized_size
 from fastdet.models.settings import Settings
 

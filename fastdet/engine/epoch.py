@@ -14,7 +14,7 @@ from fastdet.engine.loading import Batch, BatchPlan, EpochPlans, image_names
 from fastdet.engine.recipes import learning_rate, update_average
 from fastdet.engine.run.folder import Row
 from fastdet.engine.step import Stepper
-from fastdet.graphs.rows import StepRow, UnreadRows
+from fastdet.graphs.rows import StepRow, UnreadRows, describe
 from fastdet.graphs.step import COLUMNS
 from fastdet.models.losses import NAMES as LOSSES
 
@@ -54,11 +54,11 @@ def train_epoch(
         is_terminated: whether the run is to end, on which several processes agree.
         average: of the weights, updated after each step.
     """
-    settings, processes = plans.settings, plans.processes
+    settings = plans.settings
     plan, steps = plans.of(epoch), plans.steps
     last_step = (epoch + 1) * steps
     stepper.model.train()
-    unread: UnreadRows[BatchPlan] = UnreadRows(stepper.checked)
+    unread: UnreadRows[BatchPlan] = UnreadRows()
     clock, waited, trained = time.perf_counter(), 0.0, 0
     for step, batch in enumerate(plan, start=last_step - len(plan)):
         asked = time.perf_counter()
@@ -66,7 +66,7 @@ def train_epoch(
         waited += time.perf_counter() - asked
         rate = learning_rate(settings, step, steps)
         stepper.set_lr(rate)
-        own = processes.share(batch) or batch[:1]
+        own = plans.own(batch)
         try:
             row = stepper(images, targets, len(batch))
         except ValueError as error:
@@ -78,7 +78,7 @@ def train_epoch(
         trained += len(batch)
         bar.update(len(batch))
         if len(unread) == settings.log_every or step + 1 == last_step or is_terminated():
-            means = _read_losses(unread, dataset)
+            means = _read_losses(unread, stepper.checked, dataset)
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             wait = waited / seconds
             bar.set_postfix_str(f"loss {sum(means):.3f}, {wait:.0%} of the time waiting for data")
@@ -90,13 +90,13 @@ def train_epoch(
             waited, trained = 0.0, 0
 
 
-def _read_losses(unread: UnreadRows[BatchPlan], dataset: Dataset[Item]) -> list[float]:
+def _read_losses(unread: UnreadRows[BatchPlan], checked: int, dataset: Dataset[Item]) -> list[float]:
     """The means of the losses, in the order of `LOSSES`."""
-    rows, others = unread.read()
+    rows, others = unread.read(checked)
     if others:
         first = others[0]
         names = _image_names(dataset, first.about)
-        raise NotFiniteError(unread.describe(first, names), _record(first, names, dataset))
+        raise NotFiniteError(describe(first, checked, names), _record(first, names, dataset))
     return [sum(row.values[name] for row in rows) / len(rows) for name in LOSSES]
 
 

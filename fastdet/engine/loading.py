@@ -19,12 +19,12 @@ from fastdet.data.augmentation import Preset, augment, build
 from fastdet.data.transforms import make_item
 from fastdet.engine.distributed import ALONE, Processes
 from fastdet.engine.recipes import TrainSettings
+from fastdet.models.anchors import Size
 from fastdet.weights.files import one_line
 
 Batch = tuple[list[Tensor], list[Target]]
 # The images of a step: their indices, each with the seed of what is drawn for it.
 BatchPlan = list[tuple[int, int]]
-Size = tuple[int, int]
 
 
 class AugmentedDataset(Dataset[Item]):
@@ -149,9 +149,12 @@ class EpochPlans:
         return -(-self.length // self.settings.batch_size)
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        """What this process loads: its share of each batch; where that is nothing, any image."""
         for epoch in self.epochs:
-            yield from (self.processes.share(batch) or batch[:1] for batch in self.of(epoch))
+            yield from map(self.own, self.of(epoch))
+
+    def own(self, batch: BatchPlan) -> BatchPlan:
+        """What this process loads of a batch: its share, and where that is nothing any image."""
+        return self.processes.share(batch) or batch[:1]
 
     def of(self, epoch: int) -> list[BatchPlan]:
         """The batches of one epoch that are to be done, of all processes."""

@@ -45,8 +45,8 @@ def batch_losses(
 ) -> list[Callable[[], dict[str, Tensor]]]:
     """The parts of a `training_step` on a batch, whose losses add up to those of the whole batch.
 
-    What a loss is divided by is known when all parts are: with several, each is computed once more beforehand, without
-    gradients, for a third more of the time.
+    What a loss is divided by is known when all parts are: with several, each goes forward once more beforehand, without
+    gradients.
 
     Args:
         module: as of `padded_losses`.

@@ -24,14 +24,9 @@ class StepRow(NamedTuple, Generic[About]):
 
 
 class UnreadRows(Generic[About]):
-    """The rows of steps since they were read last.
+    """The rows of steps since they were read last."""
 
-    Args:
-        checked: how many of `COLUMNS` must be finite.
-    """
-
-    def __init__(self, checked: int) -> None:
-        self.checked = checked
+    def __init__(self) -> None:
         self._unread: list[tuple[int, About, Tensor]] = []
 
     def __len__(self) -> int:
@@ -41,19 +36,21 @@ class UnreadRows(Generic[About]):
         """Keep a row [len(COLUMNS)], which must not be written over."""
         self._unread.append((step, about, row))
 
-    def read(self) -> tuple[list[StepRow[About]], list[StepRow[About]]]:
-        """All rows, the finite ones and the others: a host sync. They are forgotten then."""
+    def read(self, checked: int) -> tuple[list[StepRow[About]], list[StepRow[About]]]:
+        """All rows, those of which the first `checked` columns are finite and the others: a host sync. They are
+        forgotten then."""
         if not self._unread:
             return [], []
         rows = torch.stack([row for _, _, row in self._unread]).tolist()
         finite, others = list[StepRow[About]](), list[StepRow[About]]()
         for (step, about, _), values in zip(self._unread, rows, strict=True):
             named = {"loss": sum(values[: len(NAMES)]), **dict(zip(COLUMNS, values, strict=True))}
-            (finite if all(map(math.isfinite, values[: self.checked])) else others).append(StepRow(step, about, named))
+            (finite if all(map(math.isfinite, values[:checked])) else others).append(StepRow(step, about, named))
         self._unread = []
         return finite, others
 
-    def describe(self, row: StepRow[About], images: str) -> str:
-        """What is not finite in a step."""
-        found = ", ".join(f"{name} {row.values[name]:.3g}" for name in COLUMNS[: self.checked])
-        return f"step {row.step}: a loss or gradient is not finite ({found}), images {images}"
+
+def describe(row: StepRow[About], checked: int, images: str) -> str:
+    """That a step is not finite, with its first `checked` columns and the names of its images."""
+    found = ", ".join(f"{name} {row.values[name]:.3g}" for name in COLUMNS[:checked])
+    return f"step {row.step}: a loss or gradient is not finite ({found}), images {images}"

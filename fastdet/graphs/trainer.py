@@ -25,7 +25,7 @@ from fastdet.graphs.batch_losses import PaddedLosses, batch_losses
 from fastdet.graphs.capture import GraphedModel, StaticStep
 from fastdet.graphs.guards import CaptureGuard
 from fastdet.graphs.optimizers import prepare_optimizer
-from fastdet.graphs.rows import UnreadRows
+from fastdet.graphs.rows import UnreadRows, describe
 from fastdet.graphs.static_inputs import BatchShapes, Shape
 from fastdet.graphs.step import LossScale, checked_columns, training_step
 from fastdet.models.faster_rcnn import FasterRCNN
@@ -77,7 +77,7 @@ class GraphedTrainer(GraphedModel):
         check_gradients: look for gradients that are not finite, by their norm. False saves a pass over all gradients
             where neither `clip_norm` nor fp16 needs the norm; then a step is skipped for its losses alone.
         accumulate: parts of a batch that go through the network one after another, for less memory; the step is that of
-            the whole batch. With several it takes a third longer.
+            the whole batch. With several it goes forward twice.
         memory_limit: bytes that graphs may keep; the least recently used are dropped, and captured again when they are
             needed. None: no limit, and graphs share their memory.
         check_every_step: compare everything at every step, for some tenths of a millisecond of the host's time.
@@ -114,7 +114,7 @@ class GraphedTrainer(GraphedModel):
         self.optimizer, self.max_boxes, self.clip_norm = optimizer, max_boxes, clip_norm
         self.check_gradients, self.accumulate = check_gradients, accumulate
         self._steps = 0
-        self._unread: UnreadRows[str] = UnreadRows(0)
+        self._unread: UnreadRows[str] = UnreadRows()
         self._read: list[dict[str, float]] = []
         self._rates: list[Tensor] = []
         # Tensors of inference mode could not be changed outside it.
@@ -165,7 +165,6 @@ class GraphedTrainer(GraphedModel):
             raise ValueError(f"{len(images)} images, but {len(ids)} ids")
         row = self.replay(images, sizes, targets, scales)
         self._steps += 1
-        self._unread.checked = checked_columns(self.amp, self.clip_norm, self.check_gradients)
         self._unread.add(self._steps, ", ".join(map(str, range(len(images)) if ids is None else ids)), row)
 
     def holds(self, batch: Batch, targets: Targets) -> bool:
@@ -208,10 +207,11 @@ class GraphedTrainer(GraphedModel):
                 no weights, and the rows of the other steps are there for the next call. Under fp16 a gradient that is
                 not finite only shows as "skipped", as the loss scale looks for the largest that does not overflow.
         """
-        finite, others = self._unread.read()
+        checked = checked_columns(self.amp, self.clip_norm, self.check_gradients)
+        finite, others = self._unread.read(checked)
         self._read += [{"step": row.step, **row.values} for row in finite]
         if others:
-            errors = [self._unread.describe(row, row.about) for row in others]
+            errors = [describe(row, checked, row.about) for row in others]
             raise FloatingPointError("; ".join(errors) + "; nothing was learned from them")
         read, self._read = self._read, []
         return read
