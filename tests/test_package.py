@@ -205,7 +205,7 @@ def test_a_bare_import_of_kernels_names_the_package():
 
 
 def test_what_is_exported_is_there():
-    for name in ("FasterRCNN", "train", "TrainSettings", "fasterrcnn_vgg16", "Targets", "Proposals", "Samples", "Detections", "ops"):
+    for name in ("FasterRCNN", "train", "TrainSettings", "Targets", "Proposals", "Samples", "Detections", "ops"):
         assert name in fastdet.__all__
     assert all(hasattr(fastdet, name) for name in fastdet.__all__)
     assert all(hasattr(fastdet.ops, name) for name in fastdet.ops.__all__)
