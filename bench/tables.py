@@ -114,23 +114,6 @@ def one_image(rows: Sequence[Row]) -> list[str]:
     return [*_head("detector", "way", "fastdet, ms", "torchvision, ms"), *lines]
 
 
-def fastest(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each detector: in which way one image takes least, and how much longer the others take."""
-    sentences = []
-    for size in dict.fromkeys(row.size for row in rows if row.op.startswith("one image, ")):
-        took: dict[str, float] = {}
-        for row in rows:
-            if row.op.startswith("one image, ") and row.size == size:
-                way = row.op.removeprefix("one image, ")
-                took[f"fastdet {way}"] = row.ours_p50_ms
-                # The compiled detector was measured beside torchvision's in eager mode.
-                took.setdefault(f"torchvision {'eager' if way == 'compiled' else way}", row.torchvision_p50_ms)
-        best, *others = sorted(took, key=took.__getitem__)
-        longer = ", ".join(f"{took[way] / took[best]:.2f} times as long in {way}" for way in others)
-        sentences.append(f"- {size}: {best}, {took[best]:.1f} ms; {longer}.")
-    return sentences
-
-
 def gpu_steps(rows: Sequence[Row]) -> list[str]:
     """The steps of the detector in every way to run them on a GPU, in brackets torchvision's in eager mode."""
     lines = []
@@ -161,7 +144,6 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "growth": growth,
     "whole_steps": whole_steps,
     "one_image": one_image,
-    "fastest": fastest,
     "gpu_steps": gpu_steps,
     "gpu_operations": gpu_operations,
 }

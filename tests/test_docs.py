@@ -49,7 +49,7 @@ def test_the_script_of_the_readme_trains(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("path", "names"),
     [
-        ("README.md", {H100: ["worst_and_best"], EPYC: ["worst_and_best", "fastest"]}),
+        ("README.md", {H100: ["worst_and_best"], EPYC: ["worst_and_best"]}),
         ("docs/benchmarks.md", {H100: ["gpu_steps", "gpu_operations"], EPYC: EPYC_TABLES}),
     ],
 )
