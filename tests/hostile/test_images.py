@@ -148,14 +148,15 @@ NAME = "x" * 5_000_000
     [
         (annotation(object_of() * 70_000), "the annotation has 70000 objects, more than 65536"),
         ("<a>" * 40 + "</a>" * 40, "nested deeper than 32"),
-        ("<a>" * 5_000_000, "nested deeper than 32"),
+        ("<a>" * 1_000_000, "nested deeper than 32"),
+        (annotation("<a/>" * (16 << 20))[: 64 << 20], "more than 1048576 tags"),
         (annotation(f"<!--{'x' * (65 << 20)}-->"), "more than 64 MB"),
         ('<!DOCTYPE a [<!ENTITY b "x">]><a>&b;</a>', "the XML does not parse"),
         (annotation("<object/>"), "no <name>"),
         (annotation(object_of()).replace("<xmin>1", f"<xmin>{NAME}"), "<xmin> is not a number"),
         (annotation(object_of(NAME)), "class 'x*' is not among"),
     ],
-    ids=["objects", "depth", "depth of megabytes", "size", "entity", "no name", "number", "name"],
+    ids=["objects", "depth", "depth of megabytes", "tags", "size", "entity", "no name", "number", "name"],
 )
 def test_annotations_out_of_proportion_are_refused_by_name(tmp_path, text, message):
     with pytest.raises(DataError, match=message) as caught:

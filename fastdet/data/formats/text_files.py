@@ -8,17 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastdet.data.images import DataError
-from fastdet.safe_files import open_regular, printable
+from fastdet.data.images import error_at
+from fastdet.safe_files import open_regular
 
 _MAX_DEPTH, _MAX_DIRECTIVES = 16, 16
-# Bytes of YAML that are that take a second at most to parse: by libyaml, and without it.
+# Bytes of YAML that take a second at most to parse: with libyaml, and without it.
 _MAX_YAML, _MAX_SLOW_YAML = 512 << 10, 128 << 10
-
-
-def error_at(place: object, message: str) -> DataError:
-    """An error about a file, or a place in it, of one line."""
-    return DataError(printable(f"{place}: {message}", 2000))
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
@@ -56,11 +51,20 @@ def read_text(path: Path, max_bytes: int) -> str:
 
 
 def is_true(text: str) -> bool:
-    """Whether it is a number other than 0, or a word for it; what is nothing that is known is as if absent."""
+    """Whether it is a finite number other than 0, or "true" or "yes"; any other text is as if absent."""
     try:
-        return float(text) not in (0, math.inf, -math.inf) and not math.isnan(float(text))
+        return math.isfinite(number := float(text)) and number != 0
     except ValueError:
         return text.strip().lower() in ("true", "yes")
+
+
+def to_size(width: object, height: object) -> tuple[float, float] | None:
+    """A size as an annotation has it, in numbers or texts; None where it is none."""
+    try:
+        size = float(str(width)), float(str(height))
+    except ValueError:
+        return None
+    return size if all(0 < side < math.inf for side in size) else None
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:
