@@ -110,7 +110,8 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, *, apply_exif_ori
             gray = (np.array(picture).astype(np.uint16) >> 8).astype(np.uint8)
             return torch.from_numpy(gray).expand(3, -1, -1).contiguous()
         if picture.mode in ("I", "F"):
-            raise error_at(path, f"the image's pixels (Pillow's mode {picture.mode!r}) have no known range")
+            mode = f"32 bits a pixel (Pillow's mode {picture.mode!r})"
+            raise error_at(path, f"the image has {mode}, of no known range; 8 and 16 bits are read")
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 

@@ -337,10 +337,10 @@ def test_voc_broken_xml(root: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("<xmin>11</xmin>", "", "xmin"),
+        ("<xmin>11</xmin>", "", "object 2: its <bndbox> has no <xmin>"),
         ("<xmin>11</xmin>", "<xmin>eleven\n</xmin>", "'eleven'"),
         ("<xmin>11</xmin>", "<xmin/>", "xmin"),
-        ("<name>cat</name>", "", "name"),
+        ("<name>cat</name>", "", "object 2: it has no <name>"),
         ("<bndbox><xmin>11</xmin><ymin>6</ymin><xmax>20</xmax><ymax>15</ymax></bndbox>", "", "'cat' has no <bndbox>"),
     ],
 )

@@ -250,8 +250,8 @@ def test_files_of_labels_that_cannot_be_read_are_named(root: Path) -> None:
     path = root / "labels/train/a.txt"
     problems: list[DataError] = []
     for content, message in (
-        (b"1 0.5 0.5 0.5 0.5 \xff\n", "text is neither UTF-8 nor UTF-16 with a mark: 'utf-8' codec"),
-        (b"\xfe\xff1", "text is neither UTF-8 nor UTF-16 with a mark: 'utf-16"),
+        (b"1 0.5 0.5 0.5 0.5 \xff\n", "text is neither UTF-8 nor UTF-16 with a byte order mark: 'utf-8' codec"),
+        (b"\xfe\xff1", "text is neither UTF-8 nor UTF-16 with a byte order mark: 'utf-16"),
         (b"\n" * 70_000 + b"0 0.5 0.5 1 1", "file has more than 65536 lines"),
     ):
         path.write_bytes(content)

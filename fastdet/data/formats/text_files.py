@@ -37,7 +37,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 
 
 def read_text(path: Path, max_bytes: int) -> str:
-    """The text of a file in UTF-8, with or without a mark of the byte order, or in UTF-16 with one.
+    """The text of a file in UTF-8, with or without a byte order mark, or in UTF-16 with one.
 
     Raises:
         DataError: as of `read_bytes`, or it is in another encoding.
@@ -47,7 +47,7 @@ def read_text(path: Path, max_bytes: int) -> str:
         # PowerShell writes UTF-16.
         return content.decode("utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
     except ValueError as error:
-        raise error_at(path, f"the text is neither UTF-8 nor UTF-16 with a mark: {error}") from error
+        raise error_at(path, f"the text is neither UTF-8 nor UTF-16 with a byte order mark: {error}") from error
 
 
 def is_true(text: str) -> bool:

@@ -231,7 +231,7 @@ def _read_annotation(path: Path) -> _Annotation:
         raise error_at(path, f"{len(found)} <{other}>, but {len(elements)} <object> right inside of <annotation>")
     if len(elements) > _MAX_OBJECTS:
         raise error_at(path, f"the annotation has {len(elements)} objects, more than {_MAX_OBJECTS}")
-    objects = [_read_object(element, path) for element in elements]
+    objects = [_read_object(element, f"{path}: object {k}") for k, element in enumerate(elements, start=1)]
     size = to_size(root.findtext("size/width"), root.findtext("size/height"))
     return _Annotation(path, (root.findtext("filename") or "").strip(), size, objects)
 
@@ -248,28 +248,28 @@ def _parse(events: Any, path: Path) -> Element:
     return root
 
 
-def _read_object(element: Element, path: Path) -> _Object:
+def _read_object(element: Element, place: str) -> _Object:
     name = (element.findtext("name") or "").strip()
     if not name:
-        raise error_at(path, "an object has no <name>")
+        raise error_at(place, "it has no <name>")
     boxes = element.findall("bndbox")
     if len(boxes) != 1:
-        raise error_at(path, f"an object '{name[:100]}' has {len(boxes) or 'no'} <bndbox>")
+        raise error_at(place, f"'{name[:100]}' has {len(boxes) or 'no'} <bndbox>")
     (box,) = boxes
-    corners = tuple(_read_number(box, field, path) for field in ("xmin", "ymin", "xmax", "ymax"))
+    corners = tuple(_read_number(box, field, place) for field in ("xmin", "ymin", "xmax", "ymax"))
     return _Object(name, corners, is_true(element.findtext("difficult") or ""))
 
 
-def _read_number(parent: Element, field: str, path: Path) -> float:
-    text = parent.findtext(field)
+def _read_number(box: Element, field: str, place: str) -> float:
+    text = box.findtext(field)
     if text is None:
-        raise error_at(path, f"<{parent.tag}> has no <{field}>")
+        raise error_at(place, f"its <bndbox> has no <{field}>")
     try:
         if "_" in text:
             raise ValueError
         return float(text)
     except ValueError:
-        raise error_at(path, f"<{field}> is not a number: {text.strip()!r:.100}") from None
+        raise error_at(place, f"<{field}> is not a number: {text.strip()!r:.100}") from None
 
 
 def _choose_image(
