@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -40,13 +41,13 @@ class DataPlace(NamedTuple):
 
 
 def parse_place(text: str) -> DataPlace:
-    """The type of `--data`."""
+    """The type of `--data`; shells leave a ~ behind a colon or comma as it is."""
     kind, _, path = text.partition(":")
     if kind in ("voc", "yolo") and path:
-        return DataPlace(kind, path)
+        return DataPlace(kind, expanduser(path))
     folder, _, annotations = path.rpartition(",")
     if kind == "coco" and folder and annotations:
-        return DataPlace(kind, folder, annotations)
+        return DataPlace(kind, expanduser(folder), expanduser(annotations))
     if kind == "shapes" and all(number.isdecimal() and len(number) < 10 for number in path.split(",", 1)):
         return DataPlace(kind, path)
     raise argparse.ArgumentTypeError(

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import fastdet
-from fastdet.cli.data import open_data, open_training_data
+from fastdet.cli.data import open_data, open_training_data, parse_place
 from fastdet.cli.main import main
 from fastdet.cli.options import build_parser
 from fastdet.cli.plan import DetectorOptions, plan_detector
@@ -279,3 +279,12 @@ def test_evaluation_of_some_classes(tree):
     expected = Counter(label for index in range(len(whole)) for label in whole.target(index)["labels"].tolist())
     assert counts == {label: expected[label] for label in (2, 4)}
     assert sum(counts.values()) < sum(expected.values())
+
+
+def test_the_home_folder(tree, tmp_path, monkeypatch):
+    """A shell does not replace ~ behind `voc:`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["convert", "--data", f"voc:~/{tree.name}", "--to", "coco:~/copy"]) == 0
+    place = parse_place("coco:~/copy/images,~/copy/instances.json")
+    assert len(COCO(place.path, place.annotations)) == 6
+    assert parse_place("yolo:~/data.yaml").path == str(tmp_path / "data.yaml")
