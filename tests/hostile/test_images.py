@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 import zlib
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from PIL import Image, features
 
 from fastdet import weights
-from fastdet.data import VOC, DataError, read_image
+from fastdet.data import VOC, YOLO, DataError, read_image
 from fastdet.data.images import FORMATS, MAX_PIXELS
 from fastdet.visualize import draw_detections
 
@@ -176,6 +177,19 @@ def test_many_objects_and_long_names_take_moments(tmp_path):
     assert len(target["boxes"]) == 60_001
     picture = draw_detections(image, target["boxes"][-2:], target["labels"][-2:], class_names=data.class_names)
     assert picture.size == (500, 400)
+
+
+def test_lists_of_millions_of_lines_are_refused_unread(tmp_path):
+    tree(tmp_path, annotation(object_of()))
+    (tmp_path / "ImageSets/Main/train.txt").write_bytes(b"x\n" * (32 << 20))
+    start = time.process_time()
+    with pytest.raises(DataError, match=r"train\.txt: the file has more than 1048576 lines"):
+        VOC(tmp_path, "train")
+    (tmp_path / "labels.txt").write_bytes(b"x\r\n" * 5_000_000)
+    (tmp_path / "data.yaml").write_text("train: labels.txt\nnames: [a]\n")
+    with pytest.raises(DataError, match=r"labels\.txt: the file has more than 4194304 lines"):
+        YOLO(tmp_path)
+    assert time.process_time() - start < 5
 
 
 def test_lists_and_annotations_that_are_no_files_are_not_opened(tmp_path):

@@ -67,11 +67,17 @@ def to_size(width: object, height: object) -> tuple[float, float] | None:
     return size if all(0 < side < math.inf for side in size) else None
 
 
-def lines_of(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, without spaces around them, and with their numbers from 1."""
-    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
-        if line := line.strip():
-            yield number, line
+def read_lines(path: Path, max_bytes: int, max_lines: int) -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not blank, without spaces around them, and with their numbers from 1.
+
+    Raises:
+        DataError: as of `read_text`, or there are more than `max_lines`; before the first line.
+    """
+    text = read_text(path, max_bytes)
+    if max(text.count("\n"), text.count("\r")) > max_lines:
+        raise error_at(path, f"the file has more than {max_lines} lines")
+    lines = enumerate(io.StringIO(text, newline=None), start=1)
+    return ((number, stripped) for number, line in lines if (stripped := line.strip()))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from xml.etree.ElementTree import Element, ParseError
 
 from fastdet.data.findings import Finding, Kind
 from fastdet.data.formats.file_names import base_name, find_images, stem_of
-from fastdet.data.formats.text_files import is_true, lines_of, read_bytes, read_text, to_size
+from fastdet.data.formats.text_files import is_true, read_bytes, read_lines, to_size
 from fastdet.data.images import MAX_PIXELS, DataError, error_at
 from fastdet.data.records import AnnotatedImages, Box, Orientation, Record, collect
 
 # Beyond anything that people annotate.
-_MAX_BYTES, _MAX_TAGS, _MAX_OBJECTS, _MAX_DEPTH = 64 << 20, 1 << 20, 1 << 16, 32
+_MAX_BYTES, _MAX_LINES, _MAX_TAGS, _MAX_OBJECTS, _MAX_DEPTH = 64 << 20, 1 << 20, 1 << 20, 1 << 16, 32
 _XML = "*.[xX][mM][lL]"
 
 
@@ -194,7 +194,7 @@ def _read_split(root: Path, split: str, known: Container[str], findings: list[Fi
         listed = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "") if known else "none"
         raise error_at(root, f"no list of a split {split} in ImageSets; there are: {listed}")
     path = lists[split]
-    lines = [line for _, line in lines_of(read_text(path, _MAX_BYTES))]
+    lines = [line for _, line in read_lines(path, _MAX_BYTES, _MAX_LINES)]
     if not lines:
         raise error_at(path, "the split is empty")
     # VOC's lists of a class: whether an image has it. Its images are those of the split all the same.

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from fastdet.data.findings import Finding, Kind
 from fastdet.data.formats.file_names import join_within, spellings, with_slashes
-from fastdet.data.formats.text_files import lines_of, read_text
+from fastdet.data.formats.text_files import read_lines
 from fastdet.data.formats.yolo_config import Config, read_config
 from fastdet.data.images import MAX_PIXELS, SUFFIXES, DataError, error_at
 from fastdet.data.records import AnnotatedImages, Box, Orientation, Record, collect, unite_classes
 from fastdet.safe_files import printable
 
-# Beyond anything that people annotate: bytes of a list of images and of a file of labels, objects, values of an object.
-_MAX_LIST, _MAX_LABELS, _MAX_OBJECTS, _MAX_VALUES = 256 << 20, 16 << 20, 1 << 16, 1 << 16
+# Beyond anything that people annotate: bytes and lines of a list of images and of a file of labels, values of a line.
+_MAX_LIST, _MAX_IMAGES, _MAX_LABELS, _MAX_OBJECTS, _MAX_VALUES = 256 << 20, 1 << 22, 16 << 20, 1 << 16, 1 << 16
 _VAL = ("val", "valid", "validation")
 
 
@@ -174,7 +174,7 @@ def _walk(folder: Path, suffixes: Collection[str], linked: list[str]) -> list[Pa
 
 def _read_list(path: Path, root: Path, problems: list[DataError] | None) -> list[Path]:
     images = []
-    for number, line in lines_of(read_text(path, _MAX_LIST)):
+    for number, line in read_lines(path, _MAX_LIST, _MAX_IMAGES):
         with collect(problems):
             bases = (path.parent, root) if line.startswith("./") else (root, path.parent)
             names = spellings(line[:4096])
@@ -227,9 +227,7 @@ def _read_boxes(path: Path, config: Config, problems: list[DataError] | None) ->
     if not os.path.lexists(path):
         return None
     boxes = []
-    for number, line in lines_of(read_text(path, _MAX_LABELS)):
-        if number > _MAX_OBJECTS:
-            raise error_at(path, f"the file has more than {_MAX_OBJECTS} lines")
+    for number, line in read_lines(path, _MAX_LABELS, _MAX_OBJECTS):
         with collect(problems):
             boxes.append(_to_box(f"{path}:{number}", line, config))
     return boxes
