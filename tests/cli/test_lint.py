@@ -127,3 +127,16 @@ def test_lint_lists_what_is_found_once(tree, tmp_path, capsys):
     assert sorted(train[kind] + val[kind]) == [f"{stem} star (9, 9, 9, 30)" for stem in stems]
     message(capsys, *lint[:3], "--limit", "2", "--out", tmp_path / "lint", code=1)
     assert len(found_in(tmp_path / "lint", "train")[kind]) == 2
+
+
+def test_lint_uses_the_anchors_that_are_asked_for(tree, tmp_path, capsys):
+    lint = ["lint", "--data", f"voc:{tree}", "--out", str(tmp_path / "lint")]
+    shown = {}
+    for anchors in ("auto", "default"):
+        main([*lint, "--anchors", anchors])
+        lines = capsys.readouterr().out.splitlines()
+        shown[anchors] = [next(line for line in lines if line.startswith(part)) for part in ("used: ", "found: ")]
+    (used, found), (default, _) = shown["auto"], shown["default"]
+    assert used.removeprefix("used: ") == found.removeprefix("found: ")
+    assert "(the backbone's)" in default
+    assert "does not go with" in message(capsys, *lint, "--anchors", "auto", "--anchor-sizes", "8,16,32,64")

@@ -27,9 +27,9 @@ class VOC(AnnotatedImages):
     In the VOC layout `root/Annotations` has the XML files, `root/JPEGImages` the images, and `{split}.txt` in
     `root/ImageSets/Main` (or else in `root/ImageSets`) lists the stems of a split, one a line. The list may be one of
     VOC's own for a class (a stem and 1 or -1), and have names with suffixes and folders, in UTF-8 or UTF-16. Otherwise
-    `root` or one folder in it has the XML files, and one the images. An image is the file with the annotation's own
-    stem and the suffix of any format that is read; else the one that the XML names, of any folder. Sizes and
-    `difficult` in the XML that are blank or nothing that is known are as if absent.
+    `root` or one folder in it has the XML files, and one the images; hidden folders are left out. An image is the file
+    with the annotation's own stem and the suffix of any format that is read; else, with a warning, the one that the XML
+    names, of any folder. Sizes and `difficult` in the XML that are blank or of unknown words are as if absent.
 
     The file's corners are 1-based pixels, both ends inside the box; an item's boxes are continuous:
     (xmin - 1, ymin - 1, xmax, ymax). Boxes that reach over the image's border stay as they are; those with
