@@ -59,9 +59,14 @@ def _prepare(options: argparse.Namespace, device: torch.device) -> _Run:
     data, held_out = open_training_data(options)
     if held_out is None:
         raise UserError("--val-data: --data has no split to evaluate on; or --val-share keeps some of its images apart")
-    if not data.class_names:
-        raise UserError(f"--data: {', '.join(place.path for place in options.data)}: no annotation has an object")
-    plan = plan_detector(DetectorOptions.of(options), collect_objects(data), data.class_names)
+    objects = collect_objects(data)
+    if not len(objects.boxes):
+        places = ", ".join(place.path for place in options.data)
+        ignored = f", but {objects.ignored} that are to be ignored" if objects.ignored else ""
+        raise UserError(f"--data: {places}: {len(data)} images without a box that is to be found{ignored}")
+    if not any((~held_out.target(index)["ignore"]).any() for index in range(len(held_out))):
+        warnings.warn("no image to evaluate on has a box that is to be found: no average precision", stacklevel=2)
+    plan = plan_detector(DetectorOptions.of(options), objects, data.class_names)
     if options.replace_predictor and not options.weights:
         raise UserError("--replace-predictor: it goes with --weights")
     warn_of_random_weights(options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -40,13 +41,13 @@ class DataPlace(NamedTuple):
 
 
 def parse_place(text: str) -> DataPlace:
-    """The type of `--data`."""
+    """The type of `--data`; shells leave a ~ behind a colon or comma as it is."""
     kind, _, path = text.partition(":")
     if kind in ("voc", "yolo") and path:
-        return DataPlace(kind, path)
+        return DataPlace(kind, expanduser(path))
     folder, _, annotations = path.rpartition(",")
     if kind == "coco" and folder and annotations:
-        return DataPlace(kind, folder, annotations)
+        return DataPlace(kind, expanduser(folder), expanduser(annotations))
     if kind == "shapes" and all(number.isdecimal() and len(number) < 10 for number in path.split(",", 1)):
         return DataPlace(kind, path)
     raise argparse.ArgumentTypeError(
@@ -102,14 +103,17 @@ def open_place(
     return Shapes(int(count), seed=int(seed or 0))
 
 
-def _default_split(place: DataPlace, role: Role) -> str:
-    """The split of a role; of VOC's lists trainval and test, or train and val where there is no trainval."""
+def _default_split(options: argparse.Namespace, place: DataPlace, role: Role) -> str:
+    """The split of a role; of VOC's lists trainval and test, or train and val where there is no trainval or test."""
     if place.kind == "yolo":
         return role
-    lists = find_lists(Path(place.path))
-    usual = "trainval" if role == "train" else "test"
-    # Where trainval is trained on, val is a part of it.
-    return role if "trainval" not in lists and "train" in lists and usual not in lists else usual
+    lists, given = find_lists(Path(place.path)), vars(options)
+    val = given.get("val_split") or ("val" if "test" not in lists and {"train", "val"} <= lists.keys() else "test")
+    if role == "val":
+        return val
+    has_val = "val_split" in given and not given["val_data"] and given["val_share"] is None
+    # Of trainval, val is a part.
+    return "train" if "train" in lists and ("trainval" not in lists or (has_val and val == "val")) else "trainval"
 
 
 def open_data(
@@ -140,17 +144,15 @@ def open_data(
         raise UserError(f"--orientation {options.orientation}: drawn shapes have none")
     if split is not None and not any(place.has_splits for place in places):
         raise UserError(f"{places[0].kind}:{places[0].path} has no splits, but {split!r} is asked for")
-    opened = [
-        open_place(options, place, (split or _default_split(place, role)) if place.has_splits else None, problems)
-        for place in places
-    ]
+    splits = [(split or _default_split(options, place, role)) if place.has_splits else None for place in places]
+    opened = [open_place(options, *place_and_split, problems) for place_and_split in zip(places, splits, strict=True)]
     known = [name for dataset in opened for name in dataset.class_names]
     for name in (options.classes or ()) if class_names is None else ():
         if name not in known:
             warnings.warn(f"--classes: {describe_unknown(name, dict.fromkeys(known))}", stacklevel=2)
-    joined = JoinedImages(
-        opened, class_names or options.classes, leave_out_others=options.classes is not None, problems=problems
-    )
+    joined = JoinedImages(opened, options.classes, leave_out_others=options.classes is not None, problems=problems)
+    if class_names is not None:
+        joined = JoinedImages([joined], class_names, problems=problems)
     if not len(joined) and not problems:
         raise UserError(f"--data: {', '.join(f'{place.kind}:{place.path}' for place in places)}: there are no images")
     return joined if options.limit is None else joined.select(range(min(options.limit, len(joined))))

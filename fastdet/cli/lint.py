@@ -66,9 +66,9 @@ def run(options: argparse.Namespace) -> bool:
 
 def _plan_both(options: DetectorOptions, data: JoinedImages) -> tuple[Plan, Plan]:
     """The detector with the anchors that are given, or the backbone's own; and with those that fit the data."""
-    is_given = options.anchor_sizes is not None or options.aspect_ratios is not None
+    is_given = options.anchors or options.anchor_sizes or options.aspect_ratios
     objects = collect_objects(data)
-    used = replace(options, anchors=None if is_given else "default")
+    used = options if is_given else replace(options, anchors="default")
     found = replace(options, anchors="auto", anchor_sizes=None, aspect_ratios=None)
     return plan_detector(used, objects, data.class_names), plan_detector(found, objects, data.class_names)
 

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def coco_folder(text: str) -> Path:
     kind, _, path = text.partition(":")
     if kind != "coco" or not path:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form coco:DIR")
-    return Path(path)
+    return Path(expanduser(path))
 
 
 def setting(text: str) -> tuple[str, Any]:

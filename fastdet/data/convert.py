@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastdet.data.images import DataError, read_header
+from fastdet.data.images import error_at, read_header
 from fastdet.data.joined import DetectionDataset
 from fastdet.safe_files import replace_file
 
@@ -39,7 +39,7 @@ def write_coco(
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out}: there is something already, and nothing is overwritten")
+        raise error_at(out, "there is something already, and nothing is overwritten")
     (out / "images").mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []

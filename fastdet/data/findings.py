@@ -23,8 +23,8 @@ class Kind(Enum):
     LISTED_TWICE = "image(s) more than once in the list, taken once", False
     OUTSIDE_PATH = "path(s) that lead out of the data set's folder, taken within it", True
     LINKED_FOLDER = "link(s) to folders in a folder of images, not followed", True
-    INNER_FOLDER = "folder(s) in that of the XML files, which are not read", True
-    UNREAD_ANNOTATION = "XML file(s) of other splits that do not parse", True
+    INNER_FOLDER = "folder(s) with XML files inside that of the XML files, not read", True
+    UNREAD_ANNOTATION = "XML file(s) of other splits that cannot be read", True
     UNLISTED_IMAGE = "annotation(s) of images that are not listed, left out", True
     WITHOUT_ANNOTATION = "image(s) without an XML file, left out", True
     WITHOUT_LABELS = "image(s) without a file of labels, taken as background", False
@@ -32,7 +32,8 @@ class Kind(Enum):
     WITHOUT_IMAGE = "file(s) of labels without an image", True
     SHARED_LABELS = "file(s) of labels that several images have in common", True
     SEVERAL_IMAGES = "image(s) taken of several with one stem", True
-    OTHER_FILE = "image(s) with the name that is listed, in another place or with another suffix", False
+    NAMED_IMAGE = "image(s) with another name than their annotation, found by its <filename>", False
+    OTHER_FILE = "image(s) found in another place or with another suffix than is listed", False
     SEVERAL_ANNOTATIONS = "image(s) with several annotations", True
     OTHER_SIZE = "annotation(s) of another size than the image, which is right", True
     TURNED = "image(s) whose EXIF orientation is applied", False
@@ -41,8 +42,9 @@ class Kind(Enum):
     CLASS_LEFT_OUT = "class(es) left out, with all their boxes", False
     CLASS_WITHOUT_NAME = "class(es) without a name, named by their numbers", False
     CLASS_TWICE = "class(es) with the name of another, taken as one", False
-    SIMILAR_CLASS = "class(es) that only upper and lower case tells from another", False
+    SIMILAR_CLASS = "class(es) with the name of another but for upper and lower case or the spelling of accents", False
     CLASS_WITHOUT_BOX = "class(es) without a box", False
+    WITHOUT_BOX = "data set(s) without a single box that is to be found", True
     EQUAL_IMAGE = "image(s) with the pixels and boxes of another", True
     EQUAL_PIXELS = "image(s) with the pixels of another, and other boxes", True
     IN_TRAINING = "image(s) to evaluate on that are trained on too", True

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from fastdet.safe_files import open_regular
+from fastdet.safe_files import open_regular, printable
 
 # What is decoded, by content. Others of Pillow's formats run programs, such as Ghostscript, or are rarely looked at.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 # The endings of names of such files.
 SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".avif", ".avifs")
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif")
+    + (".avif", ".avifs")
 )
 # 8192 x 8192: some kilobytes can be a picture of billions of pixels.
 MAX_PIXELS = 1 << 26
@@ -25,6 +26,11 @@ MAX_PIXELS = 1 << 26
 
 class DataError(ValueError):
     """A file of data is missing, unreadable or holds something impossible; the message is one line naming it."""
+
+
+def error_at(place: object, message: str) -> DataError:
+    """An error about a file, or a place in it, of one line that a terminal can show."""
+    return DataError(printable(f"{place}: {message}", 2000))
 
 
 class Header(NamedTuple):
@@ -56,18 +62,22 @@ def read_header(path: str | Path) -> Header:
 
 
 def _read_orientation(picture: Image.Image) -> int:
-    """How EXIF turns an image, 1..8, without decoding it."""
+    """How EXIF turns an image, 1..8, without decoding it; 1 where it has none that parses, as viewers take it."""
     # Pillow turns a TIFF as it loads it, and loads a PNG to look for EXIF behind its pixels.
     if picture.format == "TIFF" or (picture.format == "PNG" and "exif" not in picture.info):
         return 1
-    orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    # What is no EXIF can lead its parser into any exception.
+    except Exception:
+        return 1
     return orientation if type(orientation) is int and 1 <= orientation <= 8 else 1
 
 
 def check_pixels(path: str | Path, width: int, height: int, max_pixels: int) -> None:
     """Raises DataError if an image is larger than `max_pixels`."""
     if (pixels := width * height) > max_pixels:
-        raise DataError(f"{path}: the image has {width} x {height} = {pixels} pixels, above max_pixels = {max_pixels}")
+        raise error_at(path, f"the image has {width} x {height} = {pixels} pixels, above max_pixels = {max_pixels}")
 
 
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, *, apply_exif_orientation: bool = False) -> torch.Tensor:
@@ -100,7 +110,8 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, *, apply_exif_ori
             gray = (np.array(picture).astype(np.uint16) >> 8).astype(np.uint8)
             return torch.from_numpy(gray).expand(3, -1, -1).contiguous()
         if picture.mode in ("I", "F"):
-            raise DataError(f"{path}: the image's pixels (Pillow's mode {picture.mode!r}) have no known range")
+            mode = f"32 bits a pixel (Pillow's mode {picture.mode!r})"
+            raise error_at(path, f"the image has {mode}, of no known range; 8 and 16 bits are read")
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
@@ -115,12 +126,10 @@ def _decode_jpeg(file: BinaryIO, most: int) -> torch.Tensor | None:
     file.seek(0)
     content = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
     try:
-        with warnings.catch_warnings():
-            # It is deprecated in favor of torchcodec, which few have; without it Pillow decodes all.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            from torchvision.io import ImageReadMode, decode_jpeg
+        # Deprecated in favor of torchcodec, which few have; without it Pillow decodes all.
+        from torchvision.io import ImageReadMode, decode_jpeg
 
-            return decode_jpeg(content, ImageReadMode.RGB)
+        return decode_jpeg(content, ImageReadMode.RGB)
     except (ImportError, RuntimeError):
         return None
     finally:
@@ -129,25 +138,21 @@ def _decode_jpeg(file: BinaryIO, most: int) -> torch.Tensor | None:
 
 @contextmanager
 def _open_image(path: str | Path) -> Iterator[tuple[BinaryIO, Image.Image]]:
-    """An image file, and the same with its header read; any error of a decoder is one line."""
+    """An image file, and the same with its header read; any error is one line, and warnings are dropped."""
     try:
-        with open_regular(path) as file, _open(file) as picture:
-            yield file, picture
+        # They do not name the file: of odd metadata, which is not needed, and of many pixels, which are counted here.
+        with warnings.catch_warnings(), open_regular(path) as file:
+            warnings.filterwarnings("ignore", module=r"(PIL|torchvision|fastdet\.data\.images)\b")
+            Image.init()
+            with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as picture:
+                yield file, picture
     except FileNotFoundError:
-        raise DataError(f"{path}: no such image file") from None
+        raise error_at(path, "no such image file") from None
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise DataError(f"{path}: the image cannot be decoded: it is not in a format of {', '.join(FORMATS)}") from None
+        raise error_at(path, f"the image cannot be decoded: it is not in a format of {', '.join(FORMATS)}") from None
     # A damaged file can lead a decoder into any exception.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DataError(f"{path}: the image cannot be decoded: {reason}") from error
-
-
-def _open(file: BinaryIO) -> Image.Image:
-    Image.init()
-    with warnings.catch_warnings():
-        # Pillow has a limit of its own, and warns from half of it on.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+        raise error_at(path, f"the image cannot be decoded: {reason}") from error

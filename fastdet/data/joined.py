@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fastdet.data.findings import Finding, Kind, warn_of
-from fastdet.data.images import DataError
+from fastdet.data.images import DataError, error_at
 from fastdet.data.records import collect, describe_unknown
 from fastdet.data.transforms import Item, make_item
 
@@ -80,8 +80,8 @@ class JoinedImages(Dataset[Item]):
                 if names and not leave_out_others:
                     place = dataset.image_path(index) or dataset.ids[index]
                     with collect(problems):
-                        raise DataError(
-                            f"{place}: {describe_unknown(names[0], labels)}; others can be left out (--classes)"
+                        raise error_at(
+                            place, f"{describe_unknown(names[0], labels)}; others can be left out (--classes)"
                         )
                 others.update(names)
         self._findings = [Finding(Kind.CLASS_LEFT_OUT, f"{name} ({times} boxes)") for name, times in others.items()]

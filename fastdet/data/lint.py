@@ -4,6 +4,7 @@ import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 
@@ -200,9 +201,11 @@ def _find_over_border(dataset: JoinedImages) -> Iterator[Finding]:
 def _check_classes(dataset: JoinedImages) -> Iterator[Finding]:
     targets = map(dataset.target, range(len(dataset)))
     used = {label for target in targets for label in target["labels"][~target["ignore"]].tolist()}
+    if not used:
+        yield Finding(Kind.WITHOUT_BOX, f"{len(dataset)} images")
     first: dict[str, str] = {}
     for label, name in enumerate(dataset.class_names, start=1):
         if label not in used:
             yield Finding(Kind.CLASS_WITHOUT_BOX, name)
-        if (before := first.setdefault(name.lower(), name)) != name:
+        if (before := first.setdefault(normalize("NFKC", name).casefold(), name)) != name:
             yield Finding(Kind.SIMILAR_CLASS, f"{name} and {before}")

@@ -7,8 +7,7 @@ it) is decided here, for all formats alike.
 import contextlib
 import difflib
 import math
-import os
-import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fastdet.data.findings import Finding, Kind, Mark, warn_of
-from fastdet.data.images import MAX_PIXELS, SUFFIXES, DataError, Header, check_pixels, read_header, read_image
+from fastdet.data.images import MAX_PIXELS, DataError, Header, check_pixels, error_at, read_header, read_image
 from fastdet.data.transforms import Item, make_item
 
 Orientation = Literal["auto", "applied", "stored"]
@@ -110,8 +109,8 @@ class AnnotatedImages(Dataset[Item]):
         if class_names is None:
             class_names = sorted({box.name for record in records for box in record.boxes})
         self.title, self.class_names, self.max_pixels = title, tuple(class_names), max_pixels
-        if len(set(self.class_names)) < len(self.class_names):
-            raise DataError(f"class_names repeats a name: {', '.join(self.class_names)}")
+        if repeated := [name for name, times in Counter(self.class_names).items() if times > 1]:
+            raise error_at(title, f"class_names repeats {repeated[0]!r:.100}")
         labels = {name: k for k, name in enumerate(self.class_names, start=1)}
         readable, headers = [], []
         for record in records:
@@ -211,13 +210,12 @@ def _is_inside(box: Box, width: int, height: int) -> bool:
 def _check_boxes(record: Record, width: int, height: int) -> tuple[list[Box], list[Finding]]:
     """The boxes of a record in pixels, and those that are left out."""
     kept, left_out = list[Box](), list[Finding]()
-    for box in map(
-        _round, (_to_pixels(box, width, height) for box in record.boxes) if record.relative else record.boxes
-    ):
+    in_pixels = (_to_pixels(box, width, height) for box in record.boxes) if record.relative else record.boxes
+    for box in map(_round, in_pixels):
         if _is_inside(box, width, height):
             kept.append(box)
         else:
-            text = f"{Path(record.source).name} {box.name} ({box.shown})"
+            text = f"{record.name} {box.name} ({box.shown})"
             left_out.append(Finding(Kind.BOX_LEFT_OUT, text, mark=Mark(box.corners, f"{box.name}: left out")))
     return kept, left_out
 
@@ -225,7 +223,7 @@ def _check_boxes(record: Record, width: int, height: int) -> tuple[list[Box], li
 def _check_names(record: Record, labels: dict[str, int]) -> None:
     for box in record.boxes:
         if box.name not in labels:
-            raise DataError(f"{record.source}: {describe_unknown(box.name, labels)}")
+            raise error_at(record.source, describe_unknown(box.name, labels))
 
 
 def _make_target(boxes: Sequence[Box], labels: dict[str, int]) -> dict[str, np.ndarray]:
@@ -247,23 +245,10 @@ def describe_unknown(name: str, labels: Iterable[str]) -> str:
     return f"class '{name}' is not among the {len(labels)} class names ({hint})"
 
 
-def find_images(folder: Path) -> dict[str, list[str]]:
-    """The names of the image files in a folder, but hidden ones, by their stems."""
-    found: dict[str, list[str]] = {}
-    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in SUFFIXES and not name.startswith("."):
-            found.setdefault(stem, []).append(name)
-    return found
-
-
-def base_name(path: str) -> str:
-    """The name of a file without folders, of any system."""
-    return re.split(r"[\\/]", path)[-1]
-
-
-def stem_of(name: str) -> str:
-    """The name of a file without folders, and without the suffix of an image or an annotation."""
-    name = base_name(name)
-    stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in SUFFIXES | {".xml"} else name
+def unite_classes(file: str, placed: Iterable[tuple[str, str]], findings: list[Finding]) -> list[str]:
+    """The different names of classes, each given with its place in a file; `findings` gets those that are repeated."""
+    first: dict[str, str] = {}
+    for place, name in placed:
+        if first.setdefault(name, place) != place:
+            findings.append(Finding(Kind.CLASS_TWICE, f"{file} {place} and {first[name]}, '{name}'"))
+    return list(first)

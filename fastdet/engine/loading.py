@@ -38,7 +38,7 @@ class AugmentedDataset(Dataset[Item]):
         try:
             item = make_item(*self.dataset[index])
         except ValueError as error:
-            raise DataError(f"item {index} of the data set: {error}") from error
+            raise DataError(f"item {image_names(self.dataset, [index])} of the data set: {error}") from error
         image, target = augment(self.transform, item, seed)
         # What is sampled in the image then depends neither on what is beside it nor on which process has it.
         return image, {**target, "seed": torch.tensor(seed)}

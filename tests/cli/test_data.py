@@ -1,6 +1,7 @@
 """The options that name data sets, `fastdet convert` and `fastdet lint`."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,16 +9,17 @@ import torch
 from PIL import Image
 
 import fastdet
-from fastdet.cli.data import open_training_data
+from fastdet.cli.data import open_data, open_training_data, parse_place
 from fastdet.cli.main import main
 from fastdet.cli.options import build_parser
 from fastdet.cli.plan import DetectorOptions, plan_detector
 from fastdet.cli.values import UserError
-from fastdet.data import COCO, JoinedImages
+from fastdet.data import COCO, VOC, JoinedImages
 from fastdet.engine import checkpoint
 from fastdet.engine.defaults import collect_objects
 from tests.helpers.cli import message
 from tests.helpers.voc import SMALL
+from tests.helpers.yolo import write_yolo
 
 
 def opened(*options: object) -> tuple[JoinedImages, JoinedImages | None]:
@@ -237,3 +239,52 @@ def test_options_that_do_not_go_together(tree, tmp_path, capsys):
     assert main([*map(str, train), "--epochs", "0"]) == 0
     weights = ["--weights", tmp_path / "run/last.pth"]
     assert "has no class 'stra'" in message(capsys, "eval", "--data", f"voc:{tree}", *weights, "--classes", "stra")
+
+
+def test_of_trainval_val_is_a_part(tree):
+    """As in VOC2012, which has no list of the test images."""
+    lists = tree / "ImageSets/Main"
+    (lists / "test.txt").unlink()
+    for name, stems in (("train", range(4)), ("val", range(4, 6))):
+        (lists / f"{name}.txt").write_text("\n".join(f"trainval_{k}" for k in stems))
+    train, val = opened("--data", f"voc:{tree}")
+    assert (len(train), len(val)) == (4, 2)
+    assert len(opened("--data", f"voc:{tree}", "--val-data", "shapes:2")[0]) == 6
+    assert sum(map(len, opened("--data", f"voc:{tree}", "--val-share", "0.5"))) == 6
+    (lists / "test.txt").write_text("test_0")
+    assert [len(part) for part in opened("--data", f"voc:{tree}")] == [6, 1]
+    assert [len(part) for part in opened("--data", f"voc:{tree}", "--val-split", "val")] == [4, 2]
+
+
+def test_training_without_a_box_is_an_error(tmp_path, capsys):
+    write_yolo(tmp_path, {"train": 2, "val": 1})
+    run = ["train", "--data", f"yolo:{tmp_path}", "--out", tmp_path / "run", "--epochs", "0", *SMALL]
+    for path in (tmp_path / "labels/val").iterdir():
+        path.write_text("")
+    assert main([*map(str, run)]) == 0
+    assert "no image to evaluate on has a box that is to be found" in capsys.readouterr().err
+    for path in (tmp_path / "labels/train").iterdir():
+        path.write_text("")
+    assert "2 images without a box that is to be found" in message(capsys, *run, "--overwrite")
+    message(capsys, "lint", "--data", f"yolo:{tmp_path}", "--out", tmp_path / "lint", code=1)
+
+
+def test_evaluation_of_some_classes(tree):
+    options = build_parser().parse_args(["eval", "--weights", "x", "--data", f"voc:{tree}", "--classes", "star,square"])
+    names = ("triangle", "square", "circle", "star")
+    data = open_data(options, options.data, "val", None, names)
+    assert data.class_names == names
+    counts = Counter(label for index in range(len(data)) for label in data.target(index)["labels"].tolist())
+    whole = VOC(tree, "test", names)
+    expected = Counter(label for index in range(len(whole)) for label in whole.target(index)["labels"].tolist())
+    assert counts == {label: expected[label] for label in (2, 4)}
+    assert sum(counts.values()) < sum(expected.values())
+
+
+def test_the_home_folder(tree, tmp_path, monkeypatch):
+    """A shell does not replace ~ behind `voc:`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["convert", "--data", f"voc:~/{tree.name}", "--to", "coco:~/copy"]) == 0
+    place = parse_place("coco:~/copy/images,~/copy/instances.json")
+    assert len(COCO(place.path, place.annotations)) == 6
+    assert parse_place("yolo:~/data.yaml").path == str(tmp_path / "data.yaml")

@@ -57,7 +57,7 @@ def test_lint_of_a_wrong_data_set(tree, tmp_path, capsys):
     content = json.loads((tmp_path / "lint/lint.json").read_text())
     errors = {finding["kind"]: finding["items"] for finding in content["findings"]["train"] if finding["is_error"]}
     assert [list(map(str, items)) for kind, items in errors.items() if "left out" in kind] == [
-        ["trainval_2.xml star (9, 9, 9, 30)"]
+        ["trainval_2 star (9, 9, 9, 30)"]
     ]
     assert [len(items) for kind, items in errors.items() if "decoded" in kind] == [1]
     with Image.open(tmp_path / "lint/train.png") as picture:
@@ -120,10 +120,23 @@ def test_lint_lists_what_is_found_once(tree, tmp_path, capsys):
     lint = ["lint", "--data", f"voc:{tree}", "--val-share", "0.5", "--out", tmp_path / "lint"]
     message(capsys, *lint, code=1)
     train, val = (found_in(tmp_path / "lint", part) for part in ("train", "val"))
-    inner = "folder(s) in that of the XML files, which are not read"
+    inner = "folder(s) with XML files inside that of the XML files, not read"
     assert train[inner] == ["more"]
     assert inner not in val
     (kind,) = [kind for kind in train if "left out" in kind]
-    assert sorted(train[kind] + val[kind]) == [f"{stem}.xml star (9, 9, 9, 30)" for stem in stems]
+    assert sorted(train[kind] + val[kind]) == [f"{stem} star (9, 9, 9, 30)" for stem in stems]
     message(capsys, *lint[:3], "--limit", "2", "--out", tmp_path / "lint", code=1)
     assert len(found_in(tmp_path / "lint", "train")[kind]) == 2
+
+
+def test_lint_uses_the_anchors_that_are_asked_for(tree, tmp_path, capsys):
+    lint = ["lint", "--data", f"voc:{tree}", "--out", str(tmp_path / "lint")]
+    shown = {}
+    for anchors in ("auto", "default"):
+        main([*lint, "--anchors", anchors])
+        lines = capsys.readouterr().out.splitlines()
+        shown[anchors] = [next(line for line in lines if line.startswith(part)) for part in ("used: ", "found: ")]
+    (used, found), (default, _) = shown["auto"], shown["default"]
+    assert used.removeprefix("used: ") == found.removeprefix("found: ")
+    assert "(the backbone's)" in default
+    assert "does not go with" in message(capsys, *lint, "--anchors", "auto", "--anchor-sizes", "8,16,32,64")

@@ -57,7 +57,7 @@ def test_lint_finds_the_degenerate_boxes(shared_dir):
     data = JoinedImages([VOC(shared_dir / "data/BCCD", "trainval", problems=problems)])
     found = group(lint(data, problems).findings)
     assert [finding.text for finding in found[Kind.BOX_LEFT_OUT]] == [
-        "BloodImage_00338.xml RBC (504, 337, 504, 337)",
-        "BloodImage_00343.xml RBC (181, 329, 181, 329)",
+        "BloodImage_00338 RBC (504, 337, 504, 337)",
+        "BloodImage_00343 RBC (181, 329, 181, 329)",
     ]
     assert not {Kind.UNREADABLE, Kind.UNDECODABLE} & found.keys()

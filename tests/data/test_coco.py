@@ -1,6 +1,7 @@
 """COCO's format: what it gives, and what it reports of files that are wrong."""
 
 import json
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ def test_paths_with_backslashes_and_images_in_another_place(tmp_path):
     assert COCO(tmp_path / "im", tmp_path / "all.json")[0][0][:, 0, 0].tolist() == [0, 0, 255]
     content["images"][0]["file_name"] = "val/a.png"
     (tmp_path / "all.json").write_text(json.dumps(content))
-    with pytest.warns(UserWarning, match=r"in another place or with another suffix: a\.png for val/a\.png"):
+    with pytest.warns(UserWarning, match=r"or with another suffix than is listed: a\.png for val/a\.png"):
         COCO(tmp_path / "im", tmp_path / "all.json")
 
 
@@ -206,7 +207,7 @@ def test_crowds_by_words(tmp_path, value, crowd):
 
 def test_categories_of_one_name_are_one_class(tmp_path: Path, content: Content) -> None:
     content["categories"] = [{"id": 9, "name": "dog "}, {"id": 2, "name": "dog"}, {"id": 5, "name": "\tcat"}]
-    with pytest.warns(UserWarning, match=r"taken as one: instances\.json categories\[1\] and categories\[0\], 'dog'"):
+    with pytest.warns(UserWarning, match=r"taken as one: instances\.json categories\[0\] and categories\[1\], 'dog'"):
         data = open_coco(tmp_path, content)
     assert data.class_names == ("dog", "cat")
     assert data[0][1]["labels"].tolist() == [1, 1, 1]
@@ -227,3 +228,47 @@ def test_ids_as_texts_and_as_numbers(tmp_path: Path, content: Content) -> None:
     content["annotations"] = [annotation("01", 9, [1, 1, 5, 5])]
     with pytest.warns(UserWarning, match="several annotations"):
         assert [len(target["boxes"]) for _, target in open_coco(tmp_path, content)] == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("written", ["ROOT/images/part/b.png", "x/../part/b.png", "./part//b.png"])
+def test_paths_that_stay_in_the_folder(tmp_path: Path, content: Content, written: str) -> None:
+    content["images"][1]["file_name"] = written.replace("ROOT", str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_coco(tmp_path, content).image_path(1) == tmp_path / "images/part/b.png"
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_in_either_form(tmp_path: Path, content: Content, forms: tuple[str, str]) -> None:
+    written, file = (unicodedata.normalize(form, "käse.jpg") for form in forms)
+    (tmp_path / "images/a.jpg").rename(tmp_path / "images" / file)
+    content["images"][0]["file_name"] = written
+    assert open_coco(tmp_path, content).image_path(0) == tmp_path / "images" / file
+
+
+def test_sizes_as_texts(tmp_path: Path, content: Content) -> None:
+    """They decide whether the image is turned as numbers do; what is no size decides nothing."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(tmp_path / "images/a.jpg", exif=exif)
+    content["images"][0].update(width="40", height="30")
+    with pytest.warns(UserWarning, match="orientation is not applied"):
+        assert open_coco(tmp_path, content).sizes[0] == (30, 40)
+    for side in (True, None, "wide", -40, 10**400, float("nan")):
+        content["images"][0].update(width=side, height=side)
+        with pytest.warns(UserWarning, match="orientation is applied") as caught:
+            assert open_coco(tmp_path, content).sizes[0] == (40, 30)
+        assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"image_id": 7, "category_id": None, "bbox": [1, 1, 2, 2]}, "category_id is None, not a number or a text"),
+        ({"image_id": 7, "category_id": 9, "bbox": "1 1 2 2"}, "bbox is '1 1 2 2', not a list"),
+        ({"image_id": 7.5, "category_id": 9, "bbox": [1, 1, 2, 2]}, "image_id is 7.5, not a whole number or a text"),
+    ],
+)
+def test_messages_say_what_is_expected(tmp_path: Path, content: Content, entry: Content, message: str) -> None:
+    with pytest.raises(DataError, match=rf"annotations\[0\]: {message}"):
+        open_coco(tmp_path, {**content, "annotations": [entry]})

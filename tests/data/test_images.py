@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from fastdet.data import DataError, read_image
 from fastdet.data import images as images_module
+from fastdet.data.formats.file_names import find_images
 
 
 def noise(height: int, width: int, mode: str = "RGB") -> Image.Image:
@@ -91,3 +92,21 @@ def test_files_that_are_no_images(tmp_path, content):
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(DataError, match=r"a\.jpg: the image cannot be decoded: it is not in a format of JPEG, PNG"):
         read_image(tmp_path / "a.jpg")
+
+
+def test_warnings_of_decoders_are_dropped(tmp_path):
+    """They name no file."""
+    picture = Image.new("P", (8, 6), 1)
+    picture.putpalette([10, 20, 30] * 4)
+    picture.save(tmp_path / "a.png", transparency=bytes([0, 128, 255, 255]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(tmp_path / "a.png")[:, 0, 0].tolist() == [10, 20, 30]
+
+
+def test_jpeg_of_several_pictures(tmp_path):
+    """The files of two-lens cameras: the first picture."""
+    pictures = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")]
+    pictures[0].save(tmp_path / "a.mpo", save_all=True, append_images=pictures[1:])
+    assert find_images(tmp_path) == {"a": ["a.mpo"]}
+    assert read_image(tmp_path / "a.mpo")[:, 0, 0].tolist() == [254, 0, 0]

@@ -110,7 +110,7 @@ def test_splits_of_a_voc_tree_have_the_same_labels(tmp_path):
         path.write_text(path.read_text().replace("<name>circle</name>", "<name>star</name>"))
     assert set(VOC(tree, "test").class_names) == used == set(VOC(tree, None).class_names)
     (tree / "Annotations/train_3.xml").write_text("<annotation><object>")
-    with pytest.warns(UserWarning, match=r"1 XML file\(s\) of other splits that do not parse.*train_3\.xml"):
+    with pytest.warns(UserWarning, match=r"1 XML file\(s\) of other splits that cannot be read.*train_3\.xml"):
         VOC(tree, "test")
 
 
@@ -133,10 +133,10 @@ def test_folders_without_lists(tmp_path):
         VOC(tmp_path / "mixed", None)
     (tmp_path / "beside/other").mkdir()
     Image.new("RGB", (5, 5)).save(tmp_path / "beside/other/more.png")
-    with pytest.raises(DataError, match="other, pictures have images"):
+    with pytest.raises(DataError, match=r"no folder JPEGImages, and several with images, .*: other, pictures"):
         VOC(tmp_path / "beside", None)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="neither it nor a folder in it has XML files"):
+    with pytest.raises(DataError, match="no folder Annotations, and no XML files in any other"):
         VOC(tmp_path / "empty", None)
     with pytest.raises(DataError, match="no list of a split train"):
         VOC(tmp_path / "mixed", "train")

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -74,8 +75,8 @@ def test_each_fault_is_found_and_cleaned(root, tmp_path):
     counts = [len(data.target(index)["labels"]) for index in (2, 0)]
     assert listed.pop(Kind.EQUAL_PIXELS) == [f"train_3 ({counts[0]} boxes) as train_0 ({counts[1]} boxes)"]
     assert listed.pop(Kind.BOX_LEFT_OUT) == [
-        "train_5.xml star (10, 10, 10, 30)",
-        "train_5.xml star (100, 10, 120, 30)",
+        "train_5 star (10, 10, 10, 30)",
+        "train_5 star (100, 10, 120, 30)",
     ]
     twice = listed.pop(Kind.BOX_TWICE)
     assert "train_5 star (4, 4, 25, 25)" in twice
@@ -237,3 +238,17 @@ def test_classes_that_only_case_tells_apart(root):
         add_object(root, "train_0", name, (1, 1, 60, 20))
     _, found = check(root)
     assert kinds(found)[Kind.SIMILAR_CLASS] == ["star and Star"]
+
+
+def test_a_data_set_without_a_box_is_an_error(root):
+    for path in (root / "Annotations").glob("train_*.xml"):
+        path.write_text(path.read_text().replace("<bndbox>", "<difficult>1</difficult><bndbox>"))
+    _, found = check(root)
+    assert kinds(found)[Kind.WITHOUT_BOX] == ["6 images"]
+    assert Kind.WITHOUT_BOX not in kinds(check(root, "test")[1])
+
+
+def test_classes_that_only_the_form_of_an_accent_tells_apart(root):
+    for stem, form in (("train_0", "NFC"), ("train_1", "NFD")):
+        add_object(root, stem, unicodedata.normalize(form, "Käse"), (10, 10, 30, 30))
+    assert len(kinds(check(root)[1])[Kind.SIMILAR_CLASS]) == 1

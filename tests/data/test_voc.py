@@ -1,8 +1,10 @@
 """Datasets: what they return, and what they report of files that are wrong."""
 
 import shutil
+import unicodedata
 import warnings
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -274,7 +276,7 @@ def test_voc_leaves_out_bad_boxes_with_one_warning(root: Path) -> None:
     assert len(caught) == 1
     message = str(caught[0].message)
     assert "8 box(es)" in message
-    assert "a.xml cat (5, 5, 5, 9)" in message
+    assert "a cat (5, 5, 5, 9)" in message
     assert data[0][1]["boxes"].tolist() == [[-6, -6, 60, 60], [39, 29, 41, 31], [0, 0, 2, 2]]
     assert len(data[0][1]["labels"]) == len(data[0][1]["ignore"]) == 3
 
@@ -335,10 +337,10 @@ def test_voc_broken_xml(root: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("<xmin>11</xmin>", "", "xmin"),
+        ("<xmin>11</xmin>", "", "object 2: its <bndbox> has no <xmin>"),
         ("<xmin>11</xmin>", "<xmin>eleven\n</xmin>", "'eleven'"),
         ("<xmin>11</xmin>", "<xmin/>", "xmin"),
-        ("<name>cat</name>", "", "name"),
+        ("<name>cat</name>", "", "object 2: it has no <name>"),
         ("<bndbox><xmin>11</xmin><ymin>6</ymin><xmax>20</xmax><ymax>15</ymax></bndbox>", "", "'cat' has no <bndbox>"),
     ],
 )
@@ -441,7 +443,7 @@ def test_xml_of_another_kind_is_not_taken_as_background(tmp_path: Path) -> None:
     (tree / "Annotations/sub/more.xml").write_text(text)
     path.write_text(text)
     (tree / "Annotations/._train_0.xml").write_bytes(b"of a file manager")
-    with pytest.warns(UserWarning, match=r"1 folder\(s\) in that of the XML files, which are not read: sub"):
+    with pytest.warns(UserWarning, match=r"1 folder\(s\) with XML files inside that of the XML files, not read: sub"):
         assert VOC(tree, None).ids == ("train_0",)
 
 
@@ -516,3 +518,111 @@ def test_images_of_xml_files_that_cannot_be_read_are_not_without_one(root: Path)
         warnings.simplefilter("error")
         assert VOC(root, None, problems=problems).ids == ("b",)
     assert len(problems) == 1
+
+
+COMPOSED, APART = (unicodedata.normalize(form, "käse") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize(("image", "annotation", "listed"), list(product((COMPOSED, APART), repeat=3)))
+def test_accents_in_either_form(tmp_path: Path, image: str, annotation: str, listed: str) -> None:
+    """macOS writes the letter and its accent apart, in names of files and in archives of them."""
+    tree = write_voc(tmp_path / "voc", {"train": 1})
+    (tree / "JPEGImages/train_0.jpg").rename(tree / f"JPEGImages/{image}.jpg")
+    (tree / "Annotations/train_0.xml").rename(tree / f"Annotations/{annotation}.xml")
+    write_list(tree, f"{listed}.jpg\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = VOC(tree, "train")
+        assert VOC(tree, None).ids == data.ids == (COMPOSED,)
+    assert data.image_path(0).name == f"{image}.jpg"
+
+
+def test_an_image_with_another_name_is_a_warning(root: Path) -> None:
+    """The name in the file may be stale: then the boxes are of another image."""
+    (root / "JPEGImages/b.png").rename(root / "JPEGImages/c.png")
+    path = root / "Annotations/b.xml"
+    path.write_text(path.read_text().replace("b.jpg", "c.png"))
+    with pytest.warns(UserWarning, match=r"found by its <filename>: c\.png for b\.xml") as caught:
+        VOC(root, "val")
+    assert len(caught) == 1
+    path.write_text(path.read_text().replace("c.png", "a.jpg"))
+    with pytest.warns(UserWarning, match=r"with several annotations: a\.jpg in a\.xml and b\.xml") as caught:
+        VOC(root, "val")
+    assert len(caught) == 2
+    path.write_text(path.read_text().replace("a.jpg", "d.jpg"))
+    with pytest.raises(DataError, match=r"b\.xml: no image .*/JPEGImages/b, with any suffix, nor d\.jpg"):
+        VOC(root, "val")
+
+
+@pytest.mark.parametrize("exif", [b"Exif\x00\x00no TIFF", b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x09", b"Exif\x00\x00"])
+def test_exif_that_does_not_parse_is_as_if_absent(root: Path, exif: bytes) -> None:
+    Image.new("RGB", (40, 30)).save(root / "JPEGImages/a.jpg", exif=exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert VOC(root, "train")[0][0].shape == (3, 30, 40)
+
+
+def test_hidden_folders_are_left_out(root: Path) -> None:
+    """Those in which Jupyter keeps copies, and with the files that macOS puts beside others."""
+    flat = root / "flat"
+    for name in (".ipynb_checkpoints/a-checkpoint", "a"):
+        for folder, suffix in (("Annotations", "xml"), ("JPEGImages", "jpg")):
+            (flat / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / folder / f"a.{suffix}", flat / f"{name}.{suffix}")
+    (flat / "other").mkdir()
+    (flat / "other/._a.xml").write_bytes(b"of another system")
+    (root / "Annotations/.ipynb_checkpoints").mkdir()
+    shutil.copyfile(root / "Annotations/a.xml", root / "Annotations/.ipynb_checkpoints/a-checkpoint.xml")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert VOC(flat, None).ids == ("a",)
+        assert VOC(root, None).ids == ("a", "b")
+
+
+def test_links_to_folders_are_not_walked(root: Path) -> None:
+    """They may lead to all files of the machine."""
+    elsewhere = root / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    shutil.copyfile(root / "Annotations/a.xml", elsewhere / "deep/a.xml")
+    (root / "Annotations/link").symlink_to(elsewhere)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        VOC(root, None)
+    shutil.copyfile(root / "Annotations/a.xml", elsewhere / "a.xml")
+    with pytest.warns(UserWarning, match=r"inside that of the XML files, not read: link"):
+        VOC(root, None)
+
+
+def test_lists_beside_an_empty_main(root: Path) -> None:
+    for name in ("train", "val"):
+        (root / f"ImageSets/Main/{name}.txt").rename(root / f"ImageSets/{name}.txt")
+    assert VOC(root, "val").ids == ("b",)
+
+
+@pytest.mark.parametrize("xmlns", ['xmlns="http://a.b"', 'xmlns:q="http://a.b"'])
+def test_objects_of_a_namespace_are_not_taken_as_background(root: Path, xmlns: str) -> None:
+    path, name = root / "Annotations/a.xml", "q:object" if ":q" in xmlns else "object"
+    text = path.read_text().replace("<object>", f"<{name} {xmlns}>").replace("</object>", f"</{name}>")
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"a\.xml: 2 <\{http://a\.b\}object>, but 0 <object> right inside"):
+        VOC(root, "train")
+
+
+def test_messages_are_of_one_line_also_with_odd_names(root: Path) -> None:
+    tree = root / "new\nline\x1b[31m"
+    shutil.copytree(root / "Annotations", tree / "Annotations")
+    with pytest.raises(DataError, match="no folder JPEGImages") as caught:
+        VOC(tree, None)
+    assert str(caught.value).isprintable()
+    shutil.copytree(root / "JPEGImages", tree / "JPEGImages")
+    (tree / "JPEGImages/a.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match="cannot be decoded") as caught:
+        VOC(tree, None)
+    assert str(caught.value).isprintable()
+
+
+def test_lists_of_a_class_are_named_last(root: Path) -> None:
+    for k in range(60):
+        (root / f"ImageSets/Main/class{k}_train.txt").write_text("a 1\n")
+    with pytest.raises(DataError, match=r"no list of a split test in ImageSets; there are: train, val, class0_tr.*"):
+        VOC(root, "test")

@@ -92,7 +92,7 @@ def test_boxes_without_a_place_in_the_image_are_left_out(root: Path) -> None:
     data, messages = warnings_of(root)
     assert len(messages) == 1
     assert "7 box(es) left out" in messages[0]
-    assert "a.txt dog (0.5 0.5 0 0.5)" in messages[0]
+    assert "images/train/a.jpg dog (0.5 0.5 0 0.5)" in messages[0]
     assert boxes_of(data) == [[10, 5, 30, 15]]
 
 
@@ -221,7 +221,7 @@ def test_images_with_a_file_of_labels_in_common_are_named(root: Path) -> None:
     data, messages = warnings_of(root)
     assert len(data) == 4
     assert len(messages) == 1
-    assert "1 file(s) of labels that several images have in common: a.txt of a.jpg, a.png" in messages[0]
+    assert "1 file(s) of labels that several images have in common: labels/train/a.txt of a.jpg, a.png" in messages[0]
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "dangling.jpg", "pipe.jpg", "no image.jpg", "escape\x1b.jpg"])
@@ -250,8 +250,8 @@ def test_files_of_labels_that_cannot_be_read_are_named(root: Path) -> None:
     path = root / "labels/train/a.txt"
     problems: list[DataError] = []
     for content, message in (
-        (b"1 0.5 0.5 0.5 0.5 \xff\n", "text is neither UTF-8 nor UTF-16 with a mark: 'utf-8' codec"),
-        (b"\xfe\xff1", "text is neither UTF-8 nor UTF-16 with a mark: 'utf-16"),
+        (b"1 0.5 0.5 0.5 0.5 \xff\n", "text is neither UTF-8 nor UTF-16 with a byte order mark: 'utf-8' codec"),
+        (b"\xfe\xff1", "text is neither UTF-8 nor UTF-16 with a byte order mark: 'utf-16"),
         (b"\n" * 70_000 + b"0 0.5 0.5 1 1", "file has more than 65536 lines"),
     ):
         path.write_bytes(content)

@@ -50,7 +50,6 @@ def test_classes_without_names(root: Path) -> None:
         ("nc: two\n", "nc is 'two', not a whole number"),
         ("nc: [2]\n", "nc is ['2'], not a whole number"),
         ("nc: 3\nnames: [cat, dog]\n", "nc is 3, but there are 2 names"),
-        ("names: [cat, cat]\n", "several classes have the name 'cat'"),
         ("names: [cat, '  ']\n", "'  ' of class 1 is not a name"),
         ("names: [cat, {a: b}]\n", "of class 1 is not a name"),
         ("names: {0: cat, 00: dog}\n", "class 0 has two names"),
@@ -84,8 +83,8 @@ BOMB = "a: &a [x]\n" + "".join(f"b{k}: &b{k} [{', '.join([f'*b{k - 1}' if k else
         (b"a: " + b"[" * 100_000, "nest"),
         (b"a: " + b"{a: " * 20_000, "nested deeper than 16 levels"),
         (b"".join(b" " * k + b"- \n" for k in range(300)), "nested deeper than 16 levels"),
-        (b"train: \xff\n", "neither UTF-8 nor UTF-16 with a mark: 'utf-8' codec"),
-        (b"\xff\xfet", "neither UTF-8 nor UTF-16 with a mark: 'utf-16"),
+        (b"train: \xff\n", "neither UTF-8 nor UTF-16 with a byte order mark: 'utf-8' codec"),
+        (b"\xff\xfet", "neither UTF-8 nor UTF-16 with a byte order mark: 'utf-16"),
         (b"train: a\x1b[31m\n", "does not parse"),
         (b"train: a\x00\n", "does not parse"),
         (b"train: [a\n", "does not parse"),
@@ -118,9 +117,9 @@ def test_the_largest_yaml_takes_at_most_about_a_second(
     if not is_compiled:
         monkeypatch.delattr("yaml.CSafeLoader", raising=False)
     size = (512 if is_compiled and hasattr(yaml, "CSafeLoader") else 128) << 10
-    (root / "data.yaml").write_text("names: [" + "a," * (size // 2 - 5) + "]")
+    (root / "data.yaml").write_text("names: [" + "a," * (size // 2 - 7) + "'']")
     start = time.process_time()
-    assert "classes, not 1 to 65536" in fails(root) if size > 1 << 18 else "have the name 'a'" in fails(root)
+    assert "classes, not 1 to 65536" in fails(root) if size > 1 << 18 else "is not a name" in fails(root)
     assert time.process_time() - start < 3
 
 
@@ -137,3 +136,15 @@ def test_without_a_data_yaml(root: Path) -> None:
     (root / "data.yaml").unlink()
     os.mkfifo(root / "data.yaml")
     assert "data.yaml: the file cannot be read: a pipe, not a file" in fails(root)
+
+
+def test_classes_of_one_name_are_one_class(root: Path) -> None:
+    """As in COCO's format, and where data sets are joined: a class is its name."""
+    configure(root, "train: images/train\nnames: {0: cat, 1: dog, 4: ' cat'}\n")
+    (root / "labels/train/a.txt").write_text("4 0.5 0.5 0.5 0.5\n0 0.5 0.5 1 1\n1 0.5 0.5 1 1\n")
+    data, messages = warnings_of(root)
+    assert data.class_names == ("cat", "dog")
+    assert data[0][1]["labels"].tolist() == [1, 1, 2]
+    assert len(messages) == 1
+    expected = "1 class(es) with the name of another, taken as one: data.yaml class 4 and class 0, 'cat'"
+    assert messages[0].endswith(expected)

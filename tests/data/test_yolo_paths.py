@@ -1,6 +1,7 @@
 """Where the images of YOLO's layout are looked for, and where not."""
 
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -226,3 +227,30 @@ def test_of_a_list_without_a_right_line_the_first_is_named(root: Path) -> None:
     (root / "list.txt").write_text("C:\\me\\a.jpg\nb.jpg\n")
     configure(root, f"train: list.txt\n{NAMES}")
     assert "list.txt:1: no image" in fails(root, problems=[])
+
+
+def test_a_folder_outside_is_named_as_such(root: Path) -> None:
+    picture(root.parent / "other/images/x.jpg")
+    error = fails(configure(root, f"train: ../other/images\n{NAMES}"))
+    assert f"train: ../other/images leads out of the folder {root}, which 'path' can change" in error
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_in_either_form(root: Path, forms: tuple[str, str]) -> None:
+    image, other = (unicodedata.normalize(form, "käse") for form in forms)
+    picture(root / f"images/own/{image}.jpg")
+    label(root / f"labels/own/{other}.txt", "1 0.5 0.5 0.5 0.5")
+    assert boxes_of(open_quietly(configure(root, f"train: images/own\n{NAMES}"))) == [[10, 5, 30, 15]]
+    (root / "list.txt").write_text(f"images/own/{other}.jpg\n")
+    assert boxes_of(open_quietly(configure(root, f"train: list.txt\n{NAMES}"))) == [[10, 5, 30, 15]]
+
+
+def test_boxes_that_are_left_out_name_the_folder_too(root: Path) -> None:
+    label(root / "labels/train/part/b.txt", "0 5 5 1 1")
+    _, messages = warnings_of(root)
+    assert "images/train/part/b.jpg cat (5 5 1 1)" in messages[0]
+
+
+def test_a_path_that_is_not_there_is_named(root: Path) -> None:
+    error = fails(configure(root, f"path: datasets/pets\ntrain: images\\lost\n{NAMES}"))
+    assert f"{root}/images/lost is neither a folder nor a list of images, and there is no folder datasets/pets" in error

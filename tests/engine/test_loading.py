@@ -160,6 +160,9 @@ def test_an_item_that_is_wrong_is_named():
     dataset = AugmentedDataset(Bare(image, torch.zeros(2, 3)), "none", (8, 8))
     with pytest.raises(DataError, match=r"item 0 of the data set: .*boxes"):
         dataset[0, 5]
+    dataset.dataset.ids = [f"photo {k}" for k in range(7)]
+    with pytest.raises(DataError, match=r"item photo 3 of the data set: .*boxes"):
+        dataset[3, 5]
 
 
 def test_ids_of_another_number_are_refused():

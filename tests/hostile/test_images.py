@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 import zlib
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from PIL import Image, features
 
 from fastdet import weights
-from fastdet.data import VOC, DataError, read_image
+from fastdet.data import VOC, YOLO, DataError, read_image
 from fastdet.data.images import FORMATS, MAX_PIXELS
 from fastdet.visualize import draw_detections
 
@@ -148,14 +149,15 @@ NAME = "x" * 5_000_000
     [
         (annotation(object_of() * 70_000), "the annotation has 70000 objects, more than 65536"),
         ("<a>" * 40 + "</a>" * 40, "nested deeper than 32"),
-        ("<a>" * 5_000_000, "nested deeper than 32"),
+        ("<a>" * 1_000_000, "nested deeper than 32"),
+        (annotation("<a/>" * (16 << 20))[: 64 << 20], "more than 1048576 tags"),
         (annotation(f"<!--{'x' * (65 << 20)}-->"), "more than 64 MB"),
         ('<!DOCTYPE a [<!ENTITY b "x">]><a>&b;</a>', "the XML does not parse"),
         (annotation("<object/>"), "no <name>"),
         (annotation(object_of()).replace("<xmin>1", f"<xmin>{NAME}"), "<xmin> is not a number"),
         (annotation(object_of(NAME)), "class 'x*' is not among"),
     ],
-    ids=["objects", "depth", "depth of megabytes", "size", "entity", "no name", "number", "name"],
+    ids=["objects", "depth", "depth of megabytes", "tags", "size", "entity", "no name", "number", "name"],
 )
 def test_annotations_out_of_proportion_are_refused_by_name(tmp_path, text, message):
     with pytest.raises(DataError, match=message) as caught:
@@ -175,6 +177,19 @@ def test_many_objects_and_long_names_take_moments(tmp_path):
     assert len(target["boxes"]) == 60_001
     picture = draw_detections(image, target["boxes"][-2:], target["labels"][-2:], class_names=data.class_names)
     assert picture.size == (500, 400)
+
+
+def test_lists_of_millions_of_lines_are_refused_unread(tmp_path):
+    tree(tmp_path, annotation(object_of()))
+    (tmp_path / "ImageSets/Main/train.txt").write_bytes(b"x\n" * (32 << 20))
+    start = time.process_time()
+    with pytest.raises(DataError, match=r"train\.txt: the file has more than 1048576 lines"):
+        VOC(tmp_path, "train")
+    (tmp_path / "labels.txt").write_bytes(b"x\r\n" * 5_000_000)
+    (tmp_path / "data.yaml").write_text("train: labels.txt\nnames: [a]\n")
+    with pytest.raises(DataError, match=r"labels\.txt: the file has more than 4194304 lines"):
+        YOLO(tmp_path)
+    assert time.process_time() - start < 5
 
 
 def test_lists_and_annotations_that_are_no_files_are_not_opened(tmp_path):

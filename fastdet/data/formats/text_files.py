@@ -8,17 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastdet.data.images import DataError
-from fastdet.safe_files import open_regular, printable
+from fastdet.data.images import error_at
+from fastdet.safe_files import open_regular
 
 _MAX_DEPTH, _MAX_DIRECTIVES = 16, 16
-# Bytes of YAML that are that take a second at most to parse: by libyaml, and without it.
+# Bytes of YAML that take a second at most to parse: with libyaml, and without it.
 _MAX_YAML, _MAX_SLOW_YAML = 512 << 10, 128 << 10
-
-
-def error_at(place: object, message: str) -> DataError:
-    """An error about a file, or a place in it, of one line."""
-    return DataError(printable(f"{place}: {message}", 2000))
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
@@ -42,7 +37,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 
 
 def read_text(path: Path, max_bytes: int) -> str:
-    """The text of a file in UTF-8, with or without a mark of the byte order, or in UTF-16 with one.
+    """The text of a file in UTF-8, with or without a byte order mark, or in UTF-16 with one.
 
     Raises:
         DataError: as of `read_bytes`, or it is in another encoding.
@@ -52,22 +47,37 @@ def read_text(path: Path, max_bytes: int) -> str:
         # PowerShell writes UTF-16.
         return content.decode("utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
     except ValueError as error:
-        raise error_at(path, f"the text is neither UTF-8 nor UTF-16 with a mark: {error}") from error
+        raise error_at(path, f"the text is neither UTF-8 nor UTF-16 with a byte order mark: {error}") from error
 
 
 def is_true(text: str) -> bool:
-    """Whether it is a number other than 0, or a word for it; what is nothing that is known is as if absent."""
+    """Whether it is a finite number other than 0, or "true" or "yes"; any other text is as if absent."""
     try:
-        return float(text) not in (0, math.inf, -math.inf) and not math.isnan(float(text))
+        return math.isfinite(number := float(text)) and number != 0
     except ValueError:
         return text.strip().lower() in ("true", "yes")
 
 
-def lines_of(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, without spaces around them, and with their numbers from 1."""
-    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
-        if line := line.strip():
-            yield number, line
+def to_size(width: object, height: object) -> tuple[float, float] | None:
+    """A size as an annotation has it, in numbers or texts; None where it is none."""
+    try:
+        size = float(str(width)), float(str(height))
+    except ValueError:
+        return None
+    return size if all(0 < side < math.inf for side in size) else None
+
+
+def read_lines(path: Path, max_bytes: int, max_lines: int) -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not blank, without spaces around them, and with their numbers from 1.
+
+    Raises:
+        DataError: as of `read_text`, or there are more than `max_lines`; before the first line.
+    """
+    text = read_text(path, max_bytes)
+    if max(text.count("\n"), text.count("\r")) > max_lines:
+        raise error_at(path, f"the file has more than {max_lines} lines")
+    lines = enumerate(io.StringIO(text, newline=None), start=1)
+    return ((number, stripped) for number, line in lines if (stripped := line.strip()))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

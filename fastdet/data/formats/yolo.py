@@ -8,23 +8,25 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from fastdet.data.findings import Finding, Kind
-from fastdet.data.formats.text_files import error_at, lines_of, read_text
-from fastdet.data.formats.yolo_config import Config, join_within, read_config, with_slashes
-from fastdet.data.images import MAX_PIXELS, SUFFIXES, DataError
-from fastdet.data.records import AnnotatedImages, Box, Orientation, Record, collect
+from fastdet.data.formats.file_names import join_within, spellings, with_slashes
+from fastdet.data.formats.text_files import read_lines
+from fastdet.data.formats.yolo_config import Config, read_config
+from fastdet.data.images import MAX_PIXELS, SUFFIXES, DataError, error_at
+from fastdet.data.records import AnnotatedImages, Box, Orientation, Record, collect, unite_classes
 from fastdet.safe_files import printable
 
-# Beyond anything that people annotate: bytes of a list of images and of a file of labels, objects, values of an object.
-_MAX_LIST, _MAX_LABELS, _MAX_OBJECTS, _MAX_VALUES = 256 << 20, 16 << 20, 1 << 16, 1 << 16
+# Beyond anything that people annotate: bytes and lines of a list of images and of a file of labels, values of a line.
+_MAX_LIST, _MAX_IMAGES, _MAX_LABELS, _MAX_OBJECTS, _MAX_VALUES = 256 << 20, 1 << 22, 16 << 20, 1 << 16, 1 << 16
 _VAL = ("val", "valid", "validation")
 
 
 class YOLO(AnnotatedImages):
     """Images with a text file of labels each, in the layout of Ultralytics' YOLO.
 
-    The data.yaml has "names" (a list, or name by number) or "nc" (how many), and for each split a folder of images,
-    with all folders in it, or a list of images, or several of these. They lie in the folder "path", relative to that of
-    the data.yaml; where there is no such folder, as on another machine, in that of the data.yaml itself. A path that
+    The data.yaml has "names" (a list, or name by number; classes of one name are one class) or "nc" (how many), and for
+    each split a folder of images, with all folders in it, or a list of images, or several of these. They lie in the
+    folder "path", relative to that of the data.yaml; where there is no such folder, as on another machine, in that of
+    the data.yaml itself. A path that
     leads out of the folder is an error, except that leading `..` are left out (Roboflow writes `../train/images`).
     Lines of a list are relative to the folder or to that of the list. Hidden files are left out, and links to folders
     in a folder not followed.
@@ -65,6 +67,8 @@ class YOLO(AnnotatedImages):
     ) -> None:
         config = read_config(Path(path) / "data.yaml" if os.path.isdir(path) else Path(path))
         findings = [Finding(Kind.CLASS_WITHOUT_NAME, f"{name} in {config.path.name}") for name in config.unnamed]
+        placed = [(f"class {number}", config.names[number]) for number in sorted(config.names)]
+        classes = unite_classes(config.path.name, placed, findings)
         images, folders = _find_images(config, split, findings, problems)
         labels = _find_labels(images, config.root)
         records, labeled = [], dict[Path, list[str]]()
@@ -87,14 +91,14 @@ class YOLO(AnnotatedImages):
         strangers = _find_strangers(folders, set(labels), config.root)
         findings += [Finding(Kind.WITHOUT_IMAGE, name) for name in strangers]
         findings += [
-            Finding(Kind.SHARED_LABELS, f"{label.name} of {', '.join(names)}")
+            Finding(Kind.SHARED_LABELS, f"{os.path.relpath(label, config.root)} of {', '.join(names)}")
             for label, names in labeled.items()
             if len(names) > 1
         ]
         super().__init__(
             printable(f"{config.path} ({split})"),
             records,
-            [config.names[number] for number in sorted(config.names)] if class_names is None else class_names,
+            classes if class_names is None else class_names,
             orientation=orientation,
             max_pixels=max_pixels,
             findings=findings,
@@ -116,9 +120,7 @@ def _find_images(
         raise error_at(path, f"{keys[0]} is {sources!r:.100}, not a path or a list of paths")
     images, folders, linked = list[Path](), list[Path](), list[str]()
     for written in sources:
-        source = _find_source(config, keys[0], written)
-        if join_within(root, root, written) is None and os.path.exists(root / with_slashes(written)):
-            findings.append(Finding(Kind.OUTSIDE_PATH, f"{written} as {source}"))
+        source = _find_source(config, keys[0], written, findings)
         if os.path.isdir(source):
             folders.append(source)
             images += _walk(source, SUFFIXES, linked)
@@ -133,15 +135,20 @@ def _find_images(
     return list(dict.fromkeys(images)), folders
 
 
-def _find_source(config: Config, key: str, written: str) -> Path:
-    """A folder of images or a list of them."""
+def _find_source(config: Config, key: str, written: str, findings: list[Finding]) -> Path:
+    """A folder of images or a list of them; `findings` gets one in place of which there is another outside."""
     root = config.root
-    inner = re.sub(r"^(\.{1,2}/+)+", "", with_slashes(written))
-    source = join_within(root, root, written) or join_within(root, root, inner)
-    if source is None:
+    within = join_within(root, root, written)
+    source = within or join_within(root, root, re.sub(r"^(\.{1,2}/+)+", "", with_slashes(written)))
+    is_outside = within is None and os.path.exists(root / with_slashes(written))
+    is_there = source is not None and (os.path.isdir(source) or os.path.isfile(source))
+    if source is None or (is_outside and not is_there):
         raise error_at(config.path, f"{key}: {written} leads out of the folder {root}, which 'path' can change")
-    if not os.path.isdir(source) and not os.path.isfile(source):
-        raise error_at(config.path, f"{key}: {source} is neither a folder nor a list of images")
+    if not is_there:
+        lost = f", and there is no folder {config.lost_path} ('path')" if config.lost_path else ""
+        raise error_at(config.path, f"{key}: {source} is neither a folder nor a list of images{lost}")
+    if is_outside:
+        findings.append(Finding(Kind.OUTSIDE_PATH, f"{written} as {source}"))
     return source
 
 
@@ -167,10 +174,11 @@ def _walk(folder: Path, suffixes: Collection[str], linked: list[str]) -> list[Pa
 
 def _read_list(path: Path, root: Path, problems: list[DataError] | None) -> list[Path]:
     images = []
-    for number, line in lines_of(read_text(path, _MAX_LIST)):
+    for number, line in read_lines(path, _MAX_LIST, _MAX_IMAGES):
         with collect(problems):
             bases = (path.parent, root) if line.startswith("./") else (root, path.parent)
-            joined = [image for base in bases if (image := join_within(root, base, line[:4096]))]
+            names = spellings(line[:4096])
+            joined = [image for base in bases for name in names if (image := join_within(root, base, name))]
             image = next(filter(os.path.isfile, joined), None)
             if image is None:
                 raise error_at(
@@ -183,9 +191,12 @@ def _read_list(path: Path, root: Path, problems: list[DataError] | None) -> list
 def _find_labels(images: Sequence[Path], root: Path) -> list[Path]:
     """The file of labels of each image, which need not be there."""
     folders = {folder: _find_label_folder(folder, root) for folder in {image.parent for image in images}}
-    paths = [os.path.join(folders[image.parent], image.stem) for image in images]
-    is_upper = [os.path.lexists(f"{path}.TXT") and not os.path.lexists(f"{path}.txt") for path in paths]
-    return [Path(f"{path}.TXT" if upper else f"{path}.txt") for path, upper in zip(paths, is_upper, strict=True)]
+    return [_find_label(folders[image.parent], image.stem) for image in images]
+
+
+def _find_label(folder: Path, stem: str) -> Path:
+    paths = [os.path.join(folder, f"{name}{suffix}") for suffix in (".txt", ".TXT") for name in spellings(stem)]
+    return Path(next(filter(os.path.lexists, paths), paths[0]))
 
 
 def _find_label_folder(folder: Path, root: Path) -> Path:
@@ -216,9 +227,7 @@ def _read_boxes(path: Path, config: Config, problems: list[DataError] | None) ->
     if not os.path.lexists(path):
         return None
     boxes = []
-    for number, line in lines_of(read_text(path, _MAX_LABELS)):
-        if number > _MAX_OBJECTS:
-            raise error_at(path, f"the file has more than {_MAX_OBJECTS} lines")
+    for number, line in read_lines(path, _MAX_LABELS, _MAX_OBJECTS):
         with collect(problems):
             boxes.append(_to_box(f"{path}:{number}", line, config))
     return boxes

@@ -3,11 +3,12 @@
 import os
 import re
 import unicodedata
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastdet.data.formats.text_files import error_at, read_yaml
+from fastdet.data.formats.file_names import with_slashes
+from fastdet.data.formats.text_files import read_yaml
+from fastdet.data.images import error_at
 
 # Beyond anything that people annotate.
 _MAX_CLASSES = 1 << 16
@@ -20,6 +21,7 @@ class Config(NamedTuple):
         path: the file.
         content: what it has, of texts; blank values are left out.
         root: the data set's folder, absolute.
+        lost_path: what the file names as "path", if there is no such folder.
         names: of the classes, by their numbers.
         unnamed: the names that the file does not have, and that are the numbers.
         keypoint_values: how many values of keypoints a line of labels has behind the box.
@@ -28,6 +30,7 @@ class Config(NamedTuple):
     path: Path
     content: dict[str, Any]
     root: Path
+    lost_path: str
     names: dict[float, str]
     unnamed: list[str]
     keypoint_values: int
@@ -42,13 +45,14 @@ def read_config(path: Path) -> Config:
     content = read_yaml(path)
     # null is a text here, as all scalars.
     content = {key: value for key, value in content.items() if value not in ("", "~", "null")}
-    written, root = content.get("path", ""), path.parent
+    written = content.get("path", "")
     if not isinstance(written, str):
         raise error_at(path, f"path is {written!r:.100}, not a folder")
-    if os.path.isdir(folder := os.path.join(root, with_slashes(written))):
-        root = Path(folder)
+    folder = os.path.join(path.parent, with_slashes(written))
+    root, lost_path = (folder, "") if os.path.isdir(folder) else (path.parent, written)
     names, unnamed = _read_names(path, content)
-    return Config(path, content, Path(os.path.abspath(root)), names, unnamed, _count_keypoint_values(path, content))
+    keypoint_values = _count_keypoint_values(path, content)
+    return Config(path, content, Path(os.path.abspath(root)), lost_path, names, unnamed, keypoint_values)
 
 
 def _read_names(path: Path, content: dict[str, Any]) -> tuple[dict[float, str], list[str]]:
@@ -71,8 +75,6 @@ def _read_names(path: Path, content: dict[str, Any]) -> tuple[dict[float, str], 
         names[number] = name.strip()
     if count not in (None, len(names)):
         raise error_at(path, f"nc is {count}, but there are {len(names)} names")
-    if repeated := [name for name, times in Counter(names.values()).items() if times > 1]:
-        raise error_at(path, f"names: several classes have the name {repeated[0]!r:.100}")
     return names, unnamed
 
 
@@ -95,14 +97,3 @@ def _count_keypoint_values(path: Path, content: dict[str, Any]) -> int:
         raise error_at(path, f"kpt_shape is {shape!r:.100}, not two numbers")
     keypoints, values = (_to_count(path, "kpt_shape", side) for side in shape)
     return keypoints * values
-
-
-def with_slashes(path: str) -> str:
-    """A path of any system with the slashes of this one."""
-    return path.replace("\\", "/")
-
-
-def join_within(root: Path, folder: Path, written: str) -> Path | None:
-    """A path that is relative to a folder; None if it leads out of the root."""
-    path = Path(os.path.normpath(folder / with_slashes(written)))
-    return path if path.is_relative_to(root) else None
