@@ -85,8 +85,14 @@ def overridable(function: _Function) -> _Function:
             return handle_torch_function(call, proxies, *args, **kwargs)
         return function(*args, **kwargs)
 
-    # TorchScript calls it in Python, as it can't compile it.
-    return cast(_Function, torch.jit.ignore(call))
+    return uncompiled(cast(_Function, call))
+
+
+def uncompiled(function: _Function) -> _Function:
+    """A public function that TorchScript calls in Python, where what it compiles calls it, as it can't compile it."""
+    way_out = f"script a function that calls {function.__name__}, with all arguments given"
+    vars(function).update(__script_unsupported=f"fastdet's operations run in Python: {way_out}")
+    return cast(_Function, torch.jit.ignore(function))
 
 
 def find_proxies(values: Iterable[Any]) -> list[Any]:

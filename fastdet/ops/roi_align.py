@@ -160,7 +160,7 @@ define_batched(
 def roi_align(
     input: Tensor,
     boxes: Tensor | list[Tensor],
-    output_size: int | tuple[int, int],
+    output_size: int | tuple[int, int] | list[int],
     spatial_scale: float = 1.0,
     sampling_ratio: int = -1,
     aligned: bool = False,
@@ -196,7 +196,7 @@ def roi_align(
 def multiscale_roi_align(
     features: Sequence[Tensor],
     boxes: Tensor | list[Tensor],
-    output_size: int | tuple[int, int],
+    output_size: int | tuple[int, int] | list[int],
     scales: Sequence[float],
     sampling_ratio: int = 2,
     aligned: bool = False,
@@ -235,7 +235,7 @@ def multiscale_roi_align(
 def batched_roi_align(
     features: Sequence[Tensor],
     boxes: Tensor,
-    output_size: int | tuple[int, int],
+    output_size: int | tuple[int, int] | list[int],
     scales: Sequence[float],
     sampling_ratio: int = 2,
     aligned: bool = False,

@@ -223,6 +223,13 @@ class TestNMS:
         assert torch.equal(ops.nms(boxes, scores, threshold), expected)
         assert torch.equal(ops.batched_nms(boxes, scores, torch.zeros(50), threshold), expected)
 
+    def test_no_boxes_of_one_dimension(self):
+        """As of torch.tensor([]), which torchvision's takes without a look at the rest."""
+        for nothing in (torch.tensor([]), torch.zeros(0, dtype=torch.int64)):
+            expected = theirs.batched_nms(nothing, None, None, None)
+            torch.testing.assert_close(ops.batched_nms(nothing, None, None, None), expected)
+            torch.testing.assert_close(ops.batched_nms(nothing, nothing, nothing, 0.5, 3), expected)
+
     def test_nms_in_all_ways(self):
         class Suppress(nn.Module):
             def forward(self, boxes: Tensor, scores: Tensor) -> Tensor:
@@ -327,7 +334,7 @@ def scripted(boxes: Tensor, scores: Tensor, features: Tensor) -> tuple[Tensor, T
         ops.batched_nms(boxes, scores, idxs, 0.5, None),
         ops.box_iou(boxes, boxes, "xyxy"),
         ops.roi_align(features, [boxes], (2, 2), 0.25, 2, True),
-        ops.roi_pool(features, [boxes], 3, 0.25),
+        ops.roi_pool(features, [boxes], [3, 3], 0.25),
     )
 
 
@@ -338,6 +345,9 @@ def test_torchscript_calls_the_operations_in_python():
         inputs = boxes_of(count), torch.rand(count), torch.randn(1, 2, 8, 9)
         for found, expected in zip(function(*inputs), scripted(*inputs), strict=True):
             assert_equal(found, expected)
+    for operation in (ops.nms, ops.batched_nms, ops.box_iou, ops.roi_align):
+        with pytest.raises(RuntimeError, match=f"script a function that calls {operation.__name__}"):
+            torch.jit.script(operation)
 
 
 def test_two_kinds_of_tensor_subclasses_together():
