@@ -97,8 +97,10 @@ def test_traces_of_the_other_operations_are_right_for_other_sizes():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::DeprecationWarning")
 def test_the_model_is_not_scripted():
-    with pytest.raises(Exception):  # noqa: B017, PT011  (torch's own, of several types)
-        torch.jit.script(fastdet.FasterRCNN("small", 2, **SMALL))
+    model = fastdet.FasterRCNN("small", 2, **SMALL)
+    for module in (model, nn.Sequential(nn.Identity(), model)):
+        with pytest.raises(RuntimeError, match="FasterRCNN: use fastdet"):
+            torch.jit.script(module)
 
 
 def test_corners_far_outside_are_clamped():
