@@ -327,15 +327,18 @@ def test_a_default_device_is_not_that_of_the_results():
         assert all(map(torch.equal, [call() for call in calls], expected))
 
 
-def scripted(boxes: Tensor, scores: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def scripted(boxes: Tensor, scores: Tensor, features: Tensor) -> list[Tensor]:
     idxs = scores > 0.5
-    return (
+    return [
         ops.nms(boxes, scores, 0.5, None),
         ops.batched_nms(boxes, scores, idxs, 0.5, None),
         ops.box_iou(boxes, boxes, "xyxy"),
+        ops.generalized_box_iou(boxes, boxes),
+        ops.distance_box_iou(boxes, boxes, 1e-7),
+        ops.complete_box_iou(boxes, boxes, 1e-7),
         ops.roi_align(features, [boxes], (2, 2), 0.25, 2, True),
         ops.roi_pool(features, [boxes], [3, 3], 0.25),
-    )
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:")
