@@ -138,6 +138,18 @@ class TestIoU:
         for i, j in itertools.product(range(2), range(3)):
             torch.testing.assert_close(found[i, j], reference(boxes1[i, 0], boxes2[j]), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("count", [30, 300])
+    def test_inverted_boxes(self, name, count):
+        """Their generalized IoU is at most the IoU, which torchvision's exceeds."""
+        ours, reference = IOUS[name]
+        boxes1, boxes2 = boxes_of(count), boxes_of(200)
+        for inverted in (boxes1[:, [2, 3, 0, 1]], boxes1[:, [2, 1, 0, 3]], boxes1[:, [0, 3, 2, 1]]):
+            for first, second in ((inverted, boxes2), (boxes2, inverted)):
+                expected = reference(first, second)
+                if name == "generalized_box_iou":
+                    expected = expected.nan_to_num(torch.inf).minimum(theirs.box_iou(first, second))
+                torch.testing.assert_close(ours(first, second), expected, rtol=1e-4, atol=1e-5)
+
     def test_nothing(self, name):
         assert IOUS[name][0](torch.zeros(0, 4), boxes_of(3)).shape == (0, 3)
 
