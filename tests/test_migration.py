@@ -97,8 +97,10 @@ def test_traces_of_the_other_operations_are_right_for_other_sizes():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::DeprecationWarning")
 def test_the_model_is_not_scripted():
-    with pytest.raises(Exception):  # noqa: B017, PT011  (torch's own, of several types)
-        torch.jit.script(fastdet.FasterRCNN("small", 2, **SMALL))
+    model = fastdet.FasterRCNN("small", 2, **SMALL)
+    for module in (model, nn.Sequential(nn.Identity(), model)):
+        with pytest.raises(RuntimeError, match="FasterRCNN: use fastdet"):
+            torch.jit.script(module)
 
 
 def test_corners_far_outside_are_clamped():
@@ -114,3 +116,15 @@ def test_corners_far_outside_are_clamped():
 def test_arguments_after_num_classes_are_by_keyword():
     with pytest.raises(TypeError, match="positional"):
         fastdet.FasterRCNN(resnet_fpn_backbone(backbone_name="resnet18", weights=None), 2, 64)
+
+
+def test_targets_in_evaluation():
+    """torchvision checks them, and has no use for them."""
+    model = fastdet.FasterRCNN("small", 2, **SMALL).eval()
+    images, targets = [torch.rand(3, 64, 64)], [{"boxes": torch.tensor([[9.0, 9, 9, 20]]), "labels": torch.tensor([1])}]
+    torch.testing.assert_close(model(images, targets), model(images))
+    with pytest.raises(ValueError, match="target 0: box 0 has no area"):
+        model(images, targets, return_losses=True)
+    theirs = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+    with pytest.raises(AssertionError, match="positive height and width"):
+        theirs.eval()(images, targets)

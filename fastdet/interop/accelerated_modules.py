@@ -29,7 +29,13 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_LEVELS = 5  # of ops.multiscale_roi_align
 
 
-class AcceleratedRegionProposalNetwork(RegionProposalNetwork):
+class _Unscripted:
+    def __prepare_scriptable__(self) -> None:
+        """Called by torch.jit.script, of the whole model too."""
+        raise RuntimeError("torch.jit.script can't compile an accelerated model: undo the acceleration before")
+
+
+class AcceleratedRegionProposalNetwork(_Unscripted, RegionProposalNetwork):
     def filter_proposals(
         self, proposals: Tensor, objectness: Tensor, image_shapes: Sizes, num_anchors_per_level: list[int]
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -70,7 +76,7 @@ class AcceleratedRegionProposalNetwork(RegionProposalNetwork):
         return _unpad(label.float(), anchors), _unpad(matched, anchors)
 
 
-class AcceleratedRoIHeads(RoIHeads):
+class AcceleratedRoIHeads(_Unscripted, RoIHeads):
     def assign_targets_to_proposals(
         self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -109,7 +115,7 @@ class AcceleratedRoIHeads(RoIHeads):
         return [boxes[row] for row in best], [scores[row] for row in best], [label[row] + 1 for row in best]
 
 
-class AcceleratedMultiScaleRoIAlign(MultiScaleRoIAlign):
+class AcceleratedMultiScaleRoIAlign(_Unscripted, MultiScaleRoIAlign):
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: Sizes) -> Tensor:
         """Features of all `boxes` ([N, 4] of each image), [sum of N, C, height, width]."""
         levels = [features for name, features in x.items() if name in self.featmap_names]

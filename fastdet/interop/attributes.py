@@ -73,3 +73,8 @@ class RefuseAttributes:
         if name in self.refused_attributes:
             kind = type(self).__name__
             raise AttributeError(f"{name} has no effect on fastdet's {kind}: {self.refused_attributes[name]}")
+
+    def __prepare_scriptable__(self) -> None:
+        """Called by torch.jit.script, of a module that this one is part of too."""
+        way_out = "use fastdet.export.export_pt2 or export_onnx"
+        raise RuntimeError(f"torch.jit.script can't compile fastdet's {type(self).__name__}: {way_out}")

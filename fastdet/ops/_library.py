@@ -44,6 +44,14 @@ def define(
         torch.library.impl(qualified, "Autograd")(autograd)
 
 
+def define_batched(schema: str, composite: Callable[..., Any], name: str, batched: Callable[..., Any]) -> None:
+    """Register the operation of `schema`, which is made of others, and by it operation `name` of batched tensors."""
+    name_of_composite, signature = schema.split("(", 1)
+    torch.library.define(f"fastdet::{name_of_composite}", f"({signature}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"fastdet::{name_of_composite}", "CompositeImplicitAutograd")(composite)
+    torch.library.impl(f"fastdet::{name}", "Batched")(batched)
+
+
 def _as_implementation(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` without gradients, which torch leaves on where none are registered; called between two graphs of
     torch.compile, it is not compiled too."""
@@ -77,8 +85,14 @@ def overridable(function: _Function) -> _Function:
             return handle_torch_function(call, proxies, *args, **kwargs)
         return function(*args, **kwargs)
 
-    # TorchScript calls it in Python, as it can't compile it.
-    return cast(_Function, torch.jit.ignore(call))
+    return uncompiled(cast(_Function, call))
+
+
+def uncompiled(function: _Function) -> _Function:
+    """A public function that TorchScript calls in Python, where what it compiles calls it, as it can't compile it."""
+    way_out = f"script a function that calls {function.__name__}, with all arguments given"
+    vars(function).update(__script_unsupported=f"fastdet's operations run in Python: {way_out}")
+    return cast(_Function, torch.jit.ignore(function))
 
 
 def find_proxies(values: Iterable[Any]) -> list[Any]:
@@ -95,7 +109,8 @@ def find_proxies(values: Iterable[Any]) -> list[Any]:
 def needs_derivative(*tensors: torch.Tensor) -> bool:
     """Whether a gradient of one of them is recorded, or a forward-mode derivative may be carried by them."""
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return recorded or forward_ad._current_level >= 0
+    # Compiled code enters a level without a word to `forward_ad`, and so only in the transforms of `torch.func`.
+    return recorded or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def apply_function(function: Any, *args: Any) -> Any:

@@ -110,8 +110,13 @@ def rois_in_cells(rois: Tensor, corners: Tensor, num_images: int, limit: float) 
     return torch.cat([images.where(valid, 0.0), corners.where(valid, -limit)], dim=1)
 
 
+def level_sizes(features: Sequence[Tensor]) -> list[int]:
+    """Batch, channels, then height and width of one level after another."""
+    return [*features[0].shape[:2], *(side for level in features for side in level.shape[2:])]
+
+
 def level_shapes(sizes: Sequence[int]) -> list[tuple[int, int, int, int]]:
-    """The shape of each level, from `sizes`: batch, channels, then height and width of one level after another."""
+    """The shape of each level, from `level_sizes`."""
     batch, channels, *sides = sizes
     return [(batch, channels, *side) for side in zip(sides[::2], sides[1::2], strict=True)]
 
@@ -126,8 +131,7 @@ class _RoiAlign(_SingleLevelFunction):
         rois, scales, rules, *features = inputs
         ctx.save_for_backward(rois)
         ctx.save_for_forward(rois)
-        sides = [side for level in features for side in level.shape[2:]]
-        ctx.arguments = ([*features[0].shape[:2], *sides], scales, *rules[2:])
+        ctx.arguments = (level_sizes(features), scales, *rules[2:])
         ctx.rules = rules
 
     @staticmethod
@@ -237,7 +241,8 @@ def _at_maxima(features: Tensor, rois: Tensor, argmax: Tensor) -> Tensor:
     """Of `features` [B, C, H, W] what lies where each bin has its maximum, [R, C, PH, PW]; 0 if it pooled nothing."""
     image = rois[:, 0].nan_to_num().long().clamp(0, max(len(features) - 1, 0))
     channel = torch.arange(features.shape[1], device=features.device)
-    found = features.flatten(2)[image[:, None, None, None], channel[:, None, None], argmax.long().clamp(min=0)]
+    cells = features.reshape(*features.shape[:2], -1)
+    found = cells[image[:, None, None, None], channel[:, None, None], argmax.long().clamp(min=0)]
     return torch.where(argmax < 0, 0.0, found)
 
 

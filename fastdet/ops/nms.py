@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function
 
 from fastdet.ops import _checks
 from fastdet.ops._groups import padded_groups
-from fastdet.ops._library import define, find_proxies
+from fastdet.ops._library import define, find_proxies, uncompiled
 from fastdet.ops.cpu import nms as cpu
 
 
@@ -198,6 +198,7 @@ define(
 )
 
 
+@uncompiled
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | None = None) -> Tensor:
     """Indices of the boxes that greedy suppression keeps: torchvision's `nms`.
 
@@ -231,6 +232,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | Non
     return _nms_indices(boxes, scores, iou_threshold, max_keep)
 
 
+@uncompiled
 def batched_nms(
     boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, max_keep: int | None = None
 ) -> Tensor:
@@ -241,7 +243,7 @@ def batched_nms(
     where that would be above eight times the memory of many boxes, each to the power of two above its size.
 
     Args:
-        boxes, scores, iou_threshold: as of `nms`.
+        boxes, scores, iou_threshold: as of `nms`; no boxes may also be a tensor of shape [0].
         idxs: [N], real numbers or bool: the group of each box, on the device of `boxes`. Each NaN is a group.
         max_keep: indices at most, of all groups together; None: all.
 
@@ -257,6 +259,8 @@ def batched_nms(
             return cpu.batched_nms_cpu(*arrays, iou_threshold)
     if proxies := find_proxies((boxes, scores, idxs)):
         return handle_torch_function(batched_nms, proxies, boxes, scores, idxs, iou_threshold, max_keep)
+    if isinstance(boxes, Tensor) and boxes.shape == (0,):
+        return boxes.new_zeros(0, dtype=torch.int64)
     boxes, scores, iou_threshold, max_keep = _check(boxes, scores, iou_threshold, max_keep)
     idxs = _checks.tensor("idxs", idxs, (boxes.shape[0],))
     _checks.same_device(boxes=boxes, idxs=idxs)
@@ -266,11 +270,6 @@ def batched_nms(
     if _checks.is_recorded(boxes):
         return torch.ops.fastdet.batched_nms_indices(boxes, scores, idxs, iou_threshold, max_keep)
     return _batched_nms_indices(boxes, scores, idxs, iou_threshold, max_keep)
-
-
-# TorchScript calls these in Python, as it can't compile them.
-for _function in (nms, batched_nms):
-    torch.jit.ignore(_function)
 
 
 def _are_usual(boxes: object, scores: object, iou_threshold: object) -> bool:

@@ -4,6 +4,7 @@ Sources: He et al. 2017 (arXiv:1703.06870), section 3, for the samples; Lin et a
 for the level of the pyramid a region is pooled from. Both as torchvision computes them.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdet.ops import _checks, _rois
-from fastdet.ops._library import define, overridable
+from fastdet.ops._library import define, define_batched, overridable
 from fastdet.ops._pyramid import check_pyramid, level_edges
 from fastdet.ops.cpu.roi_align import roi_align_backward_cpu, roi_align_cpu
 
@@ -112,11 +113,54 @@ define(
 )
 
 
+# For the batched tensors of `torch.autograd.grad(is_grads_batched=True)`, older than those of `torch.vmap`, torch calls
+# an operator for each entry if it takes and gives no lists: as these do, with the levels joined.
+def _join(levels: Sequence[Tensor]) -> Tensor:
+    return torch.cat([level.reshape(-1) for level in levels])
+
+
+def _split(joined: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    shapes = _rois.level_shapes(sizes)
+    return [part.reshape(shape) for part, shape in zip(joined.split([*map(math.prod, shapes)]), shapes, strict=True)]
+
+
+def _align_joined(rois: Tensor, joined: Tensor, sizes: list[int], *arguments: Any) -> Tensor:
+    return torch.ops.fastdet.roi_align(rois, _split(joined, sizes), *arguments)
+
+
+def _align_backward_joined(*arguments: Any) -> Tensor:
+    return _join(torch.ops.fastdet.roi_align_backward(*arguments))
+
+
+def _align_batched(rois: Tensor, features: list[Tensor], *arguments: Any) -> Tensor:
+    return torch.ops.fastdet.roi_align_joined(rois, _join(features), _rois.level_sizes(features), *arguments)
+
+
+def _align_backward_batched(grad: Tensor, rois: Tensor, sizes: list[int], *arguments: Any) -> list[Tensor]:
+    return _split(torch.ops.fastdet.roi_align_backward_joined(grad, rois, sizes, *arguments), sizes)
+
+
+define_batched(
+    "roi_align_joined(Tensor rois, Tensor joined, SymInt[] sizes, float[] scales, SymInt pooled_height, SymInt"
+    " pooled_width, int sampling_ratio, bool aligned, float canonical_scale, int canonical_level) -> Tensor",
+    _align_joined,
+    "roi_align",
+    _align_batched,
+)
+define_batched(
+    "roi_align_backward_joined(Tensor grad, Tensor rois, SymInt[] sizes, float[] scales, int sampling_ratio,"
+    " bool aligned, float canonical_scale, int canonical_level) -> Tensor",
+    _align_backward_joined,
+    "roi_align_backward",
+    _align_backward_batched,
+)
+
+
 @overridable
 def roi_align(
     input: Tensor,
     boxes: Tensor | list[Tensor],
-    output_size: int | tuple[int, int],
+    output_size: int | tuple[int, int] | list[int],
     spatial_scale: float = 1.0,
     sampling_ratio: int = -1,
     aligned: bool = False,
@@ -152,7 +196,7 @@ def roi_align(
 def multiscale_roi_align(
     features: Sequence[Tensor],
     boxes: Tensor | list[Tensor],
-    output_size: int | tuple[int, int],
+    output_size: int | tuple[int, int] | list[int],
     scales: Sequence[float],
     sampling_ratio: int = 2,
     aligned: bool = False,
@@ -191,7 +235,7 @@ def multiscale_roi_align(
 def batched_roi_align(
     features: Sequence[Tensor],
     boxes: Tensor,
-    output_size: int | tuple[int, int],
+    output_size: int | tuple[int, int] | list[int],
     scales: Sequence[float],
     sampling_ratio: int = 2,
     aligned: bool = False,

@@ -88,7 +88,7 @@ define(
 def roi_pool(
     input: Tensor,
     boxes: Tensor | list[Tensor],
-    output_size: int | tuple[int, int],
+    output_size: int | tuple[int, int] | list[int],
     spatial_scale: float = 1.0,
 ) -> Tensor:
     """The largest feature in each bin of each box, [K, C, height, width]; torchvision's `roi_pool`, bit for bit.
@@ -117,7 +117,7 @@ def roi_pool(
 def batched_roi_pool(
     input: Tensor,
     boxes: Tensor,
-    output_size: int | tuple[int, int],
+    output_size: int | tuple[int, int] | list[int],
     spatial_scale: float,
     valid: Tensor | None = None,
 ) -> Tensor:

@@ -439,7 +439,10 @@ def test_errors():
 
 def test_scripting_after_undo():
     model = small()
-    accelerate(model).undo()
+    acceleration = accelerate(model)
+    with pytest.raises(RuntimeError, match="undo the acceleration"):
+        torch.jit.script(model)
+    acceleration.undo()
     torch.jit.script(model)
 
 

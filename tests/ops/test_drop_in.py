@@ -138,6 +138,18 @@ class TestIoU:
         for i, j in itertools.product(range(2), range(3)):
             torch.testing.assert_close(found[i, j], reference(boxes1[i, 0], boxes2[j]), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("count", [30, 300])
+    def test_inverted_boxes(self, name, count):
+        """Their generalized IoU is at most the IoU, which torchvision's exceeds."""
+        ours, reference = IOUS[name]
+        boxes1, boxes2 = boxes_of(count), boxes_of(200)
+        for inverted in (boxes1[:, [2, 3, 0, 1]], boxes1[:, [2, 1, 0, 3]], boxes1[:, [0, 3, 2, 1]]):
+            for first, second in ((inverted, boxes2), (boxes2, inverted)):
+                expected = reference(first, second)
+                if name == "generalized_box_iou":
+                    expected = expected.nan_to_num(torch.inf).minimum(theirs.box_iou(first, second))
+                torch.testing.assert_close(ours(first, second), expected, rtol=1e-4, atol=1e-5)
+
     def test_nothing(self, name):
         assert IOUS[name][0](torch.zeros(0, 4), boxes_of(3)).shape == (0, 3)
 
@@ -222,6 +234,13 @@ class TestNMS:
         expected = rows[theirs.nms(boxes[finite], scores[finite], threshold)]
         assert torch.equal(ops.nms(boxes, scores, threshold), expected)
         assert torch.equal(ops.batched_nms(boxes, scores, torch.zeros(50), threshold), expected)
+
+    def test_no_boxes_of_one_dimension(self):
+        """As of torch.tensor([]), which torchvision's takes without a look at the rest."""
+        for nothing in (torch.tensor([]), torch.zeros(0, dtype=torch.int64)):
+            expected = theirs.batched_nms(nothing, None, None, None)
+            torch.testing.assert_close(ops.batched_nms(nothing, None, None, None), expected)
+            torch.testing.assert_close(ops.batched_nms(nothing, nothing, nothing, 0.5, 3), expected)
 
     def test_nms_in_all_ways(self):
         class Suppress(nn.Module):
@@ -320,15 +339,18 @@ def test_a_default_device_is_not_that_of_the_results():
         assert all(map(torch.equal, [call() for call in calls], expected))
 
 
-def scripted(boxes: Tensor, scores: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def scripted(boxes: Tensor, scores: Tensor, features: Tensor) -> list[Tensor]:
     idxs = scores > 0.5
-    return (
+    return [
         ops.nms(boxes, scores, 0.5, None),
         ops.batched_nms(boxes, scores, idxs, 0.5, None),
         ops.box_iou(boxes, boxes, "xyxy"),
+        ops.generalized_box_iou(boxes, boxes),
+        ops.distance_box_iou(boxes, boxes, 1e-7),
+        ops.complete_box_iou(boxes, boxes, 1e-7),
         ops.roi_align(features, [boxes], (2, 2), 0.25, 2, True),
-        ops.roi_pool(features, [boxes], 3, 0.25),
-    )
+        ops.roi_pool(features, [boxes], [3, 3], 0.25),
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:")
@@ -338,6 +360,9 @@ def test_torchscript_calls_the_operations_in_python():
         inputs = boxes_of(count), torch.rand(count), torch.randn(1, 2, 8, 9)
         for found, expected in zip(function(*inputs), scripted(*inputs), strict=True):
             assert_equal(found, expected)
+    for operation in (ops.nms, ops.batched_nms, ops.box_iou, ops.roi_align):
+        with pytest.raises(RuntimeError, match=f"script a function that calls {operation.__name__}"):
+            torch.jit.script(operation)
 
 
 def test_two_kinds_of_tensor_subclasses_together():
@@ -359,17 +384,9 @@ def test_two_kinds_of_tensor_subclasses_together():
         assert_equal(kept, ops.nms(plain, values, 0.5, max_keep))
 
 
-def test_gradients_that_differ():
-    """Rows of the table of differences: derivatives of many gradients at once, and boxes alone with a gradient."""
-    rois = rois_of(3, 1)
-    features = FEATURES.clone().requires_grad_()
-    pooled = ops.roi_align(features, rois, 2)
-    grads = torch.rand(4, *pooled.shape)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(pooled, features, grads, is_grads_batched=True, retain_graph=True)
-    _, pull = torch.func.vjp(lambda x: ops.roi_align(x, rois, 2), FEATURES)
-    together = torch.func.vmap(pull)(grads)[0]
-    for grad, found in zip(grads, together, strict=True):
-        torch.testing.assert_close(torch.autograd.grad(pooled, features, grad, retain_graph=True)[0], found)
-    assert theirs.roi_align(FEATURES, rois.clone().requires_grad_(), 2).requires_grad
-    assert not ops.roi_align(FEATURES, rois.clone().requires_grad_(), 2).requires_grad
+def test_a_gradient_of_boxes_alone_is_not_recorded():
+    """A row of the table of differences."""
+    rois = rois_of(3, 1).requires_grad_()
+    for ours, reference in POOLS.values():
+        assert reference(FEATURES, rois, 2).requires_grad
+        assert not ours(FEATURES, rois, 2).requires_grad

@@ -381,6 +381,9 @@ def test_operator_contract():
     grad = torch.randn(8, 3, 3, 2)
     sizes = [2, 3, 9, 10, 5, 5]
     check_operator(torch.ops.fastdet.roi_align_backward, grad, rois, sizes, [0.25, 0.125], *rules)
+    joined = torch.cat([level.flatten() for level in levels])
+    check_operator(torch.ops.fastdet.roi_align_joined, rois, joined, sizes, [0.25, 0.125], 3, 2, *rules)
+    check_operator(torch.ops.fastdet.roi_align_backward_joined, grad, rois, sizes, [0.25, 0.125], *rules)
 
 
 def test_compiles_with_gradients_into_one_graph_for_all_sizes():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.functional import hessian, jacobian
 
 from fastdet import ops
 from fastdet.ops.cpu.overlap import TILE
@@ -79,6 +80,45 @@ def test_jacobians_by_rows_and_by_columns_agree(name):
     rows, columns = torch.func.jacrev(function)(x), torch.func.jacfwd(function)(x)
     assert rows.abs().max() > 0
     torch.testing.assert_close(rows, columns)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, x) in CASES.items() if len(x) < 10])
+def test_compiled_transforms_give_what_they_give_eagerly(name):
+    function, x = CASES[name]
+    torch.manual_seed(1)
+    v = torch.randn_like(x)
+
+    def transformed(x: Tensor, v: Tensor) -> list[Tensor]:
+        gradient = torch.func.grad(lambda each: function(each).square().sum())
+        columns = torch.func.jacfwd(lambda each: function(each))(x)
+        return [*torch.func.jvp(function, (x,), (v,)), torch.vmap(function)(x[None]), gradient(x), columns]
+
+    torch._dynamo.reset()
+    found = torch.compile(transformed, backend="aot_eager", fullgraph=True)(x, v)
+    expected = transformed(x, v)
+    assert expected[1].abs().max() > 0
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", [name for name, (_, x) in CASES.items() if len(x) < 10])
+def test_vectorized_derivatives_are_those_of_a_loop(name):
+    """As gradients for many outputs at once, through the batched tensors that torch had before torch.func."""
+    function, x = CASES[name]
+    leaf = x.double().requires_grad_()
+    out = function(leaf)
+    grads = torch.rand(3, *out.shape, dtype=out.dtype, requires_grad=True)
+    (together,) = torch.autograd.grad(out, leaf, grads, is_grads_batched=True, create_graph=True)
+    apart = torch.stack([torch.autograd.grad(out, leaf, grad, create_graph=True)[0] for grad in grads])
+    assert apart.abs().max() > 0
+    torch.testing.assert_close(together, apart)
+    seconds = [torch.autograd.grad((each**2).sum(), grads, retain_graph=True)[0] for each in (together, apart)]
+    torch.testing.assert_close(*seconds)
+    x, expected = x.double(), jacobian(function, x.double())
+    for strategy in ("reverse-mode", "forward-mode"):
+        torch.testing.assert_close(jacobian(function, x, vectorize=True, strategy=strategy), expected)
+        vectorized = hessian(lambda each: (function(each) ** 3).sum(), x, False, False, True, strategy)
+        torch.testing.assert_close(vectorized, hessian(lambda each: (function(each) ** 3).sum(), x))
 
 
 # The gradient of "complete" takes a weight for a constant that varies: its derivative is a matter of definition.

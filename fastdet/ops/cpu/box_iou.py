@@ -28,8 +28,10 @@ def few_pairs(boxes1: Tensor, boxes2: Tensor, kind: str) -> Tensor:
 
 
 def angles(boxes: Tensor) -> Tensor:
-    """atan(width / height) of `boxes` [..., 4], in radians."""
-    return torch.atan2(boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1])
+    """atan(width / height) of `boxes` [..., 4], in radians; 0 for a point."""
+    width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
+    # Not the angle of a direction: a box inverted along both axes has the shape that it has otherwise.
+    return torch.atan2(torch.where(height < 0, -width, width), torch.where(height < 0, -height, height))
 
 
 def _planes(boxes: Tensor, kind: str) -> tuple[Tensor, ...]:
