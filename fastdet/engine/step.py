@@ -58,7 +58,8 @@ class Stepper:
             prepare_optimizer(optimizer, model)
         else:
             self._graphed = GraphedTrainer(
-                model,
+                # As each epoch does: a run may begin with a model that was evaluated.
+                model.train(),
                 optimizer,
                 graphs.shapes,
                 graphs.max_boxes,

@@ -108,6 +108,14 @@ def test_steps_by_a_plan_of_graphs_equal_a_plain_loop():
     assert_close(model.state_dict(), plain.state_dict())
 
 
+def test_steps_by_a_plan_of_graphs_begin_with_any_mode():
+    """As those without one do, of a run whose epochs put the model into training."""
+    model = make_model(size_buckets=((96, 96),)).eval()
+    plain = copy.deepcopy(model).train()
+    stepper = make_stepper(model, graphs=GraphPlan(((3, 3, 96, 96),), 4))
+    assert_close(steps_of(stepper), plain_steps(plain))
+
+
 @pytest.mark.parametrize("accumulate", [2, 3, 5])
 def test_steps_in_parts_equal_those_of_the_whole(accumulate):
     """Of a network that treats each image alone."""
