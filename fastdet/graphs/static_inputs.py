@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdet.models.preprocessing import smallest_bucket
+from fastdet.models.preprocessing import side_divisor, smallest_bucket
 from fastdet.models.settings import Settings
 from fastdet.structures import Batch, Targets
 
@@ -22,7 +22,7 @@ BatchShapes = Sequence[int] | Sequence[Sequence[int]]
 
 def parse_buckets(batch_shape: Any, settings: Settings) -> tuple[Shape, ...]:
     """The shapes of a `batch_shape`, smallest first. Raises ValueError for one that does not suit the settings."""
-    channels, divisible = len(settings.image_mean), settings.size_divisible
+    channels, divisible = len(settings.image_mean), side_divisor(settings)
     several = isinstance(batch_shape, Sequence) and (not batch_shape or isinstance(batch_shape[0], Sequence))
     shapes = list(batch_shape) if several else [batch_shape]
     if not shapes:

@@ -69,8 +69,8 @@ class GraphedTrainer(GraphedModel):
             `lr=torch.tensor(...)`. It gets its state at once, and for each group a learning rate on the device, to be
             changed by `set_lr` or in place; torch's schedulers do so, those that change the momentum too are refused.
         batch_shape: (batch, channels, height, width) of the padded images, or several of them: a batch takes the
-            smallest that holds its images and has just as many. Heights and widths are multiples of
-            `settings.size_divisible`.
+            smallest that holds its images and has just as many. Without `settings.size_buckets`, heights and widths are
+            multiples of `settings.size_divisible`.
         max_boxes: the most ground-truth boxes of an image.
         amp: torch.bfloat16 or torch.float16 for autocast; the latter with a loss scale on the device.
         clip_norm: largest norm of all gradients together; 0 does not clip.
