@@ -84,7 +84,9 @@ def allocate_batch(bucket: Shape, like: Tensor) -> Batch:
     """The static batch of a bucket: black images of its whole size, on the device and of the dtype of a parameter."""
     sizes = torch.tensor(bucket[2:], device=like.device).repeat(bucket[0], 1)
     scales = torch.ones(bucket[0], dtype=torch.float32, device=like.device)
-    return Batch(torch.zeros(bucket, dtype=like.dtype, device=like.device), sizes, scales)
+    # As the batches lie that are copied into it, and as the backbone takes it.
+    images = torch.empty(bucket, dtype=like.dtype, device=like.device, memory_format=torch.channels_last).zero_()
+    return Batch(images, sizes, scales)
 
 
 def allocate_targets(batch: int, rows: int, device: torch.device) -> Targets:
