@@ -20,7 +20,7 @@ from fastdet.engine.distributed import ALONE, Processes
 from fastdet.engine.recipes import TrainSettings, amp_dtype
 from fastdet.graphs import GraphedTrainer
 from fastdet.graphs.batch_losses import PaddedLosses, autocast, batch_losses
-from fastdet.graphs.optimizers import prepare_optimizer
+from fastdet.graphs.optimizers import prepare_optimizer, set_learning_rate
 from fastdet.graphs.step import LossScale, checked_columns, training_step
 from fastdet.models.anchors import Size
 from fastdet.models.faster_rcnn import FasterRCNN
@@ -76,8 +76,7 @@ class Stepper:
 
     def set_lr(self, lr: float) -> None:
         """The learning rate from the next step on, times the "lr_factor" of each group; no host sync."""
-        for group in self.optimizer.param_groups:
-            group["lr"].fill_(lr * group["lr_factor"])
+        set_learning_rate(self.optimizer, lr)
 
     def __call__(self, images: Sequence[Tensor], targets: Sequence[Target], batch_size: int) -> Tensor:
         """Take a step; its row, as of `training_step`, is on the device, and that of the whole batch in all processes.

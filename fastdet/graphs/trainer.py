@@ -24,7 +24,7 @@ from fastdet.graphs import static_inputs
 from fastdet.graphs.batch_losses import PaddedLosses, batch_losses
 from fastdet.graphs.capture import GraphedModel, StaticStep
 from fastdet.graphs.guards import CaptureGuard
-from fastdet.graphs.optimizers import prepare_optimizer
+from fastdet.graphs.optimizers import prepare_optimizer, set_learning_rate
 from fastdet.graphs.rows import UnreadRows, describe
 from fastdet.graphs.static_inputs import BatchShapes, Shape
 from fastdet.graphs.step import LossScale, checked_columns, training_step
@@ -218,8 +218,7 @@ class GraphedTrainer(GraphedModel):
 
     def set_lr(self, lr: float) -> None:
         """The learning rate from the next step on, times the "lr_factor" of a group that has one; no host sync."""
-        for group in self.optimizer.param_groups:
-            group["lr"].fill_(lr * group.get("lr_factor", 1.0))
+        set_learning_rate(self.optimizer, lr)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's and the optimizer's states: the steps taken, the loss scale.
