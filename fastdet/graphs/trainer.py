@@ -53,8 +53,8 @@ class GraphedTrainer(GraphedModel):
 
     A captured step goes on using what it was captured with, so a change of that is refused until `recapture`:
 
-    - at every step: the trainer's `optimizer`, `max_boxes`, `amp`, `clip_norm`, `check_gradients` and `accumulate`; the
-      mode of the model, its `settings`, `model.compile`, its first parameter (`model.to` moves, and
+    - at every step: the trainer's `optimizer`, `max_boxes`, `amp`, `clip_norm`, `check_gradients`, `accumulate` and
+      `loss_scale`; the mode of the model, its `settings`, `model.compile`, its first parameter (`model.to` moves, and
       `load_state_dict(assign=True)` replaces all); the optimizer's groups with their options, learning-rate tensors and
       numbers of parameters, and its state as a whole;
     - at a capture, at the bucket's three steps after it, and at every step with `check_every_step`: each layer and its
@@ -86,7 +86,7 @@ class GraphedTrainer(GraphedModel):
         ValueError: an argument out of range, an optimizer that cannot be captured or is not of this model.
     """
 
-    _arguments = ("model", "amp", "optimizer", "max_boxes", "clip_norm", "check_gradients", "accumulate")
+    _arguments = ("model", "amp", "optimizer", "max_boxes", "clip_norm", "check_gradients", "accumulate", "loss_scale")
 
     def __init__(
         self,
