@@ -26,6 +26,12 @@ SETTINGS = TrainSettings(
 )
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("losses", "average_precision"):
+        monkeypatch.setattr(f"fastdet.engine.trainer.plot_{name}", lambda *paths, **options: None)
+
+
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Graphs are planned as on a GPU; the images of each replay."""
@@ -40,12 +46,10 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
     monkeypatch.setattr("fastdet.graphs.capture.eager_program", record)
     monkeypatch.setattr("fastdet.engine.trainer.choose_graphs", choose)
-    for name in ("losses", "average_precision"):
-        monkeypatch.setattr(f"fastdet.engine.trainer.plot_{name}", lambda *paths, **options: None)
     return found
 
 
-def run(out: Path, settings: TrainSettings = SETTINGS, **options: Any) -> dict[str, Any]:
+def run(out: Path, settings: TrainSettings = SETTINGS, device: str = "cpu", **options: Any) -> dict[str, Any]:
     """The last checkpoint of a run, which is evaluated after each epoch."""
 
     def validate(model: nn.Module) -> dict[str, float]:
@@ -56,7 +60,7 @@ def run(out: Path, settings: TrainSettings = SETTINGS, **options: Any) -> dict[s
     sizes = {"min_size": 64, "max_size": 64, "size_buckets": ((80, 72),)}
     model = FasterRCNN(TinyBackbone(), 5, **{"settings": VGG16, **SMALL_SETTINGS, **sizes})
     # Without graphs the convolutions of a CPU would add up in another order.
-    model.to(memory_format=torch.channels_last)
+    model.to(device, memory_format=torch.channels_last)
     train(model.eval(), DATA, out, settings, progress=False, validate=validate, **options)
     return checkpoint.load(out / "last.pth")
 
@@ -90,3 +94,20 @@ def test_a_run_in_graphs_goes_on_with_or_without_them(tmp_path, replays, graphs)
     replays.clear()
     assert_same(run(tmp_path / "parts", replace(SETTINGS, graphs=graphs), resume=True), expected)
     assert len(replays) == graphs * (EPOCHS - 1) * (BATCHES - 1)
+
+
+@pytest.mark.cuda
+def test_a_run_in_captured_graphs(tmp_path, monkeypatch):
+    """On a GPU, with a worker and pinned images: as one without graphs, and as one that goes on."""
+    pytest.importorskip("tqdm")
+    # Some operators that repeat exactly are host syncs.
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    settings = replace(SETTINGS, amp="none", workers=1)
+    expected = run(tmp_path / "plain", replace(settings, graphs=False), "cuda")
+    whole = run(tmp_path / "whole", settings, "cuda")
+    run(tmp_path / "parts", settings, "cuda", stop_after=1)
+    parts = run(tmp_path / "parts", settings, "cuda", resume=True)
+    for part in ("model", "average"):
+        torch.testing.assert_close(whole[part], expected[part], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(parts[part], whole[part], rtol=1e-3, atol=1e-3)
