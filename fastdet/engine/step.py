@@ -155,9 +155,11 @@ class Stepper:
 def choose_graphs(
     model: nn.Module, dataset: Dataset[Item], settings: TrainSettings, processes: Processes = ALONE
 ) -> GraphPlan | None:
-    """What is captured of a run: on a GPU the steps of a detector, in one process, unless the settings forbid it."""
+    """What is captured of a run: on a GPU the steps of a detector, in one process, unless the settings forbid it, or
+    torch is to take deterministic algorithms, some of which are host syncs."""
     on_gpu = next(model.parameters()).device.type == "cuda"
-    if isinstance(model, FasterRCNN) and on_gpu and settings.graphs and processes.count == 1:
+    allowed = settings.graphs and not torch.are_deterministic_algorithms_enabled()
+    if isinstance(model, FasterRCNN) and on_gpu and allowed and processes.count == 1:
         return plan_graphs(model.settings, settings, dataset)
     return None
 
