@@ -273,6 +273,8 @@ def _device(options: argparse.Namespace) -> torch.device:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
             raise UserError(f"--device: there are cpu and cuda, not {options.device!r}")
+        if device.type == "cuda" and not torch.backends.cuda.is_built():
+            raise UserError(f"--device {device}: torch is built without CUDA here")
         device = distributed.own_device(device)
         torch.empty(0, device=device)
     return device

@@ -147,18 +147,23 @@ def join(device: torch.device) -> Iterator[Processes]:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device of this process: of those that `torchrun` has started each has the GPU of its number on its machine.
+    """The device of this process, torch's current one then: of those that `torchrun` has started each has the GPU of
+    its number on its machine.
 
     Raises:
         ValueError: there is none.
     """
-    if device.type != "cuda" or not _is_launched():
+    if device.type != "cuda":
         return device
-    number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if number >= count:
-        raise ValueError(f"more processes than the {count} GPUs of this machine")
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+    if _is_launched():
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
+            raise ValueError(f"more processes than the {count} GPUs of this machine")
+        device = torch.device("cuda", number)
+    if device.index is not None:
+        # The current one: pinned memory and what is supported are asked of it, and its context takes memory.
+        torch.cuda.set_device(device)
+    return device
 
 
 def _is_launched() -> bool:

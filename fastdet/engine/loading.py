@@ -222,20 +222,21 @@ def _copy_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batc
     """Batches of pinned images on a GPU; each is copied, on a stream of its own, before the last one is given."""
     copies = torch.cuda.Stream(device)
 
-    def give(images: list[Tensor]) -> list[Tensor]:
+    def give(images: list[Tensor], copied: torch.cuda.Event) -> list[Tensor]:
         stream = torch.cuda.current_stream(device)
-        stream.wait_stream(copies)
+        # For these, not for the whole of the other stream, which has the next batch by now.
+        stream.wait_event(copied)
         for image in images:
             # Its memory is of the other stream, which must not use it anew before this one is done.
             image.record_stream(stream)
         return images
 
-    last: Batch | None = None
+    last: tuple[list[Tensor], torch.cuda.Event, list[Target]] | None = None
     for images, targets in batches:
         with torch.cuda.stream(copies):
-            copied = [image.to(device, non_blocking=True) for image in images]
+            on_device, copied = [image.to(device, non_blocking=True) for image in images], copies.record_event()
         if last is not None:
-            yield give(last[0]), last[1]
-        last = copied, targets
+            yield give(*last[:2]), last[2]
+        last = on_device, copied, targets
     if last is not None:
-        yield give(last[0]), last[1]
+        yield give(*last[:2]), last[2]

@@ -20,7 +20,7 @@ from fastdet.engine.distributed import ALONE, Processes
 from fastdet.engine.recipes import TrainSettings, amp_dtype
 from fastdet.graphs import GraphedTrainer
 from fastdet.graphs.batch_losses import PaddedLosses, autocast, batch_losses
-from fastdet.graphs.optimizers import prepare_optimizer
+from fastdet.graphs.optimizers import prepare_optimizer, set_learning_rate
 from fastdet.graphs.step import LossScale, checked_columns, training_step
 from fastdet.models.anchors import Size
 from fastdet.models.faster_rcnn import FasterRCNN
@@ -58,7 +58,8 @@ class Stepper:
             prepare_optimizer(optimizer, model)
         else:
             self._graphed = GraphedTrainer(
-                model,
+                # As each epoch does: a run may begin with a model that was evaluated.
+                model.train(),
                 optimizer,
                 graphs.shapes,
                 graphs.max_boxes,
@@ -75,8 +76,7 @@ class Stepper:
 
     def set_lr(self, lr: float) -> None:
         """The learning rate from the next step on, times the "lr_factor" of each group; no host sync."""
-        for group in self.optimizer.param_groups:
-            group["lr"].fill_(lr * group["lr_factor"])
+        set_learning_rate(self.optimizer, lr)
 
     def __call__(self, images: Sequence[Tensor], targets: Sequence[Target], batch_size: int) -> Tensor:
         """Take a step; its row, as of `training_step`, is on the device, and that of the whole batch in all processes.
@@ -155,9 +155,11 @@ class Stepper:
 def choose_graphs(
     model: nn.Module, dataset: Dataset[Item], settings: TrainSettings, processes: Processes = ALONE
 ) -> GraphPlan | None:
-    """What is captured of a run: on a GPU the steps of a detector, in one process, unless the settings forbid it."""
+    """What is captured of a run: on a GPU the steps of a detector, in one process, unless the settings forbid it, or
+    torch is to take deterministic algorithms, some of which are host syncs."""
     on_gpu = next(model.parameters()).device.type == "cuda"
-    if isinstance(model, FasterRCNN) and on_gpu and settings.graphs and processes.count == 1:
+    allowed = settings.graphs and not torch.are_deterministic_algorithms_enabled()
+    if isinstance(model, FasterRCNN) and on_gpu and allowed and processes.count == 1:
         return plan_graphs(model.settings, settings, dataset)
     return None
 

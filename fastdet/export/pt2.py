@@ -49,7 +49,7 @@ def input_size(settings: Settings, height: int | None = None, width: int | None 
     `size_divisible` or to the smallest of `size_buckets` that holds it.
 
     Raises:
-        ExportError: a side that is not positive or no multiple of `size_divisible`, or no bucket that fits.
+        ExportError: a side that is not positive, or without buckets no multiple of `size_divisible`; no fitting bucket.
     """
     try:
         largest = settings.min_sizes[-1], settings.max_size
@@ -59,9 +59,10 @@ def input_size(settings: Settings, height: int | None = None, width: int | None 
             raise ExportError(f"{error}: give height and width") from None
         default = height, width
     size = default[0] if height is None else height, default[1] if width is None else width
+    divisor = preprocessing.side_divisor(settings)
     for name, side in zip(("height", "width"), size, strict=True):
-        if not isinstance(side, int) or side < 1 or side % settings.size_divisible:
-            raise ExportError(f"{name} must be a positive multiple of {settings.size_divisible}, got {side}")
+        if not isinstance(side, int) or side < 1 or side % divisor:
+            raise ExportError(f"{name} must be a positive multiple of {divisor}, got {side}")
     return size
 
 

@@ -50,13 +50,14 @@ class LRUCache:
     recently used first.
     """
 
-    def __init__(self, make: Callable[[Any], Program], limit: int | None = None) -> None:
-        self._make, self._limit = make, limit
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = limit
         # In order of use: a dict keeps the order of insertion.
         self._programs: dict[Any, Program] = {}
 
-    def __getitem__(self, key: Any) -> Program:
-        program = self._programs.pop(key, None) or self._make(key)
+    def get(self, key: Any, make: Callable[[Any], Program]) -> Program:
+        """The program of the key, by `make(key)` if there is none yet."""
+        program = self._programs.pop(key, None) or make(key)
         self._programs[key] = program
         while self._limit is not None and len(self._programs) > 1 and self.nbytes > self._limit:
             self._programs.pop(next(iter(self._programs))).drop()
@@ -103,13 +104,14 @@ def capture_program(step: StaticStep, stream: torch.cuda.Stream, pool: Any = Non
             output = step.function(*step.inputs)
     nbytes = torch.cuda.memory_reserved(device) - before + _nbytes(step.inputs)
 
-    results = [output]
+    # Without the step, whose function refers to the graphs: memory in a cycle would stay until Python looks for these.
+    results, changed = [output], step.changed
     del output
 
     def run() -> Any:
         graph.replay()
         # Operators count the changes of a tensor, a replay does not.
-        torch.autograd.graph.increment_version(step.changed)
+        torch.autograd.graph.increment_version(changed)
         return results[0]
 
     def drop() -> None:
@@ -146,7 +148,7 @@ class GraphedModel:
         self._check_mode()
         self.device = next(model.parameters()).device
         self.buckets = parse_buckets(batch_shape, model.settings)
-        self._programs = LRUCache(self._make_program, memory_limit)
+        self._programs = LRUCache(memory_limit)
         # Calls since the capture of each bucket.
         self._replays: dict[Shape, int] = {}
         self._guard: CaptureGuard | None = None
@@ -194,7 +196,7 @@ class GraphedModel:
             raise RuntimeError(f"since {name} captured its step, {difference}: undo that, or call its recapture()")
         # Static tensors of inference mode could not be filled outside it.
         with torch.inference_mode(False):
-            program = self._programs[bucket]
+            program = self._programs.get(bucket, self._make_program)
         if self._guard is None:
             self._guard = self._create_guard()
             self._captured_arguments = {name: getattr(self, name) for name in self._arguments}

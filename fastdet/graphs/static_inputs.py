@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdet.models.preprocessing import smallest_bucket
+from fastdet.models.preprocessing import side_divisor, smallest_bucket
 from fastdet.models.settings import Settings
 from fastdet.structures import Batch, Targets
 
@@ -22,7 +22,7 @@ BatchShapes = Sequence[int] | Sequence[Sequence[int]]
 
 def parse_buckets(batch_shape: Any, settings: Settings) -> tuple[Shape, ...]:
     """The shapes of a `batch_shape`, smallest first. Raises ValueError for one that does not suit the settings."""
-    channels, divisible = len(settings.image_mean), settings.size_divisible
+    channels, divisible = len(settings.image_mean), side_divisor(settings)
     several = isinstance(batch_shape, Sequence) and (not batch_shape or isinstance(batch_shape[0], Sequence))
     shapes = list(batch_shape) if several else [batch_shape]
     if not shapes:
@@ -84,7 +84,9 @@ def allocate_batch(bucket: Shape, like: Tensor) -> Batch:
     """The static batch of a bucket: black images of its whole size, on the device and of the dtype of a parameter."""
     sizes = torch.tensor(bucket[2:], device=like.device).repeat(bucket[0], 1)
     scales = torch.ones(bucket[0], dtype=torch.float32, device=like.device)
-    return Batch(torch.zeros(bucket, dtype=like.dtype, device=like.device), sizes, scales)
+    # As the batches lie that are copied into it, and as the backbone takes it.
+    images = torch.empty(bucket, dtype=like.dtype, device=like.device, memory_format=torch.channels_last).zero_()
+    return Batch(images, sizes, scales)
 
 
 def allocate_targets(batch: int, rows: int, device: torch.device) -> Targets:

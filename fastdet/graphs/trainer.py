@@ -24,7 +24,7 @@ from fastdet.graphs import static_inputs
 from fastdet.graphs.batch_losses import PaddedLosses, batch_losses
 from fastdet.graphs.capture import GraphedModel, StaticStep
 from fastdet.graphs.guards import CaptureGuard
-from fastdet.graphs.optimizers import prepare_optimizer
+from fastdet.graphs.optimizers import prepare_optimizer, set_learning_rate
 from fastdet.graphs.rows import UnreadRows, describe
 from fastdet.graphs.static_inputs import BatchShapes, Shape
 from fastdet.graphs.step import LossScale, checked_columns, training_step
@@ -53,8 +53,8 @@ class GraphedTrainer(GraphedModel):
 
     A captured step goes on using what it was captured with, so a change of that is refused until `recapture`:
 
-    - at every step: the trainer's `optimizer`, `max_boxes`, `amp`, `clip_norm`, `check_gradients` and `accumulate`; the
-      mode of the model, its `settings`, `model.compile`, its first parameter (`model.to` moves, and
+    - at every step: the trainer's `optimizer`, `max_boxes`, `amp`, `clip_norm`, `check_gradients`, `accumulate` and
+      `loss_scale`; the mode of the model, its `settings`, `model.compile`, its first parameter (`model.to` moves, and
       `load_state_dict(assign=True)` replaces all); the optimizer's groups with their options, learning-rate tensors and
       numbers of parameters, and its state as a whole;
     - at a capture, at the bucket's three steps after it, and at every step with `check_every_step`: each layer and its
@@ -69,8 +69,8 @@ class GraphedTrainer(GraphedModel):
             `lr=torch.tensor(...)`. It gets its state at once, and for each group a learning rate on the device, to be
             changed by `set_lr` or in place; torch's schedulers do so, those that change the momentum too are refused.
         batch_shape: (batch, channels, height, width) of the padded images, or several of them: a batch takes the
-            smallest that holds its images and has just as many. Heights and widths are multiples of
-            `settings.size_divisible`.
+            smallest that holds its images and has just as many. Without `settings.size_buckets`, heights and widths are
+            multiples of `settings.size_divisible`.
         max_boxes: the most ground-truth boxes of an image.
         amp: torch.bfloat16 or torch.float16 for autocast; the latter with a loss scale on the device.
         clip_norm: largest norm of all gradients together; 0 does not clip.
@@ -86,7 +86,7 @@ class GraphedTrainer(GraphedModel):
         ValueError: an argument out of range, an optimizer that cannot be captured or is not of this model.
     """
 
-    _arguments = ("model", "amp", "optimizer", "max_boxes", "clip_norm", "check_gradients", "accumulate")
+    _arguments = ("model", "amp", "optimizer", "max_boxes", "clip_norm", "check_gradients", "accumulate", "loss_scale")
 
     def __init__(
         self,
@@ -218,8 +218,7 @@ class GraphedTrainer(GraphedModel):
 
     def set_lr(self, lr: float) -> None:
         """The learning rate from the next step on, times the "lr_factor" of a group that has one; no host sync."""
-        for group in self.optimizer.param_groups:
-            group["lr"].fill_(lr * group.get("lr_factor", 1.0))
+        set_learning_rate(self.optimizer, lr)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's and the optimizer's states: the steps taken, the loss scale.

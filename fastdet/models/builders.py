@@ -22,6 +22,7 @@ from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.models.layers import FrozenBatchNorm2d
 from fastdet.models.settings import DETECTRON2
 
+# Also in detectron2, where the background is the last row.
 _CLASS_SCORES = "roi_heads.box_predictor.cls_score.weight"
 _COCO_CLASSES = 91
 
@@ -162,28 +163,26 @@ def fasterrcnn_resnet50_fpn_detectron2(
     Raises:
         ValueError: a file that cannot be read, or whose names or shapes do not fit.
     """
-    state = None
     _require_weights(weights, replace_predictor)
-    if weights is not None:
-        anchors = overrides.get("rpn_anchor_generator", DETECTRON2.rpn_anchor_generator)
-        with weight_files.prefix_errors(weights):
-            state = weight_files.from_detectron2(
-                weight_files.read_state_dict(weights),
-                pixel_mean=overrides.get("image_mean", DETECTRON2.image_mean),
-                pixel_std=overrides.get("image_std", DETECTRON2.image_std),
-                sizes_per_level=len(anchors.sizes[0]),
-            )
-    trainable = NAMED["resnet50_fpn"].trainable_layers(trainable_backbone_layers, state is not None)
+    state = None if weights is None else weight_files.read_state_dict(weights)
     model = FasterRCNN(
         "resnet50_fpn",
         _choose_num_classes(num_classes, state, 81),
-        trainable_backbone_layers=trainable,
+        trainable_backbone_layers=NAMED["resnet50_fpn"].trainable_layers(trainable_backbone_layers, state is not None),
         **{"settings": DETECTRON2, "freeze_batchnorm": state is not None, **overrides},
     )
     if stride_in_1x1:
         backbones.move_stride_to_first_convolution(model.backbone)
-    if state is not None:
-        weight_files.load(model, state, replace_predictor=replace_predictor, name=str(weights))
+    if weights is not None and state is not None:
+        settings = model.settings
+        with weight_files.prefix_errors(weights):
+            converted = weight_files.from_detectron2(
+                state,
+                pixel_mean=settings.image_mean,
+                pixel_std=settings.image_std,
+                sizes_per_level=len(settings.rpn_anchor_generator.sizes[0]),
+            )
+        weight_files.load(model, converted, replace_predictor=replace_predictor, name=str(weights))
     return model
 
 
@@ -228,4 +227,5 @@ def _choose_num_classes(given: int | None, state: Mapping[str, Tensor] | None, d
     """As given, or of the weights, or the default."""
     if given is not None:
         return given
-    return default if state is None or _CLASS_SCORES not in state else len(state[_CLASS_SCORES])
+    scores = None if state is None else state.get(_CLASS_SCORES)
+    return default if scores is None or scores.ndim == 0 else len(scores)

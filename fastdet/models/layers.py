@@ -80,16 +80,17 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         mask = valid[:, None, None, None]
         number = (valid.sum() * (x.shape[2] * x.shape[3])).clamp(min=1)
-        wide = torch.where(mask, x.float(), 0.0)
+        wide = torch.where(mask, x.to(torch.promote_types(x.dtype, torch.float32)), 0.0)
         mean = wide.sum((0, 2, 3), keepdim=True) / number
         centered = torch.where(mask, wide - mean, 0.0)
         variance = centered.square().sum((0, 2, 3), keepdim=True) / number
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
-            momentum: Any = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            dtype = self.running_mean.dtype
+            momentum: Any = (1 / self.num_batches_tracked).to(dtype) if self.momentum is None else self.momentum
             unbiased = variance * (number / (number - 1).clamp(min=1))
-            self.running_mean.lerp_(mean.flatten(), momentum)
-            self.running_var.lerp_(unbiased.flatten(), momentum)
+            self.running_mean.lerp_(mean.flatten().to(dtype), momentum)
+            self.running_var.lerp_(unbiased.flatten().to(dtype), momentum)
         scale = self.weight[:, None, None] * (variance + self.eps).rsqrt()
         return (centered * scale + self.bias[:, None, None]).to(x.dtype)
 

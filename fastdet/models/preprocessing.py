@@ -38,6 +38,11 @@ def padded_size(sizes: Sequence[Size], divisible: int, buckets: Sequence[Size]) 
     return bucket
 
 
+def side_divisor(settings: Settings) -> int:
+    """What the sides of a padded batch are multiples of; those of `size_buckets` are taken as they are."""
+    return 1 if settings.size_buckets else settings.size_divisible
+
+
 def padding_mask(sizes: Tensor, padded: Size) -> Tensor:
     """bool [B, H, W]: True inside each image of `sizes` int64 [B, 2], False in its padding to `padded`."""
     rows = torch.arange(padded[0], device=sizes.device) < sizes[:, :1]

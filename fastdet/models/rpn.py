@@ -172,10 +172,6 @@ class RegionProposalNetwork(RefuseAttributes, nn.Module):
         `rpn_bg_iou_thresh`. `sizes` int64 [B, 2] is (height, width) of each image.
         """
         settings = self.settings
-        if settings.rpn_anchors_inside_only:
-            valid = anchor_boxes.inside(anchors, sizes)
-        else:
-            valid = torch.ones(len(sizes), len(anchors), dtype=torch.bool, device=anchors.device)
         matches = ops.match(
             anchors,
             targets.boxes,
@@ -183,7 +179,7 @@ class RegionProposalNetwork(RefuseAttributes, nn.Module):
             high=settings.rpn_fg_iou_thresh,
             low=settings.rpn_bg_iou_thresh,
             allow_low_quality=True,
-            valid=valid,
+            valid=anchor_boxes.inside(anchors, sizes) if settings.rpn_anchors_inside_only else None,
             **targets.ignored(settings.ignore_iof_thresh),
         )
         num_samples = settings.rpn_batch_size_per_image

@@ -286,7 +286,8 @@ def _suggest_remedy(missing: list[str], unexpected: list[str], misshapen: list[M
     for prefix, converter in (("extractor.", "from_simple_faster_rcnn"), ("proposal_generator.", "from_detectron2")):
         if any(name.startswith(prefix) for name in unexpected):
             return f"; fastdet.weights.{converter} converts such names"
-    classes = [(found, wanted) for name, found, wanted in misshapen if name == f"{PREDICTOR}cls_score.weight"]
+    scores = f"{PREDICTOR}cls_score.weight"
+    classes = [(found, wanted) for name, found, wanted in misshapen if name == scores and found]
     if not classes or not all(name.startswith(PREDICTOR) for name, _, _ in misshapen):
         return ""
     found, wanted = classes[0]

@@ -6,6 +6,7 @@ import torch
 from fastdet import Detections, FasterRCNN
 from fastdet.cli import doctor
 from fastdet.cli.main import main
+from fastdet.engine.distributed import own_device
 from tests.helpers.detectors import small_detector
 
 
@@ -16,6 +17,18 @@ def test_describes_the_environment(capsys):
     assert "device: cpu" in output
     assert "self-check passed" in output
     assert "training small, 1 x 64 x 96: parameters" in output
+
+
+def test_the_gpu_that_is_given_becomes_the_current_one(monkeypatch, capsys):
+    """Of which pinned memory, and the formats that it supports, are asked; where torch has no CUDA it is an error."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for given in ("cuda:1", "cuda", "cpu"):
+        assert own_device(torch.device(given)) == torch.device(given)
+    assert chosen == [torch.device("cuda:1")]
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    assert main(["doctor", "--device", "cuda:1"]) == 2
+    assert capsys.readouterr().err == "fastdet: --device cuda:1: torch is built without CUDA here\n"
 
 
 def test_a_failed_self_check_exits_with_one(monkeypatch, capsys):

@@ -121,6 +121,14 @@ def test_the_shapes_of_the_model_are_taken_where_it_has_them():
         assert plan.shapes == ((3, 3, 224, 320), (3, 3, 320, 224), (3, 3, 320, 320))
 
 
+@pytest.mark.parametrize("count", [3, 9])
+def test_shapes_of_the_model_that_are_no_multiples_are_taken_too(count):
+    """As the model takes them, which pads to multiples only where it has no shapes of its own."""
+    model = MODEL.override(size_divisible=32, size_buckets=tuple((330 - 11 * k, 230 + 11 * k) for k in range(count)))
+    shapes = plan_graphs(model, SETTINGS, Images(MIXED)).shapes
+    assert set(parse_buckets(shapes, model)) == set(shapes)
+
+
 def test_one_shape_is_enough_where_all_images_are_padded_to_it():
     plan = plan_graphs(MODEL, replace(SETTINGS, augmentation="scale-jitter"), Images(MIXED))
     assert plan.shapes == ((3, 3, 224, 320),)

@@ -4,6 +4,7 @@ import multiprocessing
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,15 @@ from torchvision import tv_tensors
 
 from fastdet.data import VOC, DataError, JoinedImages, Shapes
 from fastdet.data.augmentation import PRESETS
-from fastdet.engine.loading import AugmentedDataset, EpochPlans, check_ids, load_batches, plan_epoch, sizes_of
+from fastdet.engine.loading import (
+    AugmentedDataset,
+    EpochPlans,
+    _copy_ahead,
+    check_ids,
+    load_batches,
+    plan_epoch,
+    sizes_of,
+)
 from fastdet.engine.recipes import TrainSettings
 from tests.helpers.voc import write_voc
 
@@ -182,3 +191,34 @@ def test_a_process_ends_though_its_loader_was_not_read_to_the_end():
         "next(batches)",
     ]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=60)
+
+
+def test_a_batch_waits_for_its_own_copy_alone(monkeypatch):
+    """With stubs in the place of the device: the next batch is on its way by then."""
+    log = []
+
+    class Image:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def to(self, device: torch.device, non_blocking: bool) -> "Image":
+            log.append(("copy", self.number))
+            return self
+
+        def record_stream(self, stream: object) -> None:
+            log.append(("use", self.number))
+
+    class Stream:
+        def record_event(self) -> object:
+            return log[-1]
+
+        def wait_event(self, event: object) -> None:
+            log.append(("wait", event))
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    for images, _ in _copy_ahead([([Image(k)], []) for k in range(3)], CPU):
+        log.append(("step", images[0].number))
+    steps = [[("wait", ("copy", k)), ("use", k), ("step", k)] for k in range(3)]
+    assert log == [("copy", 0), ("copy", 1), *steps[0], ("copy", 2), *steps[1], *steps[2]]

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdet.engine.buckets import GraphPlan
 from fastdet.engine.distributed import Processes
@@ -108,6 +109,14 @@ def test_steps_by_a_plan_of_graphs_equal_a_plain_loop():
     assert_close(model.state_dict(), plain.state_dict())
 
 
+def test_steps_by_a_plan_of_graphs_begin_with_any_mode():
+    """As those without one do, of a run whose epochs put the model into training."""
+    model = make_model(size_buckets=((96, 96),)).eval()
+    plain = copy.deepcopy(model).train()
+    stepper = make_stepper(model, graphs=GraphPlan(((3, 3, 96, 96),), 4))
+    assert_close(steps_of(stepper), plain_steps(plain))
+
+
 @pytest.mark.parametrize("accumulate", [2, 3, 5])
 def test_steps_in_parts_equal_those_of_the_whole(accumulate):
     """Of a network that treats each image alone."""
@@ -176,10 +185,14 @@ def test_how_steps_are_taken_is_described():
     assert choose_graphs(model, data, TrainSettings()) is None
 
 
-@pytest.mark.cuda
 def test_graphs_are_chosen_for_a_detector_on_a_gpu():
-    model, data = small_detector().cuda(), [None] * 9
+    torch.use_deterministic_algorithms(False)
+    with FakeTensorMode(), torch.device("cuda"):
+        model, other, data = small_detector(), Other(), [None] * 9
     assert "each one CUDA graph, of images padded to " in describe_steps(model, data, TrainSettings())
-    for other, settings in ((model, TrainSettings(graphs=False)), (Other().cuda(), TrainSettings())):
-        assert choose_graphs(other, data, settings) is None
+    for each, settings in ((model, TrainSettings(graphs=False)), (other, TrainSettings())):
+        assert choose_graphs(each, data, settings) is None
     assert choose_graphs(model, data, TrainSettings(batch_size=3)).shapes[0][:2] == (3, 3)
+    # Some of these are host syncs.
+    torch.use_deterministic_algorithms(True)
+    assert choose_graphs(model, data, TrainSettings()) is None

@@ -23,9 +23,11 @@ from fastdet.engine.recipes import (
     update_average,
 )
 from fastdet.engine.run.folder import COLUMNS, LOSSES, VALIDATION_COLUMNS, read_rows
+from fastdet.engine.run.state import build_state
 from fastdet.engine.trainer import train
 from fastdet.graphs.step import COLUMNS as ROW
 from fastdet.visualize import plot_losses
+from tests.helpers.detectors import small_detector
 
 SETTINGS = TrainSettings(
     epochs=4, batch_size=2, lr=0.05, warmup_steps=3, schedule="step", milestones=(3,), log_every=2, bias_lr_factor=2.0
@@ -583,6 +585,15 @@ def test_what_is_evaluated_is_the_average(tmp_path, shapes):
     assert not torch.equal(saved["average"][weight], saved["model"][weight])
     assert torch.equal(saved["model"][weight], model.state_dict()[weight])
     assert saved["averaged"] == 16
+
+
+@pytest.mark.cuda
+def test_the_average_lies_in_memory_as_the_weights_of_a_gpu(tmp_path):
+    """Else torch would move one tensor after another."""
+    state = build_state(tmp_path, small_detector().cuda(), replace(SETTINGS, ema=0.9), {})
+    weights, averages = (list(each.parameters()) for each in (state.model, state.average.module))
+    assert [weight.stride() for weight in weights] == [average.stride() for average in averages]
+    assert weights[0].stride() == (48, 1, 12, 3), "channels-last"
 
 
 def test_the_warm_up_of_a_short_run_is_short():

@@ -229,6 +229,7 @@ def test_the_size_of_the_images():
     with pytest.raises(export.ExportError, match=r"size_buckets.*give height and width"):
         export.input_size(small)
     assert export.input_size(small, 640, 640) == (640, 640)
+    assert export.input_size(settings.override(size_buckets=((1000, 1350),))) == (1000, 1350), "no multiples of 32"
 
 
 def test_half_precision_is_refused(tmp_path):

@@ -1,5 +1,7 @@
 """How programs are captured, kept and dropped; with a stub in the place of the device."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdet.graphs.capture import LRUCache, Program, StaticStep, capture_program
+from fastdet.graphs.step import COLUMNS
 from fastdet.preserve import preserve_rng, preserve_tensors
 from tests.helpers.detectors import small_scene
 from tests.helpers.graphs import adamw, assert_same, changed_tensors, clone_state, detector, differ, sgd, trainer
@@ -22,21 +25,21 @@ def test_the_least_recently_used_program_is_dropped_first():
         made.append(key)
         return Program((), lambda: key, {"large": 100}.get(key, 10), lambda: dropped.append(key))
 
-    cache = LRUCache(make, limit=25)
-    assert [cache[key].run() for key in "abab"] == list("abab")
+    cache = LRUCache(limit=25)
+    assert [cache.get(key, make).run() for key in "abab"] == list("abab")
     assert made == ["a", "b"]
-    cache["a"]
-    cache["c"]
+    cache.get("a", make)
+    cache.get("c", make)
     assert (dropped, list(cache), cache.nbytes) == (["b"], ["a", "c"], 20)
-    cache["b"]
+    cache.get("b", make)
     assert (made, dropped) == (["a", "b", "c", "b"], ["b", "a"])
-    cache["large"]
+    cache.get("large", make)
     assert list(cache) == ["large"], "kept although it is above the limit alone"
     cache.clear()
     assert list(cache) == []
     assert sorted(dropped) == ["a", "b", "b", "c", "large"]
-    unlimited = LRUCache(make)
-    assert [unlimited[str(key)].run() for key in range(50)] == list(map(str, range(50)))
+    unlimited = LRUCache()
+    assert [unlimited.get(str(key), make).run() for key in range(50)] == list(map(str, range(50)))
     assert len(list(unlimited)) == 50
 
 
@@ -58,6 +61,24 @@ def test_buckets_are_captured_when_used_and_dropped_over_the_limit():
     assert len(limited.losses()) == 3
     limited.recapture()
     assert limited.nbytes == 0
+
+
+def test_graphs_go_with_their_trainer(monkeypatch):
+    """At once, without Python's search for cycles: the memory of graphs is most of what is in use."""
+
+    def captured(step: StaticStep) -> Program:
+        return Program(step.inputs, lambda: torch.zeros(len(COLUMNS)), 0, lambda: None)
+
+    monkeypatch.setattr("fastdet.graphs.capture.eager_program", captured)
+    graphed = trainer()
+    graphed.step(*small_scene())
+    kept = weakref.ref(graphed)
+    gc.disable()
+    try:
+        del graphed
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("make", [sgd, adamw])
@@ -115,6 +136,9 @@ def test_a_capture_warms_up_and_puts_back(monkeypatch):
 
     generator = torch.get_rng_state()
     program = capture_program(StaticStep(function, [torch.ones(2)], [weight]), stream, pool="shared")
+    made_of = weakref.ref(function)
+    del function
+    assert made_of() is None, "it may refer to what keeps the program"
     assert calls[0] == calls[-1] == 0, "put back before the capture"
     assert len(calls) == 4
     assert torch.equal(torch.get_rng_state(), generator)

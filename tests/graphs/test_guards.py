@@ -10,6 +10,7 @@ from torch import nn
 from fastdet.graphs import GraphedDetector, GraphedTrainer
 from fastdet.graphs.capture import FULL_CHECKS, Program, StaticStep, eager_program
 from fastdet.graphs.guards import CaptureGuard
+from fastdet.graphs.step import LossScale
 from fastdet.preserve import preserve_rng, preserve_tensors
 from tests.helpers.detectors import small_detector, small_scene
 from tests.helpers.graphs import FIXED, SHAPE, adamw, assert_same, clone_state, detector, sgd, trainer
@@ -128,11 +129,13 @@ def test_a_change_that_the_quick_check_detects_is_refused_at_any_step(change, me
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("clip_norm", 2.0), ("amp", torch.bfloat16), ("max_boxes", 8), ("optimizer", None)]
+    ("name", "value"),
+    [("clip_norm", 2.0), ("amp", torch.bfloat16), ("max_boxes", 8), ("optimizer", None), ("loss_scale", None)],
 )
 def test_a_changed_argument_is_refused_at_any_step(name, value):
     graphed = captured_trainer(FULL_CHECKS + 2)
-    value = sgd(graphed.model) if name == "optimizer" else value
+    made = {"optimizer": lambda: sgd(graphed.model), "loss_scale": lambda: LossScale.initial(None, graphed.device)}
+    value = made[name]() if name in made else value
     assert_refused_until_recaptured(graphed, lambda each: setattr(each, name, value), f"its {name} was changed")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastdet.graphs import GraphedDetector
-from fastdet.graphs.static_inputs import choose_bucket
+from fastdet.graphs.static_inputs import allocate_batch, choose_bucket
 from tests.helpers.detectors import NUM_CLASSES, small_scene
 from tests.helpers.graphs import MAX_BOXES, SHAPE, crop_padding, detector, record_inputs, trainer
 
@@ -95,3 +95,11 @@ def test_the_scene_is_what_the_bucket_is_for():
     batch, padded, _ = detector().preprocess(*small_scene())
     assert (tuple(batch.images.shape), padded.boxes.shape[1]) == (SHAPE, MAX_BOXES)
     assert NUM_CLASSES == 4
+
+
+def test_static_images_lie_as_the_batches_that_fill_them():
+    """Else each step would copy them into another order, and back for the backbone."""
+    batch, _, _ = detector().preprocess(*small_scene())
+    static = allocate_batch(SHAPE, batch.images)
+    assert static.images.stride() == batch.images.stride()
+    assert not static.images.any()

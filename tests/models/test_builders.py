@@ -3,6 +3,7 @@
 import inspect
 import re
 import urllib.error
+from dataclasses import replace
 
 import pytest
 import torch
@@ -253,6 +254,25 @@ def test_detectron2s_detector(tmp_path):
     inspected = again.eval().inspect([torch.rand(3, 100, 128)])
     assert inspected["images"].max() > 50, "0..255"
     assert inspected["anchors"][0].tolist() == pytest.approx([-22.6274, -11.3137, 22.6274, 11.3137], abs=1e-3)
+
+
+def test_detectron2s_rows_are_permuted_for_the_anchors_of_the_model(tmp_path):
+    """In whichever way these are given; torchvision's None stands for the default."""
+    build = fastdet.fasterrcnn_resnet50_fpn_detectron2
+    sizes = tuple((side, 1.5 * side) for side in (32, 64, 128, 256, 512))
+    several = replace(fastdet.DETECTRON2.rpn_anchor_generator, sizes=sizes)
+    settings = fastdet.DETECTRON2.override(rpn_anchor_generator=several)
+    theirs = TheirAnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
+    for count, ways in (
+        (2, ({"settings": settings}, {"rpn_anchor_generator": several}, {"rpn_anchor_generator": theirs})),
+        (1, ({"rpn_anchor_generator": None, "image_mean": None},)),
+    ):
+        model = build(num_classes=4, **ways[0])
+        state = fastdet.weights.to_detectron2(model.state_dict(), sizes_per_level=count)
+        torch.save(state, tmp_path / "model.pth")
+        for given in ways:
+            again = build(weights=tmp_path / "model.pth", **given)
+            assert torch.equal(again.rpn.head.bbox_pred.weight, model.rpn.head.bbox_pred.weight), given
 
 
 def test_new_predictors_are_initialized_as_in_the_reference_library():

@@ -13,13 +13,15 @@ from fastdet.models.layers import ConvReLU2d, FrozenBatchNorm2d, MaskedBatchNorm
 from tests.helpers.checks import assert_close
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_rows_of_padding_have_no_effect(momentum):
-    x = torch.randn(7, 3, 2, 4) * 3 + 1
+def test_rows_of_padding_have_no_effect(momentum, dtype):
+    x = torch.randn(7, 3, 2, 4, dtype=dtype) * 3 + 1
     rows = torch.tensor([True, False, True, True, False, True, False])
     ours, theirs = MaskedBatchNorm2d(3, momentum=momentum), nn.BatchNorm2d(3, momentum=momentum)
     for norm in (ours, theirs):
         nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(2))
+        norm.to(dtype)
     for _ in range(2):
         noisy = torch.where(rows[:, None, None, None], x, torch.full_like(x, torch.nan)).requires_grad_()
         plain = x[rows].requires_grad_()
@@ -35,6 +37,17 @@ def test_rows_of_padding_have_no_effect(momentum):
     ours.eval()
     theirs.eval()
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_statistics_of_a_layer_in_half_precision(dtype, momentum):
+    x, rows = (torch.randn(9, 3, 2, 4) * 3 + 1).to(dtype), torch.ones(9, dtype=torch.bool)
+    ours, theirs = MaskedBatchNorm2d(3, momentum=momentum).to(dtype), nn.BatchNorm2d(3, momentum=momentum)
+    assert_close(ours(x, rows), theirs(x.float()), dtype)
+    for (name, expected), found in zip(theirs.state_dict().items(), ours.state_dict().values(), strict=True):
+        assert found.dtype == (dtype if expected.is_floating_point() else expected.dtype), name
+        assert_close(found, expected, dtype)
 
 
 def test_without_a_mask_it_is_torchs():

@@ -162,6 +162,12 @@ def test_another_number_of_classes():
     assert_same(model.state_dict(), {**state, **predictor})
 
 
+def test_class_scores_that_are_one_number():
+    state = {**copied(small(4)), "roi_heads.box_predictor.cls_score.weight": torch.tensor(1.0)}
+    with pytest.raises(WeightsError, match=r"cls_score\.weight is \[\] in place of \[4, \d+\]\)$"):
+        weights.load(small(4), state)
+
+
 @pytest.mark.parametrize("change", [{"extra": torch.zeros(1)}, {"backbone.0.0.weight": None}])
 def test_replacing_the_predictor_is_offered_only_where_it_helps(change):
     state = {name: value for name, value in {**copied(small(91)), **change}.items() if value is not None}

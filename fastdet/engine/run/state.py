@@ -21,6 +21,7 @@ from fastdet.engine.distributed import ALONE, Processes
 from fastdet.engine.loading import digest
 from fastdet.engine.recipes import TrainSettings, amp_dtype, build_average, build_optimizer
 from fastdet.graphs.step import LossScale
+from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.safe_files import printable
 from fastdet.weights.files import one_line
 
@@ -170,6 +171,9 @@ def build_state(
 ) -> RunState:
     """The state at the start of a run of a model on its device; `metadata` is that of `build_metadata`."""
     device = next(model.parameters()).device
+    if isinstance(model, FasterRCNN) and device.type == "cuda":
+        # As a GPU's matrix units take weights. The average is made alike, and so moved in few launches.
+        model.to(memory_format=torch.channels_last)
     return RunState(
         out,
         metadata,
