@@ -32,6 +32,7 @@ from fastdet.engine import RECIPES, TrainSettings, build_model, detect, distribu
 from fastdet.engine.defaults import collect_objects
 from fastdet.engine.distributed import ALONE, Processes
 from fastdet.engine.evaluate import evaluate
+from fastdet.engine.loading import default_workers
 from fastdet.engine.recipes import default_rate
 from fastdet.engine.run.replay import replay
 from fastdet.engine.run.state import build_metadata, build_state
@@ -41,6 +42,9 @@ from fastdet.metrics import require_pycocotools
 from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.safe_files import printable
 from fastdet.visualize import draw_detections, write_report
+
+# Images of an evaluation at a time, of one size.
+_EVALUATED = 4
 
 
 class _Run(NamedTuple):
@@ -59,6 +63,8 @@ def _prepare(options: argparse.Namespace, device: torch.device) -> _Run:
     data, held_out = open_training_data(options)
     if held_out is None:
         raise UserError("--val-data: --data has no split to evaluate on; or --val-share keeps some of its images apart")
+    if options.workers is None:
+        settings = replace_fields(settings, workers=default_workers(device, settings.batch_size, data.sizes))
     objects = collect_objects(data)
     if not len(objects.boxes):
         places = ", ".join(place.path for place in options.data)
@@ -165,9 +171,9 @@ def run_eval(options: argparse.Namespace) -> None:
         if name not in class_names:
             raise UserError(f"--classes: {options.weights} has no class {name!r}, but {', '.join(class_names)}")
     data = open_data(options, options.data, "val", options.split, class_names)
-    _evaluate(
-        options, model.to(_device(options)), data, class_names, options.workers, {"weights": str(options.weights)}
-    )
+    device = _device(options)
+    workers = default_workers(device, _EVALUATED, data.sizes) if options.workers is None else options.workers
+    _evaluate(options, model.to(device), data, class_names, workers, {"weights": str(options.weights)})
 
 
 def run_lint(options: argparse.Namespace) -> None:
@@ -259,7 +265,7 @@ def _evaluate(
 ) -> None:
     """Print the average precision, and write the report where there is a folder for it."""
     evaluation = evaluate(
-        model, data, class_names, batch_size=4, workers=workers, progress=processes.writes, processes=processes
+        model, data, class_names, batch_size=_EVALUATED, workers=workers, progress=processes.writes, processes=processes
     )
     # First the files: what is printed may go to a terminal that is gone.
     if options.out and processes.writes:

@@ -25,6 +25,8 @@ from fastdet.engine.recipes import PRECISIONS
 from fastdet.models.backbones import NAMED
 from fastdet.version import VERSION
 
+_WORKERS = "processes that load images; otherwise none on a CPU, and on a GPU up to four"
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -78,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_options(evaluation)
     evaluation.add_argument("--split", help="VOC's list, or YOLO's key (test, val)")
     evaluation.add_argument("--out", type=Path, help="folder for result.json and detections.png")
-    evaluation.add_argument("--workers", type=not_negative, default=0, help="processes that load images (0)")
+    evaluation.add_argument("--workers", type=not_negative, metavar="N", help=_WORKERS)
 
     lint = command("lint", "Look for what is wrong in a data set, and for anchors that fit it, before training.")
     add_data_options(lint)
@@ -179,5 +181,5 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="steps a doubling of width / height, to batch alike images; 0: none",
     )
-    add("--workers", type=int, help="processes that load images; 0 loads in this one")
+    add("--workers", type=int, metavar="N", help=_WORKERS)
     add("--seed", type=int)

@@ -166,6 +166,11 @@ def own_device(device: torch.device) -> torch.device:
     return device
 
 
+def count_on_machine() -> int:
+    """How many of the processes of the run this machine has."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if _is_launched() else 1
+
+
 def _is_launched() -> bool:
     return dist.is_available() and dist.is_torchelastic_launched()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,12 +18,14 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from fastdet.data import DataError, Item, Target, collate
 from fastdet.data.augmentation import Preset, augment, build
 from fastdet.data.transforms import make_item
-from fastdet.engine.distributed import ALONE, Processes
+from fastdet.engine.distributed import ALONE, Processes, count_on_machine
 from fastdet.engine.recipes import TrainSettings
 from fastdet.models.anchors import Size
 from fastdet.weights.files import one_line
 
 Batch = tuple[list[Tensor], list[Target]]
+# Processes that load images for a GPU, and how many batches each has ready, which is torch's default.
+_WORKERS, _READY = 4, 2
 # The images of a step: their indices, each with the seed of what is drawn for it.
 BatchPlan = list[tuple[int, int]]
 
@@ -191,6 +194,23 @@ def load_batches(
     )
     batches = _name_killed_workers(loader)
     return _copy_ahead(batches, device) if device.type == "cuda" else batches
+
+
+def default_workers(device: torch.device, batch_size: int, sizes: Sequence[Size]) -> int:
+    """Processes that load images where their number is not given: none on a CPU, whose cores the step takes.
+
+    On a GPU four, of each process of the run, as far as its machine has a core for each of them, and shared memory for
+    twice what they have ready; a container mostly has 64 MB. `sizes` is (height, width) of each image.
+    """
+    if device.type != "cuda":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    runs = count_on_machine()
+    most = min(_WORKERS, cores // runs - 1)
+    if os.path.isdir("/dev/shm"):
+        ready = _READY * -(-batch_size // runs) * 3 * max((height * width for height, width in sizes), default=1)
+        most = min(most, shutil.disk_usage("/dev/shm").free // (2 * runs * ready))
+    return max(most, 0)
 
 
 def ignore_sigterm(worker: int) -> None:

@@ -178,4 +178,6 @@ def describe_steps(
         words.append(f"each one CUDA graph, of images padded to {shapes}")
     if settings.accumulate > 1:
         words.append(f"in {settings.accumulate} parts")
+    if settings.workers:
+        words.append(f"{settings.workers} processes load images")
     return ", ".join(words)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from torchvision import tv_tensors
 
 from fastdet.data import VOC, DataError, JoinedImages, Shapes
 from fastdet.data.augmentation import PRESETS
+from fastdet.engine import loading
 from fastdet.engine.loading import (
     AugmentedDataset,
     EpochPlans,
     _copy_ahead,
     check_ids,
+    default_workers,
     load_batches,
     plan_epoch,
     sizes_of,
@@ -191,6 +194,30 @@ def test_a_process_ends_though_its_loader_was_not_read_to_the_end():
         "next(batches)",
     ]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("cores", "shared", "runs", "expected"),
+    [
+        (16, 1 << 30, 1, 4),
+        (3, 1 << 30, 1, 2),
+        (1, 1 << 30, 1, 0),
+        (16, 1 << 30, 8, 1),
+        # What a worker has ready, two batches of four images, takes 4.8 MB, and must be free twice.
+        (16, 20 << 20, 1, 2),
+        (16, 9 << 20, 1, 0),
+        # Of two processes, each with a share of the batch.
+        (16, 20 << 20, 2, 2),
+    ],
+)
+def test_workers_for_a_gpu_by_the_machine(monkeypatch, cores, shared, runs, expected):
+    monkeypatch.setattr(loading.os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    monkeypatch.setattr(loading.os.path, "isdir", lambda path: True)
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: SimpleNamespace(free=shared))
+    monkeypatch.setattr(loading, "count_on_machine", lambda: runs)
+    sizes = [(100, 200), (400, 500)]
+    assert default_workers(torch.device("cuda"), 4, sizes) == expected
+    assert default_workers(CPU, 4, sizes) == 0
 
 
 def test_a_batch_waits_for_its_own_copy_alone(monkeypatch):
