@@ -179,5 +179,5 @@ def describe_steps(
     if settings.accumulate > 1:
         words.append(f"in {settings.accumulate} parts")
     if settings.workers:
-        words.append(f"{settings.workers} processes load images")
+        words.append(f"{settings.workers} workers load images" + (" for each" if processes.count > 1 else ""))
     return ", ".join(words)

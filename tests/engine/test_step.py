@@ -182,7 +182,7 @@ def test_how_steps_are_taken_is_described():
     assert describe_steps(model, data, TrainSettings()) == "on cpu, float32"
     assert describe_steps(model, data, TrainSettings(amp="bfloat16", accumulate=3)) == "on cpu, bfloat16, in 3 parts"
     assert "2 processes" in describe_steps(model, data, TrainSettings(), Processes(0, 2))
-    assert describe_steps(model, data, TrainSettings(workers=3)) == "on cpu, float32, 3 processes load images"
+    assert describe_steps(model, data, TrainSettings(workers=3)) == "on cpu, float32, 3 workers load images"
     assert choose_graphs(model, data, TrainSettings()) is None
 
 
