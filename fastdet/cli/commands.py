@@ -18,7 +18,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from fastdet import export, weights
 from fastdet.cli import compare, demo, doctor, lint
@@ -183,7 +182,7 @@ def run_lint(options: argparse.Namespace) -> None:
 
 def run_convert(options: argparse.Namespace) -> None:
     data = open_data(options, options.data, "train", options.split)
-    write_coco(data, options.to, tqdm)
+    write_coco(data, options.to, lint.bar("images written"))
     print(printable(f"{options.to}: {len(data)} images, instances.json with {', '.join(data.class_names)}", 2000))
 
 

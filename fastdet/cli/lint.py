@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ class DataSetError(Exception):
     """A data set has lost or false ground truth."""
 
 
+def bar(text: str) -> Callable[[Iterable[int]], Iterable[int]]:
+    """Shows how many of the images are done, where stderr is a terminal."""
+    return partial(tqdm, desc=text, disable=None)
+
+
 def run(options: argparse.Namespace) -> bool:
     """Print and write what is found in the data sets; returns whether ground truth is lost or false."""
     if options.fix and options.fix.exists():
@@ -43,11 +49,11 @@ def run(options: argparse.Namespace) -> bool:
     problems: list[DataError] = []
     val_problems: list[DataError] = []
     train, val = open_training_data(options, problems, val_problems)
-    of_train, of_val = lint(train, problems, lambda items: tqdm(items, "images to train on")), None
+    of_train, of_val = lint(train, problems, bar("images to train on")), None
     used, found = _plan_both(DetectorOptions.of(options), train)
     findings = {"train": [*of_train.findings, *_find_unreached(train, used)]}
     if val is not None:
-        of_val = lint(val, val_problems, lambda items: tqdm(items, "images to evaluate on"))
+        of_val = lint(val, val_problems, bar("images to evaluate on"))
         # What is found of a whole data set is the same of its other part.
         common = {finding for finding in of_train.findings if finding.item is None}
         new = [finding for finding in of_val.findings if finding not in common]
@@ -59,7 +65,7 @@ def run(options: argparse.Namespace) -> bool:
         if val is not None and of_val is not None:
             cleaned["val"] = clean(val, of_val)
         for part, (dataset, repeated) in cleaned.items():
-            write_coco(dataset, options.fix / part, tqdm, repeated)
+            write_coco(dataset, options.fix / part, bar("images written"), repeated)
     print("\n".join(printable(line, 300) for line in _describe(findings, classes, used, found)))
     return any(finding.kind.is_error for finding in chain(*findings.values()))
 

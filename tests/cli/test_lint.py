@@ -32,7 +32,9 @@ def test_lint_lists_classes_that_only_validation_has(tree, tmp_path, capsys):
 
 def test_lint_of_a_right_data_set(tree, tmp_path, capsys):
     assert main(["lint", "--data", f"voc:{tree}", "--out", str(tmp_path / "lint")]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert printed.err == "", "no bar where stderr is no terminal"
+    lines = printed.out.splitlines()
     assert lines[0].split() == ["class", "boxes", "side", "IoU", ".5", ".7", "found", ".5", ".7"]
     assert any(line.startswith("options for the found anchors: --anchor-sizes ") for line in lines)
     content = json.loads((tmp_path / "lint/lint.json").read_text())

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from fastdet.data import Item
 from fastdet.engine.epoch import NotFiniteError, train_epoch
 from fastdet.engine.loading import AugmentedDataset, EpochPlans, load_batches, sizes_of
 from fastdet.engine.recipes import TrainSettings
+from fastdet.engine.run.progress import show_progress
 from fastdet.engine.run.state import RunState
 from fastdet.engine.step import Stepper
 
@@ -49,7 +49,8 @@ def replay(
     model, lines = state.model, list[str]()
     stepper = Stepper(model, state.optimizer, settings, state.loss_scale)
     batches = load_batches(augmented, plans, 0, settings.seed + state.epoch, next(model.parameters()).device)
-    with tqdm(total=length, initial=state.step * settings.batch_size, unit=" images", desc="replay") as bar:
+    with show_progress(length, state.step * settings.batch_size, True) as bar:
+        bar.set_description("replay")
         # It reads the losses after each step, so that the next call takes one step.
         rows = train_epoch(stepper, dataset, batches, plans, state.epoch, bar, lambda: True, state.average)
         for before in range(first, step):
