@@ -1,6 +1,7 @@
 """A run that is killed, asked to end, run twice, or whose folder is damaged, goes on as if nothing had been."""
 
 import csv
+import errno
 import json
 import math
 import os
@@ -522,6 +523,15 @@ def test_locks_only_where_there_are_any(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder.os, "name", "nt")
     with run_folder.own(tmp_path / "new"):
         assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\)"), run_folder.own(tmp_path):
+        pass
 
 
 def test_the_model_of_a_checkpoint_is_the_trained_one(straight):

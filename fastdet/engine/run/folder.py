@@ -37,7 +37,8 @@ class Terminated(Exception):
 def own(folder: Path) -> Iterator[None]:
     """Keep other processes from a run's folder, which is made if it is not there; remove what a killed one left.
 
-    The lock ends with the process, however that ends. On Windows there is none.
+    The lock ends with the process, however that ends. On Windows there is none; on a file system without locks there
+    is a warning.
 
     Raises:
         CheckpointError: another process has the folder.
@@ -52,11 +53,14 @@ def own(folder: Path) -> Iterator[None]:
         try:
             # Of this process alone: workers that outlive it for a moment do not hold it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             raise CheckpointError(
                 f"{folder}: another run, of process {file.read(20).strip() or 'unknown'}, writes into the folder"
             ) from None
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            warnings.warn(f"{folder}: the folder cannot be locked ({reason}): keep other runs out of it", stacklevel=4)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
