@@ -99,6 +99,7 @@ def train(
             than there are processes.
         CheckpointError: the folder has a run already or another process writes into it, a run is resumed with other
             settings, or the checkpoint cannot be read or written.
+        TensorFileError: another of its files cannot be written.
         DataError: an image cannot be decoded, the model does not take an image or target, no anchor lies inside any
             image where only those train, or a worker was killed.
         Terminated: SIGTERM came; the state is saved.

@@ -344,6 +344,16 @@ def test_out_that_is_a_file(tree, tmp_path, capsys):
     fails(capsys, train, tmp_path / "file")
 
 
+@pytest.mark.parametrize("name", ["settings.json", "metrics.csv", "validation.csv", "best.pth"])
+def test_a_file_of_the_run_that_cannot_be_written(tree, tmp_path, capsys, name):
+    (tmp_path / "run" / name / "full").mkdir(parents=True)
+    run = ["train", "--data", f"voc:{tree}", "--out", str(tmp_path / "run"), "--epochs", "1", *SMALL]
+    assert main(run) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("fastdet: ")
+    assert name in last
+
+
 def test_a_run_is_not_overwritten_unasked(trained, capsys):
     tree, run = trained
     before = (run / "last.pth").read_bytes()
