@@ -7,6 +7,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any
 
 from fastdet.engine.checkpoint import CheckpointError
@@ -87,6 +89,27 @@ def notice_sigterm() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def raise_at_sigterm(message: str) -> Iterator[None]:
+    """Within `notice_sigterm`, a part that SIGTERM ends at once, as Terminated with this message."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if callable(before):
+            # Where an exception is lost, as in a finalizer, it is noticed still.
+            before(number, frame)
+        raise Terminated(message)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def write_json(path: Path, content: Any, kind: str) -> None:
     """Write plain values; what is something else is written as text."""
     text = json.dumps(content, indent=2, default=str)
@@ -122,6 +145,13 @@ class MetricsFile:
         if self._file is not None:
             self._file.write(to_csv([row]))
             self._file.flush()
+
+
+def write_validation(path: Path, row: Row) -> None:
+    """Add a row to the file of evaluations, in place of those from its step on, which a killed run has left."""
+    new = {name: row.get(name, math.nan) for name in VALIDATION_COLUMNS}
+    rows = [*read_rows(path, int(row["step"]) - 1, VALIDATION_COLUMNS), new]
+    files.write(path, lambda file: file.write(to_csv(rows, VALIDATION_COLUMNS, header=True)), kind="metrics")
 
 
 def has_rows(path: Path) -> bool:
