@@ -199,7 +199,7 @@ def test_a_command_in_two_processes_is_that_in_one(tmp_path, folder, torchrun):
     printed, shown = torchrun(*arguments(folder), out, "--workers", "2").ends_with(0)
     expected = (folder / "printed").read_text().splitlines()
     differ = [line for line, other in zip(printed, expected, strict=True) if line != other]
-    assert differ[0] == "steps: on cpu, float32, 2 processes"
+    assert differ[0] == "steps: on cpu, float32, 2 processes, 2 processes load images"
     assert [line.split()[0] for line in differ[1:]] == ["trained"]
     # Progress is shown now and then, and each evaluation once.
     assert [line for line in shown if "images/s" not in line] == [line for line in shown if ": AP " in line]
