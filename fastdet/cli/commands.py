@@ -154,7 +154,7 @@ def run_replay(options: argparse.Namespace) -> None:
         step = int(record["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the record of a step: {error}") from error
-    given = parse(["train", *read_arguments([str(options.run / "settings.json")])[1:], "--out", str(options.run)])
+    given = parse(["train", *read_arguments(options.run / "settings.json"), "--out", str(options.run)])
     device = _device(given)
     run = _prepare(given, device)
     metadata = build_metadata(run.data, run.settings, _describe(given, run, device))

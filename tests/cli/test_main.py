@@ -17,6 +17,7 @@ from PIL import Image
 
 from fastdet.cli import data as data_options
 from fastdet.cli.main import main
+from fastdet.cli.options import parse
 from fastdet.data import VOC, Shapes
 from fastdet.data.images import MAX_PIXELS
 from fastdet.engine import checkpoint, detect
@@ -107,6 +108,21 @@ def test_a_run_is_repeated_from_its_settings(trained, tmp_path, capsys):
     fails(capsys, ["train", "--settings", run / "metrics.csv"], "metrics.csv", "not the settings.json of a run")
     fails(capsys, ["train", "--settings"], "--settings")
     fails(capsys, ["compare", tmp_path], "settings.json", "not the settings of a run")
+
+
+def test_settings_of_a_run_and_options_beside_them(trained, capsys):
+    _, run = trained
+    file, out = str(run / "settings.json"), ["--out", "x"]
+    saved = parse(["train", "--settings", file, *out])
+    assert parse(["train", f"--settings={file}", *out]) == saved
+    for given in (["--data", "voc:a", "--data=voc:b"], ["--data=voc:a", "--data", "voc:b"]):
+        options = parse(["train", *given, "--settings", file, *out])
+        assert [place.path for place in options.data] == ["a", "b"]
+        assert options.min_size == saved.min_size
+        again = parse(options.arguments)
+        assert again == options
+    assert parse(["train", "--settings", file, *out, "--val-data", "voc:c"]).data == saved.data
+    fails(capsys, ["eval", "--settings", file, "--data", "voc:a", "--weights", "b"], "--settings")
 
 
 def test_eval_prints_a_table_and_repeats_the_result(trained, tmp_path, capsys):
