@@ -183,8 +183,8 @@ def _begin(state: RunState, settings: TrainSettings, resume: bool) -> None:
     if state.processes.writes:
         for name in gone:
             (state.out / name).unlink(missing_ok=True)
-        if not resume:
-            run_folder.write_json(state.out / "settings.json", state.metadata, kind="settings")
+        # Of a resumed run too, which may have other epochs: the file is what repeats it.
+        run_folder.write_json(state.out / "settings.json", state.metadata, kind="settings")
     if not resume:
         state.save(0)
 

@@ -76,6 +76,10 @@ def test_two_epochs_of_the_detector_and_two_more_are_four(tmp_path, tree):
     straight = run("straight")
     half = run("resumed", "--stop-after", "2")
     resumed = run("resumed", "--resume")
+    written = [json.loads((tmp_path / out / "settings.json").read_text()) for out in ("straight", "resumed")]
+    saved = [parse(["train", "--settings", str(tmp_path / out / "settings.json")]) for out in ("straight", "resumed")]
+    assert written[0]["epochs"] == written[1]["epochs"] == 4
+    assert saved[0].stop_after is saved[1].stop_after is None
     assert any(not torch.equal(straight[name], half[name]) for name in straight)
     for name in straight:
         assert torch.equal(straight[name], resumed[name]), name
