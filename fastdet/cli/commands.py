@@ -292,7 +292,8 @@ def _train_settings(options: argparse.Namespace) -> TrainSettings:
     with raise_user_errors("training options"):
         recipe = RECIPES.get(options.backbone, TrainSettings())
         settings = replace_fields(recipe, **{name: value for name, value in given.items() if value is not None})
+        if not (settings.milestones if settings.schedule == "step" else given["milestones"] is None):
+            raise UserError("--milestones: --schedule step needs them, and no other takes them")
         if given["lr"] is None:
-            rate = default_rate(recipe, settings.optimizer_name, settings.batch_size)
-            settings = replace_fields(settings, lr=rate)
+            return replace_fields(settings, lr=default_rate(recipe, settings.optimizer_name, settings.batch_size))
         return settings

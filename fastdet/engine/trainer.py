@@ -211,7 +211,7 @@ def _train(run: _Run) -> list[Row]:
             )
             for row in rows:
                 if not metrics.rows and device.type == "cpu":
-                    _warn_of_long_runs((end * length - bar.n) / row["images_per_second"])
+                    _warn_of_long_runs((end * length - bar.n) / max(row["images_per_second"], 1e-9))
                 metrics.add(row)
                 add_event("train", row)
                 done_in_epoch, terminated = int(row["step"]) - epoch * steps, run.is_terminated()

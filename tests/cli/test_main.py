@@ -20,7 +20,7 @@ from fastdet.cli.main import main
 from fastdet.cli.options import parse
 from fastdet.data import VOC, Shapes
 from fastdet.data.images import MAX_PIXELS
-from fastdet.engine import checkpoint, detect
+from fastdet.engine import build_model, checkpoint, detect
 from fastdet.engine.evaluate import evaluate
 from tests.helpers.cli import message
 from tests.helpers.voc import SMALL
@@ -296,6 +296,18 @@ def test_a_run_starts_from_another_runs_weights(trained, tree, tmp_path, capsys)
     fails(capsys, [*train, "--weights", tmp_path / "nowhere.pth"], "nowhere.pth")
 
 
+def test_a_run_starts_from_weights_with_the_anchors_of_the_backbone(trained, tree, tmp_path):
+    names = checkpoint.load(trained[1] / "last.pth")["class_names"]
+    sizes = {"min_size": 64, "max_size": 64}
+    architecture = {"backbone": "mobilenet_v2_fpn", "num_classes": len(names) + 1, "settings": sizes}
+    start = {"architecture": architecture, "class_names": names, "model": build_model(architecture).state_dict()}
+    checkpoint.save(tmp_path / "start.pth", start)
+    train = ["train", "--data", f"voc:{tree}", "--min-size", "64", "--max-size", "64", "--stop-after", "0"]
+    assert main([*train, "--weights", str(tmp_path / "start.pth"), "--out", str(tmp_path / "run")]) == 0
+    model = checkpoint.load(tmp_path / "run" / "last.pth")["model"]
+    assert all(torch.equal(value, model[name]) for name, value in start["model"].items() if "num_batches" not in name)
+
+
 @pytest.mark.shared
 def test_a_run_from_pretrained_weights_is_loaded_without_them(tree, tmp_path, shared_dir, capsys):
     """Pretrained, the backbone's BatchNorm is frozen; the checkpoint has to fit a model that is built without."""
@@ -346,6 +358,11 @@ def test_option_errors(tree, tmp_path, capsys):
     fails(capsys, [*train, "--weights-backbone", "/nowhere.pth"], "/nowhere.pth")
     fails(capsys, [*train, "--anchor-sizes", "8,-3"], "--anchor-sizes", "8,-3")
     fails(capsys, [*train, "--milestones", "1.5"], "--milestones")
+    fails(capsys, [*train, "--milestones", "1"], "--milestones: --schedule step needs them")
+    fails(capsys, [*train, "--schedule", "step"], "--milestones: --schedule step needs them")
+    fails(capsys, [*train, "--set", "min_size=40"], "--set min_size", "--min-size")
+    weights = ["--set", "class_weights=(1,1,1,1,1)", "--class-weights", "balanced"]
+    fails(capsys, [*train, *weights], "--set class_weights", "--class-weights")
     fails(capsys, [*train, "--batch-size", "0"], "batch_size", "0")
     fails(capsys, [*train, "--epochs", "many"], "--epochs", "many")
     fails(capsys, [*train, "--limit", "0"], "--limit")
