@@ -153,7 +153,7 @@ def run_replay(options: argparse.Namespace) -> None:
         step = int(record["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the record of a step: {error}") from error
-    given = parse(["train", *read_arguments([str(options.run / "settings.json")])[1:], "--out", str(options.run)])
+    given = parse(["train", *read_arguments(options.run / "settings.json"), "--out", str(options.run)])
     device = _device(given)
     run = _prepare(given, device)
     metadata = build_metadata(run.data, run.settings, _describe(given, run, device))
@@ -291,7 +291,8 @@ def _train_settings(options: argparse.Namespace) -> TrainSettings:
     with raise_user_errors("training options"):
         recipe = RECIPES.get(options.backbone, TrainSettings())
         settings = replace_fields(recipe, **{name: value for name, value in given.items() if value is not None})
+        if not (settings.milestones if settings.schedule == "step" else given["milestones"] is None):
+            raise UserError("--milestones: --schedule step needs them, and no other takes them")
         if given["lr"] is None:
-            rate = default_rate(recipe, settings.optimizer_name, settings.batch_size)
-            settings = replace_fields(settings, lr=rate)
+            return replace_fields(settings, lr=default_rate(recipe, settings.optimizer_name, settings.batch_size))
         return settings

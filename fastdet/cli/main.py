@@ -16,9 +16,9 @@ from fastdet.cli.lint import DataSetError
 from fastdet.cli.options import parse
 from fastdet.cli.values import UserError
 from fastdet.data import DataError
-from fastdet.engine import CheckpointError, Terminated
+from fastdet.engine import Terminated
 from fastdet.engine.distributed import OtherFailedError
-from fastdet.safe_files import printable
+from fastdet.safe_files import FileError, printable
 
 # The last two are what shells give for SIGINT and SIGTERM.
 _FAILED, _USER_ERROR, _INTERRUPTED, _TERMINATED = 1, 2, 130, 143
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _FAILED
     except ConnectionError as error:
         message, code = str(error), _FAILED
-    except (UserError, DataError, CheckpointError, ImportError, OSError) as error:
+    except (UserError, DataError, FileError, ImportError, OSError) as error:
         message, code = _last_line(error), _USER_ERROR
     except FloatingPointError as error:
         message, code = (

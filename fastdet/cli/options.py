@@ -34,18 +34,30 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line, and in `arguments` itself, with those of `--settings FILE` in its place.
+    """The options of a command line, and in `arguments` itself, with those of `train --settings FILE` in its place.
 
     Raises:
         UserError: it cannot be used.
     """
     arguments = list(argv)
-    if "--settings" in arguments:
-        place = arguments.index("--settings")
-        arguments = [*read_arguments(arguments[place + 1 : place + 2]), *arguments[1:place], *arguments[place + 2 :]]
+    if arguments[:1] == ["train"]:
+        finder = _Parser(prog="fastdet train", add_help=False, allow_abbrev=False)
+        finder.add_argument("--settings")
+        found, given = finder.parse_known_args(arguments[1:])
+        if found.settings is not None:
+            arguments = ["train", *_without_data(read_arguments(found.settings), given), *given]
     options = build_parser().parse_args(arguments)
     options.arguments = arguments
     return options
+
+
+def _without_data(saved: Sequence[str], given: Sequence[str]) -> list[str]:
+    """Arguments of a run without the data sets that are `given` anew, which would come in addition."""
+    finder = _Parser(prog="fastdet train", add_help=False, allow_abbrev=False)
+    for name in ("--data", "--val-data"):
+        if any(argument.split("=")[0] == name for argument in given):
+            finder.add_argument(name, action="append")
+    return finder.parse_known_args(list(saved))[1]
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -82,6 +82,9 @@ def plan_detector(options: DetectorOptions, objects: Objects, class_names: tuple
         raise UserError("--set rpn_anchor_generator: it is not a plain value; see --anchor-sizes, --aspect-ratios")
     if options.backbone not in NAMED:
         raise UserError(f"--backbone: {options.backbone!r} is none of {', '.join(NAMED)}")
+    for name in ("min_size", "max_size", "class_weights"):
+        if getattr(options, name) is not None and name in settings:
+            raise UserError(f"--set {name}: it does not go with --{name.replace('_', '-')}")
     settings.update({n: getattr(options, n) for n in ("min_size", "max_size") if getattr(options, n) is not None})
     named, origin = NAMED[options.backbone], _read_origin(options)
     resizing = _choose_resizing(settings, named, objects)
@@ -212,7 +215,8 @@ def _check_origin(
     options: DetectorOptions, origin: Mapping[str, Any], anchors: Mapping[str, Any], class_names: tuple[str, ...]
 ) -> None:
     """Raises UserError if a checkpoint to start from is of other classes or anchors."""
-    saved_anchors = origin["architecture"].get("anchors")
+    # A checkpoint without anchors has the backbone's.
+    saved_anchors = origin["architecture"].get("anchors", describe_anchors(options.backbone))
     if anchors != saved_anchors:
         raise UserError(f"--weights: {options.weights} has the anchors {saved_anchors}, this run {anchors}")
     saved_names = tuple(origin.get("class_names", ()))

@@ -6,7 +6,7 @@ import argparse
 import ast
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os.path import expanduser
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from fastdet.data import DataError
 from fastdet.engine import CheckpointError
+from fastdet.safe_files import StrPath
 from fastdet.weights import TensorFileError, WeightsError
 from fastdet.weights.files import one_line
 
@@ -75,17 +76,15 @@ def model_file(text: str) -> Path:
     return Path(text)
 
 
-def read_arguments(paths: Sequence[str]) -> list[str]:
-    """The command line that a run's settings.json holds; `paths` is the file, or nothing."""
-    if not paths:
-        raise UserError("--settings: expected a file")
+def read_arguments(path: StrPath) -> list[str]:
+    """The arguments of `train` that a run's settings.json holds."""
     try:
-        arguments = json.loads(Path(paths[0]).read_bytes())["arguments"]
+        arguments = json.loads(Path(path).read_bytes())["arguments"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--settings: {paths[0]} is not the settings.json of a run: {one_line(error)}") from error
+        raise UserError(f"--settings: {path} is not the settings.json of a run: {one_line(error)}") from error
     if not isinstance(arguments, list) or not all(isinstance(argument, str) for argument in arguments):
-        raise UserError(f"--settings: {paths[0]} is not the settings.json of a run")
-    return [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
+        raise UserError(f"--settings: {path} is not the settings.json of a run")
+    return [argument for argument in arguments[1:] if argument not in ("--resume", "--overwrite")]
 
 
 def coco_folder(text: str) -> Path:

@@ -57,10 +57,13 @@ def train_epoch(
     settings = plans.settings
     plan, steps = plans.of(epoch), plans.steps
     last_step = (epoch + 1) * steps
+    first = last_step - len(plan)
+    # The optimizer's state has the rate of the last step, also where none of the epoch is left.
+    stepper.set_lr(learning_rate(settings, max(first - 1, 0), steps))
     stepper.model.train()
     unread: UnreadRows[BatchPlan] = UnreadRows()
     clock, waited, trained = time.perf_counter(), 0.0, 0
-    for step, batch in enumerate(plan, start=last_step - len(plan)):
+    for step, batch in enumerate(plan, start=first):
         asked = time.perf_counter()
         images, targets = next(batches)
         waited += time.perf_counter() - asked

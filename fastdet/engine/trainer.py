@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -59,12 +58,12 @@ def train(
 
     That is `last.pth`, `settings.json`, `metrics.csv` and `loss.png`; with `validate` also `best.pth`, the weights with
     the highest AP, `validation.csv` and `AP.png`. The folder belongs to one run at a time. At SIGTERM the run ends with
-    a checkpoint, after the step.
+    a checkpoint, after the step; in an evaluation, at once.
 
-    The checkpoint, `last.pth`, is written at the start, after each epoch, and every `save_every` steps, with the model,
-    the optimizer, the epoch and the state of torch's generators; order, augmentation and sampling follow from the seed
-    and the epoch. A run resumed from it equals one that was not interrupted, bitwise where the device's kernels repeat
-    bitwise. A new run seeds torch's global generator.
+    The checkpoint, `last.pth`, is written at the start, after each epoch, before its evaluation too, and every
+    `save_every` steps, with the model, the optimizer, the epoch and the state of torch's generators; order,
+    augmentation and sampling follow from the seed and the epoch. A run resumed from it equals one that was not
+    interrupted, bitwise where the device's kernels repeat bitwise. A new run seeds torch's global generator.
 
     A step with a loss or a gradient that is not finite changes nothing. Losses are read, averaged and written every
     `log_every` steps; only then such a step is noticed, and ends the run.
@@ -99,6 +98,7 @@ def train(
             than there are processes.
         CheckpointError: the folder has a run already or another process writes into it, a run is resumed with other
             settings, or the checkpoint cannot be read or written.
+        TensorFileError: another of its files cannot be written.
         DataError: an image cannot be decoded, the model does not take an image or target, no anchor lies inside any
             image where only those train, or a worker was killed.
         Terminated: SIGTERM came; the state is saved.
@@ -170,8 +170,8 @@ def _begin(state: RunState, settings: TrainSettings, resume: bool) -> None:
     """Bring a run to where it goes on, or to its start; the files of an earlier one are removed."""
     if resume:
         state.restore()
-        if state.step >= state.steps_per_epoch:
-            wanted = f"below the {state.steps_per_epoch} of an epoch"
+        if state.step > state.steps_per_epoch:
+            wanted = f"at most the {state.steps_per_epoch} of an epoch"
             raise CheckpointError(f"{state.last}: step must be {wanted}, got {state.step}")
         gone = ["failure.json"]
     else:
@@ -183,8 +183,8 @@ def _begin(state: RunState, settings: TrainSettings, resume: bool) -> None:
     if state.processes.writes:
         for name in gone:
             (state.out / name).unlink(missing_ok=True)
-        if not resume:
-            run_folder.write_json(state.out / "settings.json", state.metadata, kind="settings")
+        # Of a resumed run too, which may have other epochs: the file is what repeats it.
+        run_folder.write_json(state.out / "settings.json", state.metadata, kind="settings")
     if not resume:
         state.save(0)
 
@@ -211,7 +211,7 @@ def _train(run: _Run) -> list[Row]:
             )
             for row in rows:
                 if not metrics.rows and device.type == "cpu":
-                    _warn_of_long_runs((end * length - bar.n) / row["images_per_second"])
+                    _warn_of_long_runs((end * length - bar.n) / max(row["images_per_second"], 1e-9))
                 metrics.add(row)
                 add_event("train", row)
                 done_in_epoch, terminated = int(row["step"]) - epoch * steps, run.is_terminated()
@@ -221,7 +221,7 @@ def _train(run: _Run) -> list[Row]:
                 if terminated and done_in_epoch < steps:
                     raise Terminated(f"{state.last}: saved after step {row['step']}")
             if run.validate and ((epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs):
-                add_event("validation", _validate(run.validate, state, epoch + 1, bar if run.progress else None))
+                add_event("validation", _validate(run, run.validate, epoch + 1, bar))
             state.save(epoch + 1)
             if run.is_terminated():
                 raise Terminated(f"{state.last}: saved after epoch {epoch + 1}")
@@ -243,25 +243,26 @@ def _write(content: io.BytesIO, file: BinaryIO) -> None:
     file.write(content.getvalue())
 
 
-def _validate(validate: Validate, state: RunState, epoch: int, bar: Any) -> Row:
-    """Evaluate after so many epochs; note it, and keep the weights if they are the best."""
-    found = validate(state.evaluated)
+def _validate(run: _Run, validate: Validate, epoch: int, bar: Any) -> Row:
+    """Evaluate after so many epochs; note it, and keep the weights if they are the best.
+
+    The state is saved before: SIGTERM does not wait for the end, and a resumed run begins with the evaluation.
+    """
+    state = run.state
+    state.save(epoch - 1, state.steps_per_epoch)
+    saved = f"{state.last}: saved after epoch {epoch}, before its evaluation"
+    with run_folder.raise_at_sigterm(saved):
+        if run.is_terminated():
+            raise Terminated(saved)
+        found = validate(state.evaluated)
     row = {"epoch": epoch, "step": epoch * state.steps_per_epoch, **found}
     if state.processes.writes:
-        _write_validation(state.out / "validation.csv", row)
+        run_folder.write_validation(state.out / "validation.csv", row)
     state.keep_best(epoch, found["AP"])
-    if bar is not None:
+    if run.progress:
         best = f"the best is epoch {state.best['epoch']}" if state.best["epoch"] else "none is the best"
         bar.write(f"epoch {epoch}: AP {found['AP']:.3f}, AP50 {found['AP50']:.3f}; {best}")
     return row
-
-
-def _write_validation(path: Path, row: Row) -> None:
-    """Add a row to the file of evaluations, in place of those from its step on, which a killed run has left."""
-    columns = run_folder.VALIDATION_COLUMNS
-    new = {name: row.get(name, math.nan) for name in columns}
-    rows = [*run_folder.read_rows(path, int(row["step"]) - 1, columns), new]
-    files.write(path, lambda file: file.write(run_folder.to_csv(rows, columns, header=True)), kind="metrics")
 
 
 def augment_for(model: nn.Module, dataset: Dataset[Item], settings: TrainSettings) -> AugmentedDataset:

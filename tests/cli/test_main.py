@@ -17,9 +17,10 @@ from PIL import Image
 
 from fastdet.cli import data as data_options
 from fastdet.cli.main import main
+from fastdet.cli.options import parse
 from fastdet.data import VOC, Shapes
 from fastdet.data.images import MAX_PIXELS
-from fastdet.engine import checkpoint, detect
+from fastdet.engine import build_model, checkpoint, detect
 from fastdet.engine.evaluate import evaluate
 from tests.helpers.cli import message
 from tests.helpers.voc import SMALL
@@ -75,6 +76,10 @@ def test_two_epochs_of_the_detector_and_two_more_are_four(tmp_path, tree):
     straight = run("straight")
     half = run("resumed", "--stop-after", "2")
     resumed = run("resumed", "--resume")
+    written = [json.loads((tmp_path / out / "settings.json").read_text()) for out in ("straight", "resumed")]
+    saved = [parse(["train", "--settings", str(tmp_path / out / "settings.json")]) for out in ("straight", "resumed")]
+    assert written[0]["epochs"] == written[1]["epochs"] == 4
+    assert saved[0].stop_after is saved[1].stop_after is None
     assert any(not torch.equal(straight[name], half[name]) for name in straight)
     for name in straight:
         assert torch.equal(straight[name], resumed[name]), name
@@ -107,6 +112,21 @@ def test_a_run_is_repeated_from_its_settings(trained, tmp_path, capsys):
     fails(capsys, ["train", "--settings", run / "metrics.csv"], "metrics.csv", "not the settings.json of a run")
     fails(capsys, ["train", "--settings"], "--settings")
     fails(capsys, ["compare", tmp_path], "settings.json", "not the settings of a run")
+
+
+def test_settings_of_a_run_and_options_beside_them(trained, capsys):
+    _, run = trained
+    file, out = str(run / "settings.json"), ["--out", "x"]
+    saved = parse(["train", "--settings", file, *out])
+    assert parse(["train", f"--settings={file}", *out]) == saved
+    for given in (["--data", "voc:a", "--data=voc:b"], ["--data=voc:a", "--data", "voc:b"]):
+        options = parse(["train", *given, "--settings", file, *out])
+        assert [place.path for place in options.data] == ["a", "b"]
+        assert options.min_size == saved.min_size
+        again = parse(options.arguments)
+        assert again == options
+    assert parse(["train", "--settings", file, *out, "--val-data", "voc:c"]).data == saved.data
+    fails(capsys, ["eval", "--settings", file, "--data", "voc:a", "--weights", "b"], "--settings")
 
 
 def test_eval_prints_a_table_and_repeats_the_result(trained, tmp_path, capsys):
@@ -276,6 +296,18 @@ def test_a_run_starts_from_another_runs_weights(trained, tree, tmp_path, capsys)
     fails(capsys, [*train, "--weights", tmp_path / "nowhere.pth"], "nowhere.pth")
 
 
+def test_a_run_starts_from_weights_with_the_anchors_of_the_backbone(trained, tree, tmp_path):
+    names = checkpoint.load(trained[1] / "last.pth")["class_names"]
+    sizes = {"min_size": 64, "max_size": 64}
+    architecture = {"backbone": "mobilenet_v2_fpn", "num_classes": len(names) + 1, "settings": sizes}
+    start = {"architecture": architecture, "class_names": names, "model": build_model(architecture).state_dict()}
+    checkpoint.save(tmp_path / "start.pth", start)
+    train = ["train", "--data", f"voc:{tree}", "--min-size", "64", "--max-size", "64", "--stop-after", "0"]
+    assert main([*train, "--weights", str(tmp_path / "start.pth"), "--out", str(tmp_path / "run")]) == 0
+    model = checkpoint.load(tmp_path / "run" / "last.pth")["model"]
+    assert all(torch.equal(value, model[name]) for name, value in start["model"].items() if "num_batches" not in name)
+
+
 @pytest.mark.shared
 def test_a_run_from_pretrained_weights_is_loaded_without_them(tree, tmp_path, shared_dir, capsys):
     """Pretrained, the backbone's BatchNorm is frozen; the checkpoint has to fit a model that is built without."""
@@ -326,6 +358,11 @@ def test_option_errors(tree, tmp_path, capsys):
     fails(capsys, [*train, "--weights-backbone", "/nowhere.pth"], "/nowhere.pth")
     fails(capsys, [*train, "--anchor-sizes", "8,-3"], "--anchor-sizes", "8,-3")
     fails(capsys, [*train, "--milestones", "1.5"], "--milestones")
+    fails(capsys, [*train, "--milestones", "1"], "--milestones: --schedule step needs them")
+    fails(capsys, [*train, "--schedule", "step"], "--milestones: --schedule step needs them")
+    fails(capsys, [*train, "--set", "min_size=40"], "--set min_size", "--min-size")
+    weights = ["--set", "class_weights=(1,1,1,1,1)", "--class-weights", "balanced"]
+    fails(capsys, [*train, *weights], "--set class_weights", "--class-weights")
     fails(capsys, [*train, "--batch-size", "0"], "batch_size", "0")
     fails(capsys, [*train, "--epochs", "many"], "--epochs", "many")
     fails(capsys, [*train, "--limit", "0"], "--limit")
@@ -342,6 +379,16 @@ def test_out_that_is_a_file(tree, tmp_path, capsys):
     (tmp_path / "file").touch()
     train = ["train", "--data", f"voc:{tree}", "--out", tmp_path / "file", "--epochs", "1", *SMALL]
     fails(capsys, train, tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["settings.json", "metrics.csv", "validation.csv", "best.pth"])
+def test_a_file_of_the_run_that_cannot_be_written(tree, tmp_path, capsys, name):
+    (tmp_path / "run" / name / "full").mkdir(parents=True)
+    run = ["train", "--data", f"voc:{tree}", "--out", str(tmp_path / "run"), "--epochs", "1", *SMALL]
+    assert main(run) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("fastdet: ")
+    assert name in last
 
 
 def test_a_run_is_not_overwritten_unasked(trained, capsys):

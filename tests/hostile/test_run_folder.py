@@ -1,6 +1,8 @@
 """A run that is killed, asked to end, run twice, or whose folder is damaged, goes on as if nothing had been."""
 
+import contextlib
 import csv
+import errno
 import json
 import math
 import os
@@ -257,6 +259,32 @@ def test_sigterm_saves_in_the_middle_of_an_epoch(tmp_path, straight):
     assert_same_run(straight[0], tmp_path)
 
 
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_an_evaluation_ends_at_once_and_is_taken_again(tmp_path, straight, kind):
+    def end(model):
+        os.kill(os.getpid(), kind)
+        (tmp_path / "evaluated").touch()
+
+    out = tmp_path / "run"
+    assert ended(in_a_child(lambda: run(out, validate=end))) in (128 + kind, -kind)
+    assert not (tmp_path / "evaluated").exists()
+    saved = checkpoint.load(out / "last.pth")
+    assert (saved["epoch"], saved["step"]) == (0, STEPS)
+    run(out, resume=True)
+    assert_same_run(straight[0], out)
+
+
+def test_sigterm_in_an_evaluation_is_noticed_though_its_exception_is_lost(tmp_path):
+    def end(model):
+        with contextlib.suppress(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(model)
+
+    with pytest.raises(Terminated, match="saved after epoch 1"):
+        run(tmp_path, validate=end)
+    assert checkpoint.load(tmp_path / "last.pth")["epoch"] == 1
+
+
 def test_the_command_ends_with_143_and_a_line(tmp_path):
     command = [sys.executable, "-m", "fastdet", "demo", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -447,7 +475,7 @@ def test_hyperparameters_of_a_file_are_not_taken(tmp_path, one_step):
 
 def test_epochs_and_steps_beyond_the_run_are_refused(tmp_path, one_step):
     settings, content = one_step
-    for entry, value, message in (("epoch", 3, "3 epochs, more than the 2 wanted"), ("step", 1, "below the 1 of an")):
+    for entry, value, message in (("epoch", 3, "3 epochs, more than the 2 wanted"), ("step", 2, "at most the 1 of an")):
         checkpoint.save(tmp_path / "last.pth", {**content, entry: value})
         with pytest.raises(CheckpointError, match=message):
             run(tmp_path, settings, Image1(), resume=True)
@@ -522,6 +550,15 @@ def test_locks_only_where_there_are_any(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder.os, "name", "nt")
     with run_folder.own(tmp_path / "new"):
         assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\)"), run_folder.own(tmp_path):
+        pass
 
 
 def test_the_model_of_a_checkpoint_is_the_trained_one(straight):

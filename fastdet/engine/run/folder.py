@@ -7,6 +7,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any
 
 from fastdet.engine.checkpoint import CheckpointError
@@ -37,7 +39,8 @@ class Terminated(Exception):
 def own(folder: Path) -> Iterator[None]:
     """Keep other processes from a run's folder, which is made if it is not there; remove what a killed one left.
 
-    The lock ends with the process, however that ends. On Windows there is none.
+    The lock ends with the process, however that ends. On Windows there is none; on a file system without locks there
+    is a warning.
 
     Raises:
         CheckpointError: another process has the folder.
@@ -52,11 +55,14 @@ def own(folder: Path) -> Iterator[None]:
         try:
             # Of this process alone: workers that outlive it for a moment do not hold it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             raise CheckpointError(
                 f"{folder}: another run, of process {file.read(20).strip() or 'unknown'}, writes into the folder"
             ) from None
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            warnings.warn(f"{folder}: the folder cannot be locked ({reason}): keep other runs out of it", stacklevel=4)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
@@ -79,6 +85,27 @@ def notice_sigterm() -> Iterator[Callable[[], bool]]:
     before = signal.signal(signal.SIGTERM, note)
     try:
         yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def raise_at_sigterm(message: str) -> Iterator[None]:
+    """Within `notice_sigterm`, a part that SIGTERM ends at once, as Terminated with this message."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if callable(before):
+            # Where an exception is lost, as in a finalizer, it is noticed still.
+            before(number, frame)
+        raise Terminated(message)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -118,6 +145,13 @@ class MetricsFile:
         if self._file is not None:
             self._file.write(to_csv([row]))
             self._file.flush()
+
+
+def write_validation(path: Path, row: Row) -> None:
+    """Add a row to the file of evaluations, in place of those from its step on, which a killed run has left."""
+    new = {name: row.get(name, math.nan) for name in VALIDATION_COLUMNS}
+    rows = [*read_rows(path, int(row["step"]) - 1, VALIDATION_COLUMNS), new]
+    files.write(path, lambda file: file.write(to_csv(rows, VALIDATION_COLUMNS, header=True)), kind="metrics")
 
 
 def has_rows(path: Path) -> bool:
