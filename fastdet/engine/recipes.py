@@ -63,7 +63,7 @@ class TrainSettings:
         epochs: passes over the data set.
         batch_size: images a step, of all processes together; the last batch of an epoch may be smaller.
         accumulate: parts of a batch that go through the network one after another, for less memory. The step is that of
-            the whole batch, and goes forward twice.
+            the whole batch, but for BatchNorm that trains, and goes forward twice.
         optimizer_name: "sgd" or "adamw".
         lr: learning rate after the warm-up.
         momentum: of SGD.

@@ -178,6 +178,9 @@ def describe_steps(
         words.append(f"each one CUDA graph, of images padded to {shapes}")
     if settings.accumulate > 1:
         words.append(f"in {settings.accumulate} parts")
+    trains = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules())
+    if trains and (processes.count > 1 or settings.accumulate > 1):
+        words.append(f"BatchNorm by the images of each {'part' if settings.accumulate > 1 else 'process'}")
     if settings.workers:
         words.append(f"{settings.workers} workers load images" + (" for each" if processes.count > 1 else ""))
     return ", ".join(words)

@@ -13,6 +13,7 @@ from fastdet.engine.distributed import Processes
 from fastdet.engine.recipes import TrainSettings, build_optimizer
 from fastdet.engine.step import Stepper, choose_graphs, describe_steps
 from fastdet.graphs.step import COLUMNS, LossScale
+from fastdet.models.layers import FrozenBatchNorm2d
 from fastdet.models.losses import NAMES
 from tests.helpers.detectors import small_detector, small_scene
 
@@ -180,10 +181,15 @@ def test_a_loss_that_is_not_finite_changes_nothing(make, accumulate, clip_norm):
 def test_how_steps_are_taken_is_described():
     model, data = small_detector(), [None]
     assert describe_steps(model, data, TrainSettings()) == "on cpu, float32"
-    assert describe_steps(model, data, TrainSettings(amp="bfloat16", accumulate=3)) == "on cpu, bfloat16, in 3 parts"
-    assert "2 processes" in describe_steps(model, data, TrainSettings(), Processes(0, 2))
+    parts = describe_steps(model, data, TrainSettings(amp="bfloat16", accumulate=3))
+    assert parts == "on cpu, bfloat16, in 3 parts, BatchNorm by the images of each part"
+    several = describe_steps(model, data, TrainSettings(), Processes(0, 2))
+    assert several == "on cpu, float32, 2 processes, BatchNorm by the images of each process"
     assert describe_steps(model, data, TrainSettings(workers=3)) == "on cpu, float32, 3 workers load images"
     assert choose_graphs(model, data, TrainSettings()) is None
+    model.backbone[1] = FrozenBatchNorm2d(4)
+    assert describe_steps(model, data, TrainSettings(accumulate=3)) == "on cpu, float32, in 3 parts"
+    assert describe_steps(model, data, TrainSettings(), Processes(0, 2)) == "on cpu, float32, 2 processes"
 
 
 def test_graphs_are_chosen_for_a_detector_on_a_gpu():
