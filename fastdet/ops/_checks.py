@@ -83,9 +83,9 @@ def group_arrays(boxes: Tensor, scores: Tensor, idxs: Tensor) -> tuple[NDArray[A
     # On other devices, in other layouts, with a gradient.
     except (RuntimeError, TypeError):
         return None
-    count = arrays[0].shape[0] if arrays[0].ndim else 0
-    fits = [array.shape for array in arrays] == [(count, 4), (count,), (count,)]
-    return arrays if fits and arrays[1].dtype == np.float32 and arrays[2].dtype == np.int64 else None
+    count = idxs.numel()
+    fits = (arrays[0].shape, arrays[1].shape, arrays[2].shape) == ((count, 4), (count,), (count,))
+    return arrays if fits and scores.dtype is torch.float32 and idxs.dtype is torch.int64 else None
 
 
 def number(name: str, value: object) -> float:

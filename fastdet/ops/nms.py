@@ -151,8 +151,8 @@ def _batched_nms_indices(
         return torch.zeros(0, dtype=torch.int64, device=boxes.device)
     implemented = _is_implemented(boxes, iou_threshold)
     if boxes.is_cpu and implemented:
-        corners, values, ids = (cpu.plain(given).numpy() for given in (boxes, scores, idxs))
-        return cpu.batched_nms_cpu(corners, values, ids, iou_threshold, limit)
+        given = cpu.plain(boxes), cpu.plain(scores), idxs.long()
+        return cpu.batched_nms_cpu(given, [each.numpy() for each in given], iou_threshold, limit)
     return _batched_by_padding(boxes, scores, idxs, iou_threshold, limit, implemented)
 
 
@@ -256,7 +256,7 @@ def batched_nms(
     if max_keep is None and _are_usual(boxes, scores, iou_threshold) and type(idxs) is Tensor:
         arrays = _checks.group_arrays(boxes, scores, idxs)
         if arrays is not None:
-            return cpu.batched_nms_cpu(*arrays, iou_threshold)
+            return cpu.batched_nms_cpu((boxes, scores, idxs), arrays, iou_threshold)
     if proxies := find_proxies((boxes, scores, idxs)):
         return handle_torch_function(batched_nms, proxies, boxes, scores, idxs, iou_threshold, max_keep)
     if isinstance(boxes, Tensor) and boxes.shape == (0,):

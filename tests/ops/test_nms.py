@@ -193,14 +193,15 @@ def test_batched_at_the_threshold_and_with_scores_that_are_not_a_number(count):
 
 @pytest.mark.parametrize("threshold", [1e-5, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 3e8])
+@pytest.mark.parametrize("distance", [1, 10**12])
 @pytest.mark.parametrize("groups", [2, 5, 8])
-def test_groups_scaled_apart_equal_each_alone(groups, scale, threshold):
+def test_groups_scaled_apart_equal_each_alone(groups, distance, scale, threshold):
     generator = torch.Generator().manual_seed(groups)
     corner = torch.rand(200, 2, generator=generator) * 40
     boxes = torch.cat([corner, corner + 4 + torch.rand(200, 2, generator=generator) * 16], dim=1) * scale
     scores = torch.randint(0, 90, (200,), generator=generator) / 90
-    ids = torch.randint(groups, (200,), generator=generator) * 10**12 - 5
-    scaled = torch.from_numpy(scale_apart(boxes.numpy(), ids.numpy(), sorted(set(ids.tolist())), threshold))
+    ids = torch.randint(groups, (200,), generator=generator) * distance - 5
+    scaled = scale_apart(boxes, ids, sorted(set(ids.tolist())), threshold)
     together = ids[:, None] == ids
     assert torch.equal(ops.box_iou(boxes, boxes)[together], ops.box_iou(scaled, scaled)[together])
     assert (ops.box_iou(scaled, scaled)[~together] <= threshold).all()
@@ -211,12 +212,12 @@ def test_groups_scaled_apart_equal_each_alone(groups, scale, threshold):
     "box", [[3, 3, 3, 9], [9, 3, 4, 9], [0, 0, math.inf, 9], [math.nan, 0, 9, 9], [0, 0, 1e-30, 9]]
 )
 def test_groups_are_not_scaled_where_an_overlap_would_change(box):
-    boxes, ids = np.array([[0, 0, 9, 9], [1, 1, 9, 9]] * 100, np.float32), np.arange(200) % 3
+    boxes, ids = torch.tensor([[0.0, 0, 9, 9], [1, 1, 9, 9]] * 100), torch.arange(200) % 3
     assert scale_apart(boxes, ids, [0, 1, 2], 0.5) is not None
     assert scale_apart(boxes, ids, [0, 1, 2], 0.0) is None
-    boxes[7] = box
+    boxes[7] = torch.tensor(box)
     assert scale_apart(boxes, ids, [0, 1, 2], 0.5) is None
-    given = torch.from_numpy(boxes), torch.arange(200.0), torch.from_numpy(ids)
+    given = boxes, torch.arange(200.0), ids
     finite = torch.isfinite(given[0]).all(1).nonzero()[:, 0]
     expected = finite[reference_batched(*(part[finite] for part in given), 0.5)]
     assert torch.equal(ops.batched_nms(*given, 0.5), expected)

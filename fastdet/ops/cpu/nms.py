@@ -1,6 +1,7 @@
 """Suppression on the CPU, in one thread; how depends on the number of groups and of boxes in a group."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -81,27 +82,28 @@ def plain_nms_cpu(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep:
 
 
 def batched_nms_cpu(
-    corners: Corners, scores: NDArray[np.float32], ids: NDArray[Any], iou_threshold: float, max_keep: int | None = None
+    given: tuple[Tensor, Tensor, Tensor], arrays: Sequence[Any], iou_threshold: float, max_keep: int | None = None
 ) -> Tensor:
-    """The indices of the boxes `corners` [N, 4] that are kept in the groups `ids` [N]."""
+    """The indices of the boxes that are kept. `given`: boxes fp32 [N, 4], scores fp32 [N] and groups int64 [N];
+    `arrays` share their memory, as a call of torch or NumPy takes longer after one of the other."""
+    (boxes, scores, idxs), (corners, values, ids) = given, arrays
     count = len(ids)
     groups = set(ids.tolist()) if _FEW // 2 < count <= MANY else set()
     if len(groups) == 1:
-        return plain_nms_cpu(torch.from_numpy(corners), torch.from_numpy(scores), iou_threshold, max_keep)
+        return plain_nms_cpu(boxes, scores, iou_threshold, max_keep)
     if _LEAST_SCALED < count <= _MOST_SCALED and len(groups) <= _GROUPS_SCALED:
-        scaled = scale_apart(corners, ids, sorted(groups), iou_threshold)
+        scaled = scale_apart(boxes, idxs, sorted(groups), iou_threshold)
         if scaled is not None:
-            return torchvision_nms(torch.from_numpy(scaled), torch.from_numpy(scores), iou_threshold)[:max_keep]
+            kept = torchvision_nms(scaled, scores, iou_threshold)
+            return kept if max_keep is None else kept[:max_keep]
     if count > _MANY_A_GROUP * len(groups) > 0:
-        kept = _suppress_one_by_one(corners, scores, ids, iou_threshold)
+        rows = _suppress_one_by_one(corners, values, ids, iou_threshold)
     else:
-        kept = _suppress_groups(corners, scores, ids, iou_threshold, max_keep)
-    return torch.from_numpy(kept[:max_keep])
+        rows = _suppress_groups(corners, values, ids, iou_threshold, max_keep)
+    return torch.from_numpy(rows[:max_keep])
 
 
-def _suppress_one_by_one(
-    corners: Corners, scores: NDArray[np.float32], ids: NDArray[Any], iou_threshold: float
-) -> Index:
+def _suppress_one_by_one(corners: Corners, scores: NDArray[np.float32], ids: Index, iou_threshold: float) -> Index:
     """By torchvision's operator on each group."""
     by_group = np.argsort(ids, kind="stable")
     ends = (np.flatnonzero(np.diff(ids.take(by_group))) + 1).tolist()
@@ -116,7 +118,7 @@ def _suppress_one_by_one(
 
 @np.errstate(all="ignore")
 def _suppress_groups(
-    corners: Corners, scores: NDArray[np.float32], ids: NDArray[Any], iou_threshold: float, max_keep: int | None
+    corners: Corners, scores: NDArray[np.float32], ids: Index, iou_threshold: float, max_keep: int | None
 ) -> Index:
     order, count = argsort_descending(scores), len(ids)
     if count <= _FEW_IN_ALL:

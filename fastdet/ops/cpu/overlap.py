@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -124,16 +123,15 @@ def _ratio_or_zero(numerator: Array, denominator: Array) -> Array:
     return np.where((ratio >= 0) & (denominator > 0), ratio, np.float32(0))
 
 
-@np.errstate(all="ignore")
-def scale_apart(corners: Array, ids: NDArray[Any], groups: list[Any], threshold: float) -> Array | None:
+def scale_apart(boxes: Tensor, ids: Tensor, groups: list[int], threshold: float) -> Tensor | None:
     """The boxes [N, 4], each group multiplied by a power of two of its own, so that no two of them overlap by more than
     `threshold`; None if there are no such powers, or a box without area or not finite.
 
-    Within a group no overlap changes by a bit: a power of two only changes exponents. Of two groups the overlap is at
-    most the ratio of the smaller box's area to the larger one's.
+    `ids` int64 [N] are those of `groups`, which ascend. Within a group no overlap changes by a bit: a power of two only
+    changes exponents. Of two groups the overlap is at most the ratio of the smaller box's area to the larger one's.
     """
-    sizes = corners[:, 2:] - corners[:, :2]
-    least, most = float(sizes.min()), float(sizes.max())
+    begin, end = boxes.tensor_split(2, 1)
+    least, most = (bound.item() for bound in (end - begin).aminmax())
     if not (least >= 2.0**_LOW and most < 2.0**_HIGH and threshold >= _LEAST_THRESHOLD):
         return None
     low, high = math.frexp(least)[1], math.frexp(most)[1]
@@ -144,4 +142,8 @@ def scale_apart(corners: Array, ids: NDArray[Any], groups: list[Any], threshold:
     if high + last > _HIGH:
         return None
     factors = np.array([2.0**exponent for exponent in range(first, last + 1, step)], np.float32)
-    return corners * factors.take(np.searchsorted(groups, ids))[:, None]
+    if groups[-1] - groups[0] < len(groups):
+        place = ids - groups[0]
+    else:
+        place = torch.from_numpy(np.searchsorted(groups, ids.numpy()))
+    return boxes * torch.from_numpy(factors).take(place)[:, None]
