@@ -1,5 +1,6 @@
 """Numbers that an operation cannot hold are refused by name; numbers of other types are taken as torch takes them."""
 
+import math
 import re
 
 import numpy as np
@@ -127,3 +128,21 @@ def test_what_is_no_number_is_named(argument, value):
 def test_suppression_needs_values():
     with pytest.raises(ValueError, match=r"^boxes is on the meta device"):
         ops.nms(BOXES.to("meta"), SCORES.to("meta"), 0.5)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("count", [30, 150, 400])
+def test_boxes_whose_sums_and_areas_overflow_give_no_warning(count):
+    """NumPy warns where torch does not."""
+    infinite = [[-math.inf, 0, math.inf, 1], [math.nan, 0, 1, 1]]
+    huge = [[1e19, 1e19, 2.5e19, 2.7e19], [-3e38, -3e38, -2.9e38, -2.9e38], [3e38, 0, 3.2e38, 1], [-3e38, 0, -2e38, 1]]
+    for special in (infinite, huge):
+        boxes = torch.tensor([*special, [0, 0, 9, 9]]).repeat(count, 1)[:count]
+        for groups in (1, 2, 60):
+            ops.batched_nms(boxes, torch.rand(count), torch.arange(count) % groups, 0.5)
+        ops.nms(boxes, torch.rand(count), 0.5)
+        ops.nms_padded(boxes[None], torch.rand(1, count), 0.5, count)
+        ops.box_iou(boxes, boxes)
+        ops.generalized_box_iou(boxes, boxes)
+        ignored = torch.ones(1, count, dtype=torch.bool)
+        ops.match(boxes, boxes[None], high=0.7, low=0.3, allow_low_quality=True, gt_ignore=ignored)

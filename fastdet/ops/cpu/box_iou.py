@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ def pairwise(boxes1: Tensor, boxes2: Tensor, kind: str = "iou", eps: float = 1e-
     return _similarity(_planes(boxes1[..., :, None, :], kind), _planes(boxes2[..., None, :, :], kind), kind, eps)
 
 
+@np.errstate(all="ignore")
 def few_pairs(boxes1: Tensor, boxes2: Tensor, kind: str) -> Tensor:
     """IoU, also "generalized", of few fp32 boxes [N, 4] and [M, 4], without derivatives."""
     corners1, corners2 = (boxes.detach().resolve_neg().numpy() for boxes in (boxes1, boxes2))

@@ -40,6 +40,7 @@ class Spans(NamedTuple):
     count: int  # type: ignore[assignment]  # hides tuple.count
 
 
+@np.errstate(all="ignore")
 def match_cpu(
     candidates: Tensor,
     gt_boxes: Tensor,
@@ -81,7 +82,6 @@ def match_cpu(
     return torch.from_numpy(index), torch.from_numpy(best_iou), torch.from_numpy(label), torch.from_numpy(deltas)
 
 
-@np.errstate(all="ignore")
 def _encode(reference: Array, boxes: Array, weights: Sequence[float]) -> Array:
     """`fastdet.boxes.encode` of boxes [N, 4] in NumPy: few, so that thirty calls of torch would take longer."""
     side, reference_side = boxes[:, 2:] - boxes[:, :2], reference[:, 2:] - reference[:, :2]

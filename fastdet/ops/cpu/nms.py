@@ -68,7 +68,7 @@ def few_nms_cpu(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     # It keeps a box that is not finite in any case, and removes none by it.
     if math.isfinite(boxes.sum().item()):
         return kept
-    return torch.from_numpy(_finite_rows(plain(boxes).numpy(), kept.numpy()))
+    return kept[boxes.index_select(0, kept).isfinite().all(1)]
 
 
 def plain_nms_cpu(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | None = None) -> Tensor:
@@ -103,6 +103,7 @@ def batched_nms_cpu(
     return torch.from_numpy(rows[:max_keep])
 
 
+@np.errstate(all="ignore")
 def _suppress_one_by_one(corners: Corners, scores: NDArray[np.float32], ids: Index, iou_threshold: float) -> Index:
     """By torchvision's operator on each group."""
     by_group = np.argsort(ids, kind="stable")

@@ -62,6 +62,7 @@ def iou(first: Planes, second: Planes, scratch: Scratch) -> Tensor:
     return inter.div_(torch.add(first[4], second[4], out=scratch[1]).sub_(inter))
 
 
+# The functions in NumPy run under `np.errstate(all="ignore")` of their callers: boxes may be NaN, infinite or huge.
 Array = NDArray[np.float32]
 
 
@@ -75,8 +76,7 @@ def few_planes(boxes: Array) -> Array:
 
 def valid_planes(boxes: Array, valid: NDArray[np.bool_] | None = None) -> Array:
     """`reset_invalid` of `few_planes`."""
-    with np.errstate(all="ignore"):
-        planes = few_planes(boxes)
+    planes = few_planes(boxes)
     overlapping = (planes[4] > 0) & (planes[4] < np.inf) & (planes[2] > planes[0])
     if valid is not None:
         overlapping &= valid
@@ -103,7 +103,6 @@ def few_ious(first: Array, second: Array) -> Array:
     return inter
 
 
-@np.errstate(all="ignore")
 def few_generalized_ious(boxes1: Array, boxes2: Array) -> Array:
     """Generalized IoU [N, M] of `boxes1` [N, 4] and `boxes2` [M, 4], with the steps of `pairwise`, in NumPy."""
     first, second = few_planes(boxes1)[:, :, None], few_planes(boxes2)[:, None]
