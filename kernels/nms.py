@@ -1,15 +1,16 @@
 """Greedy non-maximum suppression of many groups at once, exact, without a host sync and in few launches.
 
-The boxes of a group come in descending order of priority. The first chunk of them is settled among itself. Then, step
-after step, a wide launch lists the boxes of the step that overlap none of those kept, a chunk at most, and these are
-settled too. A step ends early where more boxes survive than a chunk holds. The number of steps is fixed and enough for
-the boxes of networks, trained or not; the last launch goes on alone where something is left. Of many groups it does
-all: a program for each compares no more boxes than it has to.
+The boxes of a group come in descending order of priority. The first of them are settled among themselves. Then, step
+after step, a wide launch lists the boxes of the step that overlap none of those kept, and these survivors are settled
+too. A step ends early where more survive than can be settled at a time. The number of steps is fixed and enough for the
+boxes of networks, trained or not; the last launch goes on alone where something is left. Of many groups it does all: a
+program for each compares no more boxes than it has to.
 
-To settle a chunk, a bit matrix of "overlaps a box of higher priority in the chunk" is written by many programs. Of one
-group the last to arrive, and of several a second launch, decides all boxes in rounds: a box is removed once a kept box
-of higher priority overlaps it, and kept once every box of higher priority that overlaps it is removed. Each round
-decides at least the first undecided box, and no decision is ever revised, so the result is the greedy one for any data.
+To settle boxes, a bit matrix of "overlaps a box of higher priority" is written by many programs. Of one group the last
+to arrive, and of several a second launch, decides all boxes, a chunk at a time and in rounds: a box is removed once a
+kept box of higher priority overlaps it, and kept once every box of higher priority that overlaps it is removed. Each
+round decides at least the first undecided box, and no decision is ever revised, so the result is the greedy one for any
+data.
 """
 
 from typing import NamedTuple
@@ -19,15 +20,8 @@ import triton
 import triton.language as tl
 
 from fastdet.kernels.common.boxes import load_boxes
-from fastdet.kernels.common.nms_overlap import (
-    append_kept,
-    are_finite,
-    decide,
-    half_ulp,
-    is_compiled,
-    pack_overlaps,
-    pairwise_exceeds,
-)
+from fastdet.kernels.common.nms_decide import append_kept, decide
+from fastdet.kernels.common.nms_overlap import are_finite, half_ulp, is_compiled, pack_overlaps, pairwise_exceeds
 from fastdet.kernels.nms_filter import launch_filter
 from fastdet.kernels.nms_settle import launch_settle
 
@@ -35,19 +29,21 @@ from fastdet.kernels.nms_settle import launch_settle
 class Config(NamedTuple):
     """Block sizes, all powers of two but `steps`.
 
-    chunk: boxes that are settled at once, at least 32; 0: none are, and the last launch decides all.
-    overlap_rows: rows that a program compares with 32 columns.
+    settled: boxes that are settled at a time; 0: none are, and the last launch decides all.
+    chunk: boxes that are decided at once, from 32 to `settled`.
+    overlap_rows: rows that a program compares with 32 columns, from 32 to `settled`.
     step: rows that a step filters.
-    steps: how many steps there are after the first chunk.
+    steps: how many steps there are after the first rows.
     filter_rows, filter_kept: rows and kept boxes that a program of the filter compares at a time.
     filter_span: kept boxes that it compares in all.
-    warps: of the programs that decide a chunk.
-    at_once: whether one launch compares and decides a chunk, or two.
+    warps: of the programs that decide.
+    at_once: whether one launch compares and decides, or two.
     finish_rows, finish_kept: boxes that the last launch decides at once, and kept ones that it compares them with at a
         time.
     finish_warps: of its programs.
     """
 
+    settled: int
     chunk: int
     overlap_rows: int
     step: int
@@ -68,27 +64,27 @@ STATE_ROWS = 3
 MANY_GROUPS = 256
 
 
-def config(groups: int, num_boxes: int, max_keep: int) -> Config:
-    """Sizes for groups of `num_boxes` boxes: the matrix of a chunk has to fit the registers of one program.
+def config(groups: int, num_boxes: int, max_keep: int, chunks: int = 2) -> Config:
+    """Sizes for groups of `num_boxes` boxes, of which `chunks` chunks are settled at a time.
 
-    That of 1024 boxes is 128 words in each of 256 threads. Where few boxes are wanted, half as many keep enough.
+    The matrix of a chunk has to fit the registers of one program. That of 1024 boxes is 128 words in each of 256
+    threads. Where few boxes are wanted, half as many keep enough.
     """
     if groups >= MANY_GROUPS:
         warps = 4 if groups < 4 * MANY_GROUPS and num_boxes > 32 else 2
-        return Config(0, 0, 0, 0, 0, 0, 0, 0, False, finish_rows=16 * warps, finish_kept=32, finish_warps=warps)
+        return Config(0, 0, 0, 0, 0, 0, 0, 0, 0, False, finish_rows=16 * warps, finish_kept=32, finish_warps=warps)
     chunk = min(max(triton.next_power_of_2(num_boxes), 32), 1024 if max_keep > 512 else 512)
-    left = max(num_boxes - chunk, 0)
+    settled = chunk if num_boxes <= chunk else chunks * chunk
+    left = max(num_boxes - settled, 0)
     step = min(max(triton.next_power_of_2(left), 32), 4096)
-    # Steps that pass all rows where each has at most a chunk of survivors; and chunks that are enough to keep
-    # `max_keep` boxes where three in four of those settled are kept. Together, less the first chunk, they are enough
-    # where the boxes of an untrained network leave more survivors and keep fewer.
-    passing, keeping = triton.cdiv(left, step), triton.cdiv(4 * max_keep, 3 * chunk)
     return Config(
+        settled,
         chunk,
-        # The 128 programs of one group, or 64, fit a device at a time, even with the registers to decide.
+        # The programs of one group that fit a device at a time, even with the registers to decide, are some 130.
         overlap_rows=max(chunk // 4, 32) if groups == 1 else min(chunk, 128),
         step=step,
-        steps=min(passing + keeping - 1, most_steps(num_boxes, chunk, step)),
+        # Enough to pass all rows where hardly a step ends early, as with the boxes of networks, trained or not.
+        steps=min(triton.cdiv(left, step) + max_keep // settled, most_steps(num_boxes, settled, step)),
         filter_rows=min(step, 64),
         filter_kept=64,
         filter_span=256,
@@ -101,10 +97,10 @@ def config(groups: int, num_boxes: int, max_keep: int) -> Config:
     )
 
 
-def most_steps(num_boxes: int, chunk: int, step: int) -> int:
-    """Steps that are enough for any data: each passes `step` rows or settles a chunk."""
-    left = max(num_boxes - chunk, 0)
-    return triton.cdiv(left, step) + left // chunk
+def most_steps(num_boxes: int, settled: int, step: int) -> int:
+    """Steps that are enough for any data: each passes `step` rows or settles `settled`."""
+    left = max(num_boxes - settled, 0)
+    return triton.cdiv(left, step) + left // settled
 
 
 @triton.jit(do_not_specialize=["num_boxes", "max_keep"])
@@ -200,25 +196,25 @@ def launch(
     """Write to `index` [groups, max_keep], padded with 0, and `count` [groups] what `boxes` keep.
 
     `boxes` [groups, N, 4] and `valid` [groups, N] are in descending priority, `iou_threshold` an fp32 number. Scratch:
-    `survivors` [groups, chunk] int32, `overlap` [groups, chunk / 32, chunk] int32, `removed` [groups, step] int8,
-    `state` [STATE_ROWS, groups] int32 of which the first row is 0, `kept` [groups, max_keep, 4] fp32.
+    `survivors` [groups, settled] int32, `overlap` [groups, settled / 32, settled] int32, `removed` [groups, step]
+    int8, `state` [STATE_ROWS, groups] int32 of which the first row is 0, `kept` [groups, max_keep, 4] fp32.
     """
     groups, num_boxes, _ = boxes.shape
     max_keep = index.shape[1]
     arrivals, cursor, number = state.unbind()
-    for step in range(config.steps + 1 if config.chunk else 0):
+    for step in range(config.steps + 1 if config.settled else 0):
         if step:
             launch_filter(
                 boxes, valid, kept, count, removed, cursor, survivors, number, arrivals,
-                most_kept=min(max_keep, step * config.chunk), iou_threshold=iou_threshold, rows=config.filter_rows,
+                most_kept=min(max_keep, step * config.settled), iou_threshold=iou_threshold, rows=config.filter_rows,
                 block_kept=config.filter_kept, span=config.filter_span,
             )  # fmt: skip
         launch_settle(
             boxes, valid, survivors, number, overlap, removed, cursor, kept, index, count, arrivals,
-            first=step == 0, iou_threshold=iou_threshold, rows=config.overlap_rows, warps=config.warps,
-            at_once=config.at_once,
+            first=step == 0, iou_threshold=iou_threshold, chunk=config.chunk, rows=config.overlap_rows,
+            warps=config.warps, at_once=config.at_once,
         )  # fmt: skip
-    if not config.chunk or config.steps < most_steps(num_boxes, config.chunk, config.step):
+    if not config.settled or config.steps < most_steps(num_boxes, config.settled, config.step):
         _finish_kernel[(groups,)](
             boxes_ptr=boxes,
             valid_ptr=valid,
@@ -232,7 +228,7 @@ def launch(
             half_ulp=half_ulp(iou_threshold),
             ROWS=config.finish_rows,
             BLOCK_KEPT=config.finish_kept,
-            FIRST=not config.chunk,
+            FIRST=not config.settled,
             FUSED=is_compiled(_finish_kernel),
             num_warps=config.finish_warps,
             enable_fp_fusion=False,

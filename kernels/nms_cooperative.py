@@ -3,8 +3,8 @@
 The same blocks do the same work in the same phases. A grid barrier between two phases stands for the end of a launch,
 so the programs know what is left after each step and go on until nothing is: no step is launched in vain.
 
-    first chunk | filter | settle | filter | settle | ...    programs go through their blocks of a phase side by side,
-                B        B        B        B        B        and wait for each other at each B
+    first rows | filter | settle | filter | settle | ...    programs go through their blocks of a phase side by side,
+               B        B        B        B        B         and wait for each other at each B
 
 Programs that wait for each other have to run at the same time, so there are no more of them than the GPU holds.
 """
@@ -16,7 +16,7 @@ import triton.language as tl
 from fastdet.kernels import nms
 from fastdet.kernels.common.nms_overlap import half_ulp, is_compiled
 from fastdet.kernels.nms_filter import filter_block
-from fastdet.kernels.nms_settle import settle_block
+from fastdet.kernels.nms_settle import pairs_of_blocks, settle_block, words_of_pair
 
 # As of `fastdet.kernels.nms`, and two of the barrier.
 STATE_ROWS = nms.STATE_ROWS + 2
@@ -69,23 +69,24 @@ def _settle_all(
     max_keep,
     iou_threshold,
     half_ulp,
-    step,  # of which these are the survivors; 0: the first chunk
+    step,  # of which these are the survivors; 0: the first rows
+    SETTLED: tl.constexpr,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     FIRST: tl.constexpr,
     FUSED: tl.constexpr,
 ):
-    """Settle a chunk of every group. `needed` is above `step` from then on if any group has something left."""
-    words: tl.constexpr = CHUNK // 32
-    items: tl.constexpr = CHUNK // BLOCK_ROWS * words
+    """Settle the survivors of every group. `needed` is above `step` from then on if any group has something left."""
+    words: tl.constexpr = words_of_pair(SETTLED, BLOCK_ROWS)
+    items: tl.constexpr = pairs_of_blocks(SETTLED, BLOCK_ROWS) * words
     begin, end = _share(groups * items)
     # What depends on the thread alone would else take registers in all phases.
     for item in tl.range(begin, end, disable_licm=True):
         decided = settle_block(
             boxes_ptr, valid_ptr, survivors_ptr, number_ptr, overlap_ptr, removed_ptr, cursor_ptr, kept_ptr, index_ptr,
             count_ptr, arrivals_ptr, num_boxes, max_keep, iou_threshold, half_ulp, item // words, item % words,
-            CHUNK, STEP, BLOCK_ROWS, FIRST, True, FUSED,
+            SETTLED, CHUNK, STEP, BLOCK_ROWS, FIRST, True, FUSED,
         )  # fmt: skip
         if decided:
             # One thread has stored what all read.
@@ -102,8 +103,8 @@ def _suppress_kernel(
     # Tensors, all contiguous
     boxes_ptr,  # [groups, N, 4] fp32, pixels
     valid_ptr,  # [groups, N] bool
-    survivors_ptr,  # [groups, CHUNK] int32, scratch, as are overlap, removed, cursor, number and kept
-    overlap_ptr,  # [groups, CHUNK / 32, CHUNK] int32
+    survivors_ptr,  # [groups, SETTLED] int32, scratch, as are overlap, removed, cursor, number and kept
+    overlap_ptr,  # [groups, SETTLED / 32, SETTLED] int32
     removed_ptr,  # [groups, STEP] int8
     arrivals_ptr,  # [groups] int32, 0 before and after
     cursor_ptr,  # [groups] int32, the first row that is not decided
@@ -121,6 +122,7 @@ def _suppress_kernel(
     iou_threshold,
     half_ulp,
     # Constexprs
+    SETTLED: tl.constexpr,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
     OVERLAP_ROWS: tl.constexpr,
@@ -139,25 +141,25 @@ def _suppress_kernel(
     _settle_all(
         boxes_ptr, valid_ptr, survivors_ptr, overlap_ptr, removed_ptr, arrivals_ptr, cursor_ptr, number_ptr,
         barrier_ptr, needed_ptr, kept_ptr, index_ptr, count_ptr, groups, num_boxes, max_keep, iou_threshold, half_ulp,
-        0, CHUNK, STEP, OVERLAP_ROWS, True, FUSED,
+        0, SETTLED, CHUNK, STEP, OVERLAP_ROWS, True, FUSED,
     )  # fmt: skip
     step = 0
     while tl.load(needed_ptr) > step:
         step += 1
-        # No group keeps more than a chunk a step.
-        spans = tl.cdiv(tl.minimum(max_keep, step * CHUNK), SPAN)
+        # No group keeps more than SETTLED a step.
+        spans = tl.cdiv(tl.minimum(max_keep, step * SETTLED), SPAN)
         begin, end = _share(groups * (STEP // FILTER_ROWS) * spans)
         for item in tl.range(begin, end, disable_licm=True):
             filter_block(
                 boxes_ptr, valid_ptr, kept_ptr, count_ptr, removed_ptr, cursor_ptr, survivors_ptr, number_ptr,
                 arrivals_ptr, num_boxes, max_keep, iou_threshold, half_ulp, item // spans, item % spans,
-                CHUNK, STEP, FILTER_ROWS, FILTER_KEPT, SPAN, FUSED,
+                SETTLED, STEP, FILTER_ROWS, FILTER_KEPT, SPAN, FUSED,
             )  # fmt: skip
         _grid_barrier(barrier_ptr)
         _settle_all(
             boxes_ptr, valid_ptr, survivors_ptr, overlap_ptr, removed_ptr, arrivals_ptr, cursor_ptr, number_ptr,
             barrier_ptr, needed_ptr, kept_ptr, index_ptr, count_ptr, groups, num_boxes, max_keep, iou_threshold,
-            half_ulp, step, CHUNK, STEP, OVERLAP_ROWS, False, FUSED,
+            half_ulp, step, SETTLED, CHUNK, STEP, OVERLAP_ROWS, False, FUSED,
         )  # fmt: skip
     # All threads of this program have compared it with `step`; those of a slower one stop at 0 too.
     tl.debug_barrier()
@@ -166,19 +168,25 @@ def _suppress_kernel(
 
 
 def config(groups: int, num_boxes: int, max_keep: int) -> nms.Config:
-    """As of the other form, but that the filter has the warps that settle, and as many registers a thread."""
-    sizes = nms.config(groups, num_boxes, max_keep)
-    if not sizes.chunk:
+    """As of the other form, but that the filter has the warps that settle, and as many registers a thread.
+
+    No launch would be saved by settling more than a chunk at a time.
+    """
+    sizes = nms.config(groups, num_boxes, max_keep, 1)
+    if not sizes.settled:
         return sizes
     return sizes._replace(filter_rows=min(8 * sizes.warps, sizes.step), filter_kept=sizes.filter_kept // 2)
 
 
-def num_programs(groups: int, config: nms.Config, multiprocessors: int) -> int:
-    """How many programs to launch: no more than all fit at the same time, nor than the first phase has blocks.
+def num_programs(groups: int, max_keep: int, config: nms.Config, multiprocessors: int) -> int:
+    """How many programs to launch: no more than all fit at the same time, nor than a phase has blocks.
 
     One always fits a multiprocessor; 16 warps that take 128 registers a thread fill it.
     """
-    return min(multiprocessors, groups * (config.chunk // config.overlap_rows) * (config.chunk // 32))
+    sizes = config.settled, config.overlap_rows
+    settle = pairs_of_blocks(*sizes) * words_of_pair(*sizes)
+    filters = config.step // config.filter_rows * triton.cdiv(max_keep, config.filter_span)
+    return min(multiprocessors, groups * max(settle, filters))
 
 
 def launch(
@@ -196,7 +204,7 @@ def launch(
     config: nms.Config,
 ) -> None:
     """As `fastdet.kernels.nms.launch`, but that `state` is [STATE_ROWS, groups], of which rows 0, 3 and 4 are 0."""
-    if boxes.shape[1] <= config.chunk or not config.chunk:
+    if boxes.shape[1] <= config.settled:
         # Those are few launches, and their programs need not wait.
         scratch = survivors, overlap, removed, state[:3], kept
         nms.launch(boxes, valid, *scratch, index, count, iou_threshold=iou_threshold, config=config)
@@ -204,7 +212,7 @@ def launch(
     arrivals, cursor, number, barrier, needed = state.unbind()
     # Interpreted, programs run one after another.
     multiprocessors = torch.cuda.get_device_properties(boxes.device).multi_processor_count if boxes.is_cuda else 1
-    _suppress_kernel[(num_programs(len(boxes), config, multiprocessors),)](
+    _suppress_kernel[(num_programs(len(boxes), index.shape[1], config, multiprocessors),)](
         boxes_ptr=boxes,
         valid_ptr=valid,
         survivors_ptr=survivors,
@@ -223,6 +231,7 @@ def launch(
         max_keep=index.shape[1],
         iou_threshold=iou_threshold,
         half_ulp=half_ulp(iou_threshold),
+        SETTLED=config.settled,
         CHUNK=config.chunk,
         STEP=config.step,
         OVERLAP_ROWS=config.overlap_rows,

@@ -17,7 +17,7 @@ def filter_block(
     count_ptr,  # [groups] int64
     removed_ptr,  # [groups, STEP] int8, 0 before and after: 1 where removed, by any number of programs
     cursor_ptr,  # [groups] int32, the first row of the step; moved on
-    survivors_ptr,  # [groups, CHUNK] int32, output: rows
+    survivors_ptr,  # [groups, SETTLED] int32, output: rows
     number_ptr,  # [groups] int32, output: how many survive; left at 0 where the group needs no more
     arrivals_ptr,  # [groups] int32, 0 before and after
     # Sizes
@@ -29,7 +29,7 @@ def filter_block(
     block,  # of rows, of all groups
     span,  # of kept boxes
     # Constexprs
-    CHUNK: tl.constexpr,
+    SETTLED: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEPT: tl.constexpr,
@@ -46,7 +46,7 @@ def filter_block(
                  +----------+
       SPAN of the kept boxes
 
-    Spans past the last kept box have no work. Listed are the first CHUNK survivors of the step; where there are more,
+    Spans past the last kept box have no work. Listed are the first SETTLED survivors of the step; where there are more,
     the next step begins with the first that is left over.
     """
     # The block's group and rows [BLOCK_ROWS].
@@ -87,16 +87,16 @@ def filter_block(
                 lane = start + tl.arange(0, BLOCK_LISTED)
                 survives = (tl.load(removed_ptr + group * STEP + lane) == 0).to(tl.int32)
                 rank = surviving + tl.cumsum(survives, axis=0) - 1
-                listed = (survives != 0) & (rank < CHUNK)
-                tl.store(survivors_ptr + group * CHUNK + rank, cursor + lane, mask=listed)
+                listed = (survives != 0) & (rank < SETTLED)
+                tl.store(survivors_ptr + group * SETTLED + rank, cursor + lane, mask=listed)
                 # The first that is left over moves the cursor to itself.
-                tl.store(cursor_ptr + group + 0 * lane, cursor + lane, mask=(survives != 0) & (rank == CHUNK))
+                tl.store(cursor_ptr + group + 0 * lane, cursor + lane, mask=(survives != 0) & (rank == SETTLED))
                 surviving += tl.sum(survives, axis=0)
                 # Every thread has read its marks before another resets them.
                 tl.debug_barrier()
                 tl.store(removed_ptr + group * STEP + lane, tl.zeros([BLOCK_LISTED], dtype=tl.int8))
-            tl.store(number_ptr + group, tl.minimum(surviving, CHUNK))
-            if surviving <= CHUNK:
+            tl.store(number_ptr + group, tl.minimum(surviving, SETTLED))
+            if surviving <= SETTLED:
                 tl.store(cursor_ptr + group, cursor + STEP)
 
 
@@ -115,7 +115,7 @@ def _filter_kernel(
     max_keep,
     iou_threshold,
     half_ulp,
-    CHUNK: tl.constexpr,
+    SETTLED: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEPT: tl.constexpr,
@@ -126,7 +126,7 @@ def _filter_kernel(
     filter_block(
         boxes_ptr, valid_ptr, kept_ptr, count_ptr, removed_ptr, cursor_ptr, survivors_ptr, number_ptr, arrivals_ptr,
         num_boxes, max_keep, iou_threshold, half_ulp, tl.program_id(0), tl.program_id(1),
-        CHUNK, STEP, BLOCK_ROWS, BLOCK_KEPT, SPAN, FUSED,
+        SETTLED, STEP, BLOCK_ROWS, BLOCK_KEPT, SPAN, FUSED,
     )  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def launch_filter(
     block_kept: int,
     span: int,
 ) -> None:
-    """Write to `survivors` [groups, chunk] and `number` [groups] the rows of the next step that overlap no kept box.
+    """Write to `survivors` [groups, settled] and `number` [groups] the rows of the next step that overlap no kept box.
 
     A program compares `rows` rows with `span` of the kept boxes, `most_kept` at most, `block_kept` at a time.
     """
@@ -166,7 +166,7 @@ def launch_filter(
         max_keep=kept.shape[1],
         iou_threshold=iou_threshold,
         half_ulp=half_ulp(iou_threshold),
-        CHUNK=survivors.shape[1],
+        SETTLED=survivors.shape[1],
         STEP=step,
         BLOCK_ROWS=rows,
         BLOCK_KEPT=block_kept,

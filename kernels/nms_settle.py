@@ -1,43 +1,25 @@
-"""The narrow step of non-maximum suppression: the boxes of a chunk among themselves."""
+"""The narrow step of non-maximum suppression: the survivors of a step among themselves, chunk by chunk."""
 
 import torch
 import triton
 import triton.language as tl
 
-from fastdet.kernels.common.boxes import load_boxes
-from fastdet.kernels.common.nms_overlap import (
-    append_kept,
-    are_finite,
-    arrive_last,
-    decide,
-    half_ulp,
-    is_compiled,
-    pack_overlaps,
-)
+from fastdet.kernels.common.nms_decide import decide_group, load_candidates
+from fastdet.kernels.common.nms_overlap import arrive_last, half_ulp, is_compiled, pack_overlaps
 
 
-@triton.jit
-def _load_candidates(
-    boxes_ptr,  # of the whole tensor, as in the kernel
-    valid_ptr,
-    survivors_ptr,
-    group,
-    lane,  # [N], places in the chunk
-    num_boxes,
-    number,
-    CHUNK: tl.constexpr,
-    FIRST: tl.constexpr,
-):
-    """Index, eligibility and corners [N] of the boxes of a chunk; those that are not eligible overlap nothing."""
-    if FIRST:
-        row = lane
-        eligible = row < num_boxes
-        eligible &= tl.load(valid_ptr + group * num_boxes + row, mask=eligible, other=0) != 0
-    else:
-        eligible = lane < number
-        row = tl.load(survivors_ptr + group * CHUNK + lane, mask=eligible, other=0)
-    x1, y1, x2, y2 = load_boxes(boxes_ptr, group * num_boxes + row, eligible)
-    return row, eligible & are_finite(x1, y1, x2, y2), x1, y1, x2, y2
+@triton.constexpr_function
+def pairs_of_blocks(settled: int, rows: int) -> int:
+    """Of the matrix of a group, only the words up to the diagonal are needed: by block b of `rows` rows, b + 1 times as
+    many as by the first, so that the b-th block and the b-th from the end need as many as any such pair."""
+    return max(settled // rows // 2, 1)
+
+
+@triton.constexpr_function
+def words_of_pair(settled: int, rows: int) -> int:
+    """Blocks of 32 columns that a pair of blocks needs."""
+    blocks = settled // rows
+    return (blocks + 1 if blocks > 1 else 1) * (rows // 32)
 
 
 @triton.jit
@@ -45,11 +27,11 @@ def overlap_block(
     # Tensors, all contiguous
     boxes_ptr,  # [groups, N, 4] fp32, pixels
     valid_ptr,  # [groups, N] bool
-    survivors_ptr,  # [groups, CHUNK] int32, rows, from the filter; not read if FIRST
-    overlap_ptr,  # [groups, CHUNK / 32, CHUNK] int32, output
+    survivors_ptr,  # [groups, SETTLED] int32, rows, from the filter; not read if FIRST
+    overlap_ptr,  # [groups, SETTLED / 32, SETTLED] int32, output
     # Sizes
     num_boxes,
-    number,  # of boxes in the chunk
+    number,  # of survivors
     # Scalars
     iou_threshold,
     half_ulp,
@@ -57,12 +39,12 @@ def overlap_block(
     block,  # of rows
     word,  # of 32 columns
     # Constexprs
-    CHUNK: tl.constexpr,
+    SETTLED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     FIRST: tl.constexpr,
     FUSED: tl.constexpr,
 ):
-    """Compare the rows of a block with 32 boxes of the chunk.
+    """Compare the rows of a block with 32 survivors.
 
                         BLOCK_ROWS rows
                  +-------------------------+
@@ -72,69 +54,16 @@ def overlap_block(
 
     Words above the diagonal, and of blocks past the last box, are left unwritten: they are never read.
     """
-    if (word * 32 < (block + 1) * BLOCK_ROWS) & (block * BLOCK_ROWS < number):
-        lane = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        _row, _eligible, x1, y1, x2, y2 = _load_candidates(
-            boxes_ptr, valid_ptr, survivors_ptr, group, lane, num_boxes, number, CHUNK, FIRST
-        )
-        column = word * 32 + tl.arange(0, 32)
-        _column_row, _column_eligible, cx1, cy1, cx2, cy2 = _load_candidates(
-            boxes_ptr, valid_ptr, survivors_ptr, group, column, num_boxes, number, CHUNK, FIRST
-        )
-        packed = pack_overlaps(cx1, cy1, cx2, cy2, column, x1, y1, x2, y2, lane, iou_threshold, half_ulp, FUSED)
-        tl.store(overlap_ptr + (group * (CHUNK // 32) + word) * CHUNK + lane, packed)
-
-
-@triton.jit
-def decide_group(
-    # Tensors, all contiguous
-    boxes_ptr,  # as in `overlap_block`
-    valid_ptr,
-    survivors_ptr,
-    number_ptr,  # [groups] int32, boxes in the chunk; set to 0
-    overlap_ptr,
-    removed_ptr,  # [groups, STEP] int8, set to 0 if FIRST
-    cursor_ptr,  # [groups] int32, set to CHUNK if FIRST
-    kept_ptr,  # [groups, max_keep, 4] fp32, pixels, appended to
-    index_ptr,  # [groups, max_keep] int64, appended to; filled up with 0 if FIRST
-    count_ptr,  # [groups] int64, kept boxes, updated; not read if FIRST
-    # Sizes
-    num_boxes,
-    number,
-    max_keep,
-    group,
-    # Constexprs
-    CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
-    FIRST: tl.constexpr,
-):
-    """Decide the chunk of a group, whose matrix is read into registers, one row a box, and append what is kept."""
-    WORDS: tl.constexpr = CHUNK // 32
-    lane = tl.arange(0, CHUNK)
-    row, eligible, x1, y1, x2, y2 = _load_candidates(
-        boxes_ptr, valid_ptr, survivors_ptr, group, lane, num_boxes, number, CHUNK, FIRST
+    lane = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    _row, _eligible, x1, y1, x2, y2 = load_candidates(
+        boxes_ptr, valid_ptr, survivors_ptr, group, lane, num_boxes, number, SETTLED, FIRST
     )
-    # Load the matrix, [CHUNK, WORDS]: no words of rows that are decided already, nor words of later boxes.
-    words = tl.arange(0, WORDS)[None, :] * CHUNK + lane[:, None]
-    needed = eligible[:, None] & (tl.arange(0, WORDS)[None, :] * 32 < lane[:, None])
-    higher = tl.load(overlap_ptr + group * (WORDS * CHUNK) + words, mask=needed, other=0).to(tl.uint32, bitcast=True)
-    kept = decide(higher, eligible.to(tl.int32))
-    if FIRST:
-        count = tl.full([], 0, dtype=tl.int64)
-    else:
-        count = tl.load(count_ptr + group)
-    count = append_kept(
-        kept_ptr + group * max_keep * 4, index_ptr + group * max_keep, count, max_keep, kept, row, x1, y1, x2, y2
+    column = word * 32 + tl.arange(0, 32)
+    _column_row, _column_eligible, cx1, cy1, cx2, cy2 = load_candidates(
+        boxes_ptr, valid_ptr, survivors_ptr, group, column, num_boxes, number, SETTLED, FIRST
     )
-    tl.store(count_ptr + group, count)
-    tl.store(number_ptr + group, 0)
-    if FIRST:
-        tl.store(cursor_ptr + group, CHUNK)
-        tl.store(removed_ptr + group * STEP + tl.arange(0, STEP), tl.zeros([STEP], dtype=tl.int8))
-        for start in range(0, max_keep, CHUNK):
-            slot = start + lane
-            padding = (slot >= count) & (slot < max_keep)
-            tl.store(index_ptr + group * max_keep + slot, tl.zeros([CHUNK], dtype=tl.int64), mask=padding)
+    packed = pack_overlaps(cx1, cy1, cx2, cy2, column, x1, y1, x2, y2, lane, iou_threshold, half_ulp, FUSED)
+    tl.store(overlap_ptr + (group * (SETTLED // 32) + word) * SETTLED + lane, packed)
 
 
 @triton.jit
@@ -157,9 +86,10 @@ def settle_block(
     # Scalars
     iou_threshold,
     half_ulp,
-    block,  # of rows, of all groups
-    word,  # of 32 columns
+    pair,  # of row blocks, of all groups
+    word,  # of 32 columns, of both blocks
     # Constexprs
+    SETTLED: tl.constexpr,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -168,24 +98,33 @@ def settle_block(
     FUSED: tl.constexpr,
 ):
     """`overlap_block`; if DECIDE, the last program of a group decides it. Returns whether it is decided, or empty."""
-    row_blocks: tl.constexpr = CHUNK // BLOCK_ROWS
-    group = tl.cast(block // row_blocks, tl.int64)
+    PAIRS: tl.constexpr = pairs_of_blocks(SETTLED, BLOCK_ROWS)
+    WORDS: tl.constexpr = BLOCK_ROWS // 32
+    group = tl.cast(pair // PAIRS, tl.int64)
     if FIRST:
-        number = tl.minimum(num_boxes, CHUNK)
+        number = tl.minimum(num_boxes, SETTLED)
     else:
         number = tl.load(number_ptr + group)
+    # The words of the pair's first block come before those of its second.
+    block = pair % PAIRS
+    words_before = (block + 1) * WORDS
+    if word >= words_before:
+        block = SETTLED // BLOCK_ROWS - 1 - block
+        word -= words_before
     decided = number == 0
     if number > 0:
-        overlap_block(
-            boxes_ptr, valid_ptr, survivors_ptr, overlap_ptr, num_boxes, number, iou_threshold, half_ulp,
-            group, block % row_blocks, word, CHUNK, BLOCK_ROWS, FIRST, FUSED,
-        )  # fmt: skip
+        if block * BLOCK_ROWS < number:
+            overlap_block(
+                boxes_ptr, valid_ptr, survivors_ptr, overlap_ptr, num_boxes, number, iou_threshold, half_ulp,
+                group, block, word, SETTLED, BLOCK_ROWS, FIRST, FUSED,
+            )  # fmt: skip
         if DECIDE:
-            decided = arrive_last(arrivals_ptr + group, row_blocks * (CHUNK // 32))
+            # All arrive, also those without rows: one that came late would read a number that is reset already.
+            decided = arrive_last(arrivals_ptr + group, PAIRS * words_of_pair(SETTLED, BLOCK_ROWS))
             if decided:
                 decide_group(
                     boxes_ptr, valid_ptr, survivors_ptr, number_ptr, overlap_ptr, removed_ptr, cursor_ptr, kept_ptr,
-                    index_ptr, count_ptr, num_boxes, number, max_keep, group, CHUNK, STEP, FIRST,
+                    index_ptr, count_ptr, num_boxes, number, max_keep, group, SETTLED, CHUNK, STEP, FIRST,
                 )  # fmt: skip
     return decided
 
@@ -207,6 +146,7 @@ def _settle_kernel(
     max_keep,
     iou_threshold,
     half_ulp,
+    SETTLED: tl.constexpr,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -214,11 +154,11 @@ def _settle_kernel(
     DECIDE: tl.constexpr,
     FUSED: tl.constexpr,
 ):
-    """The matrix of a chunk of every group, and if DECIDE what is kept: program (block, word)."""
+    """The matrix of the survivors of every group, and if DECIDE what is kept: program (pair, word)."""
     settle_block(
         boxes_ptr, valid_ptr, survivors_ptr, number_ptr, overlap_ptr, removed_ptr, cursor_ptr, kept_ptr, index_ptr,
         count_ptr, arrivals_ptr, num_boxes, max_keep, iou_threshold, half_ulp, tl.program_id(0), tl.program_id(1),
-        CHUNK, STEP, BLOCK_ROWS, FIRST, DECIDE, FUSED,
+        SETTLED, CHUNK, STEP, BLOCK_ROWS, FIRST, DECIDE, FUSED,
     )  # fmt: skip
 
 
@@ -236,20 +176,21 @@ def _decide_kernel(
     count_ptr,
     num_boxes,
     max_keep,
+    SETTLED: tl.constexpr,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
     FIRST: tl.constexpr,
 ):
-    """A chunk of every group: program (group)."""
+    """The survivors of every group: program (group)."""
     group = tl.program_id(0).to(tl.int64)
     if FIRST:
-        number = tl.minimum(num_boxes, CHUNK)
+        number = tl.minimum(num_boxes, SETTLED)
     else:
         number = tl.load(number_ptr + group)
     if number > 0:
         decide_group(
             boxes_ptr, valid_ptr, survivors_ptr, number_ptr, overlap_ptr, removed_ptr, cursor_ptr, kept_ptr, index_ptr,
-            count_ptr, num_boxes, number, max_keep, group, CHUNK, STEP, FIRST,
+            count_ptr, num_boxes, number, max_keep, group, SETTLED, CHUNK, STEP, FIRST,
         )  # fmt: skip
 
 
@@ -268,23 +209,24 @@ def launch_settle(
     *,
     first: bool,
     iou_threshold: float,
+    chunk: int,
     rows: int,
     warps: int,
     at_once: bool,
 ) -> None:
     """Settle the survivors of each group, or with `first` its first rows, and append what is kept.
 
-    A program compares `rows` rows with 32 columns, and one of `warps` warps decides a group; `at_once` in one launch
-    of programs of as many warps and registers, of which few fit the device at a time.
+    A program compares `rows` rows with 32 columns, and one of `warps` warps decides a group, `chunk` boxes at a time;
+    `at_once` in one launch of programs of as many warps and registers, of which few fit the device at a time.
     """
-    groups, chunk = survivors.shape
+    groups, settled = survivors.shape
     arguments = {
         "boxes_ptr": boxes, "valid_ptr": valid, "survivors_ptr": survivors, "number_ptr": number,
         "overlap_ptr": overlap, "removed_ptr": removed, "cursor_ptr": cursor, "kept_ptr": kept, "index_ptr": index,
-        "count_ptr": count, "num_boxes": boxes.shape[1], "max_keep": index.shape[1], "CHUNK": chunk,
-        "STEP": removed.shape[1], "FIRST": first, "enable_fp_fusion": False,
+        "count_ptr": count, "num_boxes": boxes.shape[1], "max_keep": index.shape[1], "SETTLED": settled,
+        "CHUNK": chunk, "STEP": removed.shape[1], "FIRST": first, "enable_fp_fusion": False,
     }  # fmt: skip
-    _settle_kernel[(groups * (chunk // rows), chunk // 32)](
+    _settle_kernel[(groups * pairs_of_blocks(settled, rows), words_of_pair(settled, rows))](
         **arguments,
         arrivals_ptr=arrivals,
         iou_threshold=iou_threshold,

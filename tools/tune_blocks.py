@@ -58,15 +58,15 @@ class Target(NamedTuple):
 def nms_fits(config: Config) -> bool:
     if config.finish_rows < 32:
         return False
-    if not config.chunk:
+    if not config.settled:
         return True
-    whole = config.chunk >= max(config.overlap_rows, 32) and config.step >= max(config.filter_rows, 32)
+    whole = config.settled >= config.chunk >= config.overlap_rows >= 32 and config.step >= max(config.filter_rows, 32)
     return whole and config.filter_span >= config.filter_kept
 
 
 # One program a group, from few rows at a time in few warps to many.
 _ALONE = tuple(
-    {"chunk": 0, "finish_rows": rows, "finish_kept": kept, "finish_warps": warps}
+    {"settled": 0, "chunk": 0, "finish_rows": rows, "finish_kept": kept, "finish_warps": warps}
     for rows, kept, warps in (
         (32, 16, 1), (32, 32, 2), (32, 32, 4), (64, 32, 4), (64, 32, 8), (128, 32, 8), (128, 64, 16), (128, 32, 16)
     )
@@ -74,45 +74,48 @@ _ALONE = tuple(
 _ONCE, _TWICE = {"at_once": True}, {"at_once": False, "overlap_rows": 128}
 
 
-def _wide(chunk: int, steps: int, settle: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {"chunk": chunk, "warps": max(chunk // 128, 1), "steps": steps, **settle, **more}
+def _wide(settled: int, chunk: int, steps: int, settle: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"settled": settled, "chunk": chunk, "warps": max(chunk // 128, 1), "steps": steps, **settle, **more}
 
 
 NMS_LARGE = (
-    _wide(1024, 5, _TWICE),
-    _wide(1024, 5, _ONCE, warps=16),
-    _wide(1024, 5, {"at_once": True, "overlap_rows": 128}),
-    _wide(1024, 5, _ONCE, filter_span=512),
-    _wide(1024, 5, _ONCE, filter_kept=32),
-    _wide(1024, 5, _ONCE, filter_rows=128, filter_kept=32),
-    _wide(512, 10, _TWICE),
-    _wide(512, 10, _ONCE, overlap_rows=128),
-    _wide(512, 10, _TWICE, step=2048),
-    _wide(1024, 7, _ONCE, step=2048),
-    _wide(1024, 3, _ONCE),
+    _wide(2048, 1024, 3, _TWICE),
+    _wide(2048, 1024, 3, _ONCE, warps=16),
+    _wide(2048, 1024, 3, {"at_once": True, "overlap_rows": 128}),
+    _wide(2048, 1024, 3, {"at_once": True, "overlap_rows": 512}),
+    _wide(2048, 1024, 3, _ONCE, filter_span=512),
+    _wide(2048, 1024, 3, _ONCE, filter_kept=32),
+    _wide(2048, 1024, 3, _ONCE, filter_rows=128, filter_kept=32),
+    _wide(1024, 1024, 5, _ONCE),
+    _wide(1024, 1024, 5, _TWICE),
+    _wide(2048, 512, 3, _ONCE, overlap_rows=256),
+    _wide(1024, 512, 5, _ONCE, overlap_rows=128),
+    _wide(2048, 1024, 3, _ONCE, step=8192),
+    _wide(4096, 1024, 2, _ONCE),
 )
 NMS_FEW_KEPT = (
-    _wide(512, 2, _TWICE),
-    _wide(1024, 1, _ONCE, overlap_rows=256),
-    _wide(512, 2, _ONCE, warps=8),
-    _wide(256, 4, _TWICE),
-    _wide(256, 4, _ONCE),
-    _wide(512, 3, _ONCE, step=2048),
-    _wide(512, 1, _ONCE),
+    _wide(1024, 512, 2, _TWICE),
+    _wide(512, 512, 2, _ONCE),
+    _wide(1024, 1024, 1, _ONCE, overlap_rows=256),
+    _wide(1024, 512, 2, _ONCE, warps=8),
+    _wide(1024, 256, 2, _ONCE, overlap_rows=256),
+    _wide(512, 256, 2, _ONCE),
+    _wide(1024, 512, 3, _ONCE, step=2048),
 )
 NMS_PYRAMID = (
-    _wide(512, 4, _TWICE),
-    _wide(1024, 1, _ONCE, overlap_rows=256),
-    _wide(1024, 1, _TWICE, warps=16),
-    _wide(1024, 1, {"at_once": False, "overlap_rows": 256}),
+    _wide(1024, 1024, 1, _TWICE),
+    _wide(1024, 512, 1, _TWICE),
+    _wide(2048, 1024, 0, _ONCE, overlap_rows=256),
+    _wide(2048, 1024, 0, _TWICE, warps=16),
+    _wide(2048, 1024, 0, {"at_once": False, "overlap_rows": 256}),
     *_ALONE,
 )
-NMS_CLASSES = (*_ALONE, _wide(512, 0, _TWICE, step=32, filter_rows=32, filter_kept=64, filter_span=256))
+NMS_CLASSES = (*_ALONE, _wide(512, 512, 0, _TWICE, step=32, filter_rows=32, filter_kept=64, filter_span=256))
 NMS_SMALL = (
-    _wide(1024, 0, _ONCE, warps=16),
-    _wide(1024, 0, _TWICE),
-    _wide(1024, 0, {"at_once": True, "overlap_rows": 128}),
-    _wide(512, 2, _ONCE),
+    _wide(1024, 1024, 0, _ONCE, warps=16),
+    _wide(1024, 1024, 0, _TWICE),
+    _wide(1024, 1024, 0, {"at_once": True, "overlap_rows": 128}),
+    _wide(1024, 512, 0, _ONCE),
     *_ALONE,
 )
 
@@ -147,7 +150,7 @@ TARGETS = (
     Target(calls.nms_pyramid, "nms", fits=nms_fits, beside=NMS_PYRAMID),
     Target(calls.nms_training, "nms", fits=nms_fits, beside=NMS_LARGE[:5]),
     Target(calls.nms_inference, "nms", fits=nms_fits, beside=NMS_FEW_KEPT),
-    Target(calls.nms_classes_of_one, "nms", fits=nms_fits, beside=(_wide(512, 1, _TWICE), *_ALONE)),
+    Target(calls.nms_classes_of_one, "nms", fits=nms_fits, beside=(_wide(512, 512, 1, _TWICE), *_ALONE)),
     Target(calls.nms_all, "nms", fits=nms_fits, beside=NMS_SMALL),
     Target(calls.match, "match", beside=MATCH),
     Target(calls.match_few, "match", beside=({"block_g": 16, "num_warps": 2}, {"best_block_g": 8})),

@@ -64,8 +64,8 @@ def _suppress_by(
     kernel.launch(
         boxes.contiguous(),
         valid.contiguous(),
-        survivors=boxes.new_empty(groups, config.chunk, dtype=torch.int32),
-        overlap=boxes.new_empty(groups, config.chunk // 32, config.chunk, dtype=torch.int32),
+        survivors=boxes.new_empty(groups, config.settled, dtype=torch.int32),
+        overlap=boxes.new_empty(groups, config.settled // 32, config.settled, dtype=torch.int32),
         removed=boxes.new_empty(groups, config.step, dtype=torch.int8),
         state=boxes.new_zeros(kernel.STATE_ROWS, groups, dtype=torch.int32),
         kept=boxes.new_empty(groups, max_keep, 4),

@@ -1,4 +1,4 @@
-"""What the kernels of non-maximum suppression share: comparisons of IoUs, decisions from their bits, and arrivals.
+"""What the kernels of non-maximum suppression share: comparisons of IoUs, packed into bits, and arrivals.
 
 IoUs are compared with the threshold as `torchvision.ops.nms` does on the CPU, decision for decision.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from fastdet.kernels.common.boxes import pairwise_intersection_union, ratio_or_zero, store_rows_of_4
+from fastdet.kernels.common.boxes import pairwise_intersection_union, ratio_or_zero
 
 
 @triton.jit
@@ -49,11 +49,6 @@ def are_finite(x1, y1, x2, y2):
 
 
 @triton.jit
-def _bitwise_or_both(a, b, c, d):
-    return a | c, b | d
-
-
-@triton.jit
 def pack_overlaps(
     cx1,  # [32] fp32, pixels, as are the other corners of the columns
     cy1,
@@ -74,52 +69,6 @@ def pack_overlaps(
     overlaps = pairwise_exceeds(cx1, cy1, cx2, cy2, x1, y1, x2, y2, iou_threshold, half_ulp, FUSED)
     overlaps &= column[:, None] < row[None, :]
     return tl.sum(overlaps.to(tl.int32) << tl.arange(0, 32)[:, None], axis=0)
-
-
-@triton.jit
-def decide(
-    higher,  # [N, N / 32] uint32: bit c of word w is set if box 32 w + c overlaps the row's and has a higher priority
-    undecided,  # [N] int32, 1 for the boxes to decide, 0 for the others
-):
-    """int32 [N], 1 for the boxes that are kept. Each round meets every row with the packed states of all boxes: kept
-    ones remove it, undecided ones hold it back."""
-    words: tl.constexpr = higher.shape[1]
-    kept = undecided * 0
-    left = tl.sum(undecided, axis=0)
-    while left > 0:
-        # Both states of 32 boxes are packed into one word, for one exchange between the threads.
-        states = tl.reshape(kept.to(tl.int64) | (undecided.to(tl.int64) << 32), [1, words, 32])
-        packed = tl.sum(states << tl.arange(0, 32)[None, None, :], axis=2).to(tl.uint64, bitcast=True)
-        overlaps_kept, overlaps_undecided = tl.reduce(
-            (higher & packed.to(tl.uint32), higher & (packed >> 32).to(tl.uint32)), 1, _bitwise_or_both
-        )
-        undecided = tl.where(overlaps_kept != 0, 0, undecided)
-        newly_kept = tl.where(overlaps_undecided == 0, undecided, 0)
-        kept += newly_kept
-        undecided -= newly_kept
-        left = tl.sum(undecided, axis=0)
-    return kept
-
-
-@triton.jit
-def append_kept(
-    kept_ptr,  # [max_keep, 4] fp32, pixels, of the group
-    index_ptr,  # [max_keep] int64, of the group
-    count,  # int64, boxes kept before
-    max_keep,
-    kept,  # [N] int32, 1 for the boxes to append
-    row,  # [N], their index
-    x1,  # [N] fp32, pixels, as are y1, x2 and y2
-    y1,
-    x2,
-    y2,
-):
-    """Append the kept boxes in order of priority; the number of boxes kept, int64."""
-    rank = count + tl.cumsum(kept, axis=0) - 1
-    write = (kept != 0) & (rank < max_keep)
-    tl.store(index_ptr + rank, row.to(tl.int64), mask=write)
-    store_rows_of_4(kept_ptr, rank, x1, y1, x2, y2, write)
-    return tl.minimum(count + tl.sum(kept, axis=0), max_keep)
 
 
 @triton.jit

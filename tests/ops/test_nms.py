@@ -371,8 +371,8 @@ def small_config(**changes):
     from fastdet.kernels import nms as kernel
 
     config = kernel.Config(
-        chunk=32, overlap_rows=16, step=32, steps=1, filter_rows=16, filter_kept=8, filter_span=16, warps=1,
-        at_once=True, finish_rows=32, finish_kept=8, finish_warps=1,
+        settled=32, chunk=32, overlap_rows=32, step=32, steps=1, filter_rows=16, filter_kept=8, filter_span=16,
+        warps=1, at_once=True, finish_rows=32, finish_kept=8, finish_warps=1,
     )  # fmt: skip
     return config._replace(**changes)
 
@@ -393,9 +393,10 @@ both_forms = pytest.mark.parametrize("suppress", [nms_cuda, nms_cuda_cooperative
 def test_kernel_equals_cpu(kernel_device, monkeypatch, seed, suppress):
     from fastdet.kernels import nms as kernel
 
-    small = small_config(step=(32, 64)[seed % 2], steps=seed % 4, at_once=seed % 3 == 0)
+    settled = (32, 64, 128)[seed % 3]
+    small = small_config(settled=settled, step=(32, 64)[seed % 2], steps=seed % 4, at_once=seed % 3 != 1)
     monkeypatch.setattr(kernel, "config", lambda *sizes: small)
-    groups, count, side = 2, (1, 33, 64, 100)[seed % 4], (20.0, 60.0, 200.0)[seed % 3]
+    groups, count, side = 2, (1, 33, 64, 129)[seed % 4], (20.0, 60.0, 200.0)[seed % 3]
     boxes, valid = random_boxes(groups, count, side=side), torch.rand(groups, count) < 0.9
     for max_keep in (5, count):
         threshold = THRESHOLDS[seed % len(THRESHOLDS)]
@@ -409,7 +410,7 @@ def test_kernel_equals_cpu_with_a_program_a_group(kernel_device, monkeypatch, co
     """What is kept of a group fills a block, none of it, or runs past the last that is wanted."""
     from fastdet.kernels import nms as kernel
 
-    alone = small_config(chunk=0, step=0, steps=0, finish_rows=rows)
+    alone = small_config(settled=0, chunk=0, step=0, steps=0, finish_rows=rows)
     monkeypatch.setattr(kernel, "config", lambda *sizes: alone)
     boxes = torch.stack([random_boxes(count, side=20), random_boxes(count, side=200), random_boxes(count, side=60)])
     valid = torch.rand(3, count) < 0.9
@@ -420,14 +421,20 @@ def test_kernel_equals_cpu_with_a_program_a_group(kernel_device, monkeypatch, co
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, "cooperative"])
-@pytest.mark.parametrize(("count", "shift"), [*itertools.product((63, 64, 65), (0.2, 0.6, 2.0)), (97, 0.6)])
-def test_kernel_on_rows_of_boxes(kernel_device, monkeypatch, steps, shift, count):
-    """Each box overlaps the next, or a few, or none: as many survive as a chunk holds, one more or one fewer; one group
-    ends early, one has no valid box at first, and one none at all."""
+@pytest.mark.parametrize(
+    ("count", "shift", "settled"),
+    [
+        *((63, 0.2, 32), (64, 0.6, 32), (64, 2.0, 32), (65, 0.2, 32), (65, 0.6, 32), (65, 2.0, 32), (97, 0.6, 32)),
+        *((97, 0.2, 64), (129, 0.6, 64), (129, 2.0, 64)),
+    ],
+)
+def test_kernel_on_rows_of_boxes(kernel_device, monkeypatch, steps, shift, count, settled):
+    """Each box overlaps the next, or a few, or none: as many survive as are settled at a time, one more or one fewer;
+    one group ends early, one has no valid box at first, and one none at all."""
     from fastdet.kernels import nms as kernel
 
     suppress = nms_cuda_cooperative if steps == "cooperative" else nms_cuda
-    small = small_config(step=64, steps=0 if steps == "cooperative" else steps)
+    small = small_config(settled=settled, step=64, steps=0 if steps == "cooperative" else steps)
     monkeypatch.setattr(kernel, "config", lambda *sizes: small)
     corner = torch.arange(count)[:, None] * torch.tensor([shift, 0.0])
     boxes = torch.cat([corner, corner + 1], 1).expand(4, -1, -1)
@@ -443,7 +450,7 @@ def test_kernel_leaves_its_counters_ready_for_a_replay(kernel_device, monkeypatc
     from fastdet.kernels import nms, nms_cooperative
 
     kernel = nms if suppress is nms_cuda else nms_cooperative
-    monkeypatch.setattr(nms, "config", lambda *sizes: small_config())
+    monkeypatch.setattr(nms, "config", lambda *sizes: small_config(settled=64))
     found, launch = [], kernel.launch
 
     def twice(*args, **kwargs):
@@ -460,7 +467,14 @@ def test_kernel_leaves_its_counters_ready_for_a_replay(kernel_device, monkeypatc
 
 @pytest.mark.parametrize(
     ("groups", "count", "max_keep", "most"),
-    [(1, 12000, 2000, 12), (1, 6000, 300, 6), (1440, 300, 300, 1), (5, 1024, 1024, 2), (1, 1025, 1025, 3)],
+    [
+        (1, 12000, 2000, 8),
+        (1, 6000, 300, 6),
+        (1440, 300, 300, 1),
+        (5, 1024, 1024, 2),
+        (5, 2000, 1000, 2),
+        (1, 1025, 1025, 1),
+    ],
 )
 def test_suppression_takes_few_launches(groups, count, max_keep, most):
     launches = pytest.importorskip("tools.launches")
@@ -523,12 +537,13 @@ def test_block_sizes_hold_what_the_kernels_assume():
             powers = config._replace(steps=0)
             assert all(size & (size - 1) == 0 for size in powers)
             assert config.finish_rows >= 32
-            if not config.chunk:
+            if not config.settled:
                 assert config.steps == config.step == 0
                 continue
-            assert min(config.chunk, config.step) >= 32
+            assert config.settled >= config.chunk >= config.overlap_rows >= 32
+            assert config.step >= config.filter_rows
             # The last launch is not made where no data can leave it something to do.
-            needed = kernel.most_steps(count, config.chunk, config.step)
+            needed = kernel.most_steps(count, config.settled, config.step)
             assert config.steps <= needed
             if max_keep == count:
                 assert config.steps == needed
@@ -538,5 +553,5 @@ def test_the_scratch_of_many_groups_is_bounded():
     """Sixteen images with the blocks of classes that 1000 proposals of 1202 classes are suppressed in."""
     from fastdet.kernels import nms as kernel
 
-    chunks = {groups: kernel.config(groups, 1000, 1000).chunk for groups in (1, 255, 16 * 20, 1_000_000)}
-    assert chunks == {1: 1024, 255: 1024, 16 * 20: 0, 1_000_000: 0}
+    settled = {groups: kernel.config(groups, 1000, 1000).settled for groups in (1, 255, 16 * 20, 1_000_000)}
+    assert settled == {1: 1024, 255: 1024, 16 * 20: 0, 1_000_000: 0}

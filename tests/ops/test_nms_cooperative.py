@@ -22,8 +22,9 @@ from tests.helpers.checks import random_boxes
 from tools import alternatives
 
 SMALL = nms.Config(
+    settled=64,
     chunk=32,
-    overlap_rows=16,
+    overlap_rows=32,
     step=64,
     steps=0,
     filter_rows=16,
@@ -75,7 +76,7 @@ def shared(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 @pytest.mark.parametrize("max_keep", [150, 40])
 def test_programs_side_by_side_equal_cpu(programs: int, max_keep: int) -> None:
     """Groups that end at once, early and late; launched twice on the same scratch."""
-    groups, count, chunk = 3, 150, SMALL.chunk
+    groups, count, settled = 3, 150, SMALL.settled
     boxes = random_boxes(groups, count, side=60.0).share_memory_()
     left = torch.arange(count) * 0.2
     # A chain, in which each box overlaps the next.
@@ -83,8 +84,8 @@ def test_programs_side_by_side_equal_cpu(programs: int, max_keep: int) -> None:
     valid = (torch.rand(groups, count) < 0.9).share_memory_()
     valid[1, 20:] = False
     tensors = {
-        "survivors": shared(groups, chunk),
-        "overlap": shared(groups, chunk // 32, chunk),
+        "survivors": shared(groups, settled),
+        "overlap": shared(groups, settled // 32, settled),
         "removed": shared(groups, SMALL.step, dtype=torch.int8),
         "state": shared(5, groups),
         "kept": shared(groups, max_keep, 4, dtype=torch.float32),
@@ -128,11 +129,6 @@ def test_both_forms_are_timed_on_equal_results(kernel_device: torch.device, monk
 
 def test_programs_fit_the_device() -> None:
     """At most one a multiprocessor, and none that has no block."""
-    for groups, num_boxes, max_keep, expected in (
-        (1, 12000, 2000, 128),
-        (1, 20, 20, 1),
-        (5, 20, 20, 5),
-        (3, 300, 9, 132),
-    ):
+    for groups, num_boxes, max_keep, expected in ((1, 12000, 2000, 132), (1, 700, 200, 40), (5, 700, 200, 132)):
         config = nms_cooperative.config(groups, num_boxes, max_keep)
-        assert nms_cooperative.num_programs(groups, config, 132) == expected
+        assert nms_cooperative.num_programs(groups, max_keep, config, 132) == expected
