@@ -139,6 +139,7 @@ ROI_POOL_BACKWARD = (
     {"block_c": 512, "num_warps": 8},
     {"unroll": 4},
     {"unroll": 16},
+    {"block_c": 128, "num_warps": 2, "unroll": 16},
     {"num_warps": 2},
     {"block_c": 128, "num_warps": 1},
     {"num_warps": 1},
