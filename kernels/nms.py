@@ -65,16 +65,17 @@ MANY_GROUPS = 256
 
 
 def config(groups: int, num_boxes: int, max_keep: int, chunks: int = 2) -> Config:
-    """Sizes for groups of `num_boxes` boxes, of which `chunks` chunks are settled at a time.
+    """Sizes for groups of `num_boxes` boxes, of which `chunks` chunks at most are settled at a time.
 
     The matrix of a chunk has to fit the registers of one program. That of 1024 boxes is 128 words in each of 256
-    threads. Where few boxes are wanted, half as many keep enough.
+    threads. Where few boxes are wanted, one chunk of half as many keeps enough.
     """
     if groups >= MANY_GROUPS:
         warps = 4 if groups < 4 * MANY_GROUPS and num_boxes > 32 else 2
         return Config(0, 0, 0, 0, 0, 0, 0, 0, 0, False, finish_rows=16 * warps, finish_kept=32, finish_warps=warps)
-    chunk = min(max(triton.next_power_of_2(num_boxes), 32), 1024 if max_keep > 512 else 512)
-    settled = chunk if num_boxes <= chunk else chunks * chunk
+    few = max_keep <= 512
+    chunk = min(max(triton.next_power_of_2(num_boxes), 32), 512 if few else 1024)
+    settled = chunk if few or num_boxes <= chunk else chunks * chunk
     left = max(num_boxes - settled, 0)
     step = min(max(triton.next_power_of_2(left), 32), 4096)
     return Config(

@@ -94,13 +94,13 @@ NMS_LARGE = (
     _wide(4096, 1024, 2, _ONCE),
 )
 NMS_FEW_KEPT = (
-    _wide(1024, 512, 2, _TWICE),
-    _wide(512, 512, 2, _ONCE),
+    _wide(512, 512, 2, _TWICE),
+    _wide(1024, 512, 2, _ONCE),
     _wide(1024, 1024, 1, _ONCE, overlap_rows=256),
-    _wide(1024, 512, 2, _ONCE, warps=8),
-    _wide(1024, 256, 2, _ONCE, overlap_rows=256),
+    _wide(512, 512, 2, _ONCE, warps=8),
     _wide(512, 256, 2, _ONCE),
-    _wide(1024, 512, 3, _ONCE, step=2048),
+    _wide(512, 512, 3, _ONCE, step=2048),
+    _wide(512, 512, 1, _ONCE),
 )
 NMS_PYRAMID = (
     _wide(1024, 1024, 1, _TWICE),

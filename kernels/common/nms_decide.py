@@ -1,4 +1,6 @@
 """What the kernels of non-maximum suppression keep of some boxes, decided from the bits of their overlaps."""
+# mypy: disable-error-code="assignment"
+# (Triton tuples grow in a loop, which Python's types cannot express)
 
 import triton
 import triton.language as tl
@@ -122,7 +124,6 @@ def decide_group(
     CHUNK rows |   k   |   d   |
                +-------+-------+
     """
-    CHUNKS: tl.constexpr = SETTLED // CHUNK
     WORDS: tl.constexpr = CHUNK // 32
     lane = tl.arange(0, CHUNK)
     word = tl.arange(0, WORDS)[None, :]
@@ -131,31 +132,25 @@ def decide_group(
         count = tl.full([], 0, dtype=tl.int64)
     else:
         count = tl.load(count_ptr + group)
-    kept_bits = tl.zeros([CHUNKS, WORDS], dtype=tl.int32)
-    start = 0
-    while (start < number) & (count < max_keep):
-        place = start + lane
+    kept_bits = ()
+    for chunk in tl.static_range(SETTLED // CHUNK):
+        place = chunk * CHUNK + lane
         row, eligible, x1, y1, x2, y2 = load_candidates(
             boxes_ptr, valid_ptr, survivors_ptr, group, place, num_boxes, number, SETTLED, FIRST
         )
-        undecided = eligible.to(tl.int32)
-        if CHUNKS > 1:
-            for chunk in range(0, start // CHUNK):
-                bits = tl.sum(tl.where(tl.arange(0, CHUNKS)[:, None] == chunk, kept_bits, 0), axis=0)
-                overlaps = tl.load(
-                    overlap_ptr + (chunk * WORDS + word) * SETTLED + place[:, None], mask=eligible[:, None], other=0
-                )
-                meets = tl.max(((overlaps & bits[None, :]) != 0).to(tl.int32), axis=1)
-                undecided = tl.where(meets != 0, 0, undecided)
+        undecided = (eligible & (count < max_keep)).to(tl.int32)
+        for earlier in tl.static_range(chunk):
+            words = overlap_ptr + (earlier * WORDS + word) * SETTLED + place[:, None]
+            overlaps = tl.load(words, mask=undecided[:, None] != 0, other=0) & kept_bits[earlier][None, :]
+            undecided = tl.where(tl.max((overlaps != 0).to(tl.int32), axis=1) != 0, 0, undecided)
         # No words of rows that are decided already, nor words of later boxes.
+        words = overlap_ptr + (chunk * WORDS + word) * SETTLED + place[:, None]
         needed = (undecided[:, None] != 0) & (word * 32 < lane[:, None])
-        higher = tl.load(overlap_ptr + (start // 32 + word) * SETTLED + place[:, None], mask=needed, other=0)
-        kept = decide(higher.to(tl.uint32, bitcast=True), undecided)
-        kept_bits = tl.where(tl.arange(0, CHUNKS)[:, None] == start // CHUNK, pack_bits(kept)[None, :], kept_bits)
+        kept = decide(tl.load(words, mask=needed, other=0).to(tl.uint32, bitcast=True), undecided)
+        kept_bits += (pack_bits(kept),)
         count = append_kept(
             kept_ptr + group * max_keep * 4, index_ptr + group * max_keep, count, max_keep, kept, row, x1, y1, x2, y2
         )
-        start += CHUNK
     tl.store(count_ptr + group, count)
     tl.store(number_ptr + group, 0)
     if FIRST:
