@@ -9,8 +9,8 @@ stands, not of a run; a loop that the compiler unrolled counts all its copies as
 once for all threads goes through the scalar unit, as arguments do, and is not among the loads.
 """
 
+import argparse
 import csv
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -232,7 +232,10 @@ def rows(calls: dict[str, Callable[[], object]] = CALLS) -> Iterator[Row]:
             yield from (job.result() for job in jobs)
 
 
-def main(path: Path = FILE) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile every kernel for every target, and count what it takes.")
+    parser.add_argument("path", nargs="?", type=Path, default=FILE, metavar="FILE", help=f"default: {FILE.name}")
+    path = parser.parse_args().path
     line = "{:<24} {:<28} {:<7} {:>5} {:>4} {:>6} {:>7} {:>5} {:>6} {:>8}  {}"
     print(
         line.format("call", "kernel", "target", "warps", "regs", "spills", "shared", "occ", "loop", "per unit", "loads")
@@ -251,4 +254,4 @@ def main(path: Path = FILE) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main()
