@@ -3,6 +3,7 @@
 The derivatives are of both modes and any order: where the operations are smooth, they are linear in the features.
 """
 
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -43,6 +44,12 @@ def check_features(value: object, name: str = "input") -> Tensor:
     elif tensor.dtype not in _checks.FLOATS:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
     return tensor
+
+
+def check_counts(name: str, shape: Sequence[int]) -> None:
+    """torchvision's operators on the CPU count values in int32, and would read outside a tensor of more."""
+    if math.prod(shape) >= 1 << 31:
+        raise ValueError(f"{name} must hold fewer than 2**31 values on the CPU, got the shape {list(shape)}")
 
 
 def check_output_size(value: object) -> tuple[int, int]:

@@ -185,7 +185,7 @@ def roi_align(
         TypeError: an argument is not a floating-point tensor, `sampling_ratio` not an int or `aligned` not a bool;
             float64 on a GPU.
         ValueError: shapes or devices that do not fit, a list not as long as the batch, an output size below 1, a scale
-            that is not positive; on the CPU, an image index outside the batch.
+            that is not positive; on the CPU, an image index outside the batch, or 2**31 features or more.
     """
     features, scale = _rois.check_features(input), _checks.positive("spatial_scale", spatial_scale)
     rules = _check_rules(output_size, sampling_ratio, aligned, 224, 4)

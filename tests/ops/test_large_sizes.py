@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from fastdet import ops
 from fastdet.kernels import box_iou, decode, match, roi_align, roi_align_backward, sample
+from fastdet.ops.cpu.threads import run_in_slices
 from fastdet.ops.decode import decode_cpu, decode_cuda
 from fastdet.ops.roi_align import roi_align_backward_cuda
 from tests.helpers.checks import assert_close, random_boxes
@@ -181,6 +182,34 @@ def test_gradient_of_roi_align_of_more_values_than_int32_counts(zeros):
     (expected,) = torch.autograd.grad(pooled, small, grad[-1:])
     assert expected.abs().amin((0, 1))[-4:, -4:].max() > 0
     assert_close(grad_input[1:, :, -4:, -4:], expected[:, :, -4:, -4:], torch.float16)
+
+
+def test_more_values_than_torchvision_counts_are_refused(zeros):
+    features, grad, rois = zeros(3, 512, 1200, 1200), torch.zeros(1).expand(2, 22_000_000, 7, 7), torch.zeros(2, 5)
+    sizes, argmax = (1, grad.shape[1], 1, 1), torch.zeros(1, dtype=torch.int16).expand(grad.shape)
+    calls = {
+        "features": lambda: ops.roi_align(features, rois, 7),
+        "input": lambda: ops.roi_pool(features, rois, 7),
+        "grad of align": lambda: torch.ops.fastdet.roi_align_backward(grad, rois, sizes, [1.0], 2, False, 224, 4),
+        "grad of pool": lambda: torch.ops.fastdet.roi_pool_backward(grad, rois, argmax, 1.0, 7, 7, *sizes),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=rf"^{name.split()[0]} must hold fewer than 2\*\*31 values on the CPU"):
+            call()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_call_of_torchvision_counts_beyond_int32(threads):
+    before, slices = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    try:
+        run_in_slices(5000, 1 << 20, 1 << 20, lambda first, last: slices.append((first, last)))
+    finally:
+        torch.set_num_threads(before)
+    slices.sort()
+    assert [first for first, _ in slices] == [0, *(last for _, last in slices[:-1])]
+    assert slices[-1][1] == 5000
+    assert max(last - first for first, last in slices) << 20 < INT32
 
 
 def test_grids_of_long_maps():
