@@ -32,21 +32,21 @@ def tensor(name: str, value: object, shape: tuple[int, ...] | None = None, dtype
     return value
 
 
-def floats(name: str, value: object, *, double: bool = False) -> Tensor:
-    """An fp32 tensor; fp16 and bf16 are widened, float64 is refused or, with `double`, left as it is."""
+def floats(name: str, value: object, *, double: bool = False, whole: bool = False) -> Tensor:
+    """An fp32 tensor; fp16, bf16 and, with `whole`, whole numbers are converted; float64 is refused or, with `double`,
+    left as it is."""
     found = tensor(name, value)
     if double and found.dtype == torch.float64:
         return found
-    if found.dtype not in FLOATS:
-        allowed = "float32, float16, bfloat16 or float64" if double else "float32, float16 or bfloat16"
-        raise TypeError(f"{name} must be {allowed}, got {found.dtype}")
+    if found.dtype not in FLOATS and not (whole and found.dtype in INTEGERS):
+        allowed = ["float32", "float16", "bfloat16", *["float64"] * double, *["uint8", "a signed integer"] * whole]
+        raise TypeError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {found.dtype}")
     return found.float()
 
 
 def boxes(name: str, value: object, ndim: int | None = 2, *, double: bool = False, whole: bool = False) -> Tensor:
     """Boxes [..., 4] in the dtype of `floats`; with `whole` whole numbers too. `ndim` None takes any rank from 2 up."""
-    given = tensor(name, value)
-    found = given.float() if whole and given.dtype in INTEGERS else floats(name, given, double=double)
+    found = floats(name, value, double=double, whole=whole)
     if found.ndim < 2 or found.shape[-1] != 4 or (ndim is not None and found.ndim != ndim):
         expected = "[..., N, 4]" if ndim is None else "[" + "N, " * (ndim - 1) + "4]"
         raise ValueError(f"{name} must have the shape {expected}, got {list(found.shape)}")

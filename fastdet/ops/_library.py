@@ -45,7 +45,8 @@ def define(
 
 
 def define_batched(schema: str, composite: Callable[..., Any], name: str, batched: Callable[..., Any]) -> None:
-    """Register the operation of `schema`, which is made of others, and by it operation `name` of batched tensors."""
+    """Register `composite`, made of other operations, as that of `schema`; and `batched`, which calls it, as operation
+    `name` of the batched tensors of `torch.autograd.grad(is_grads_batched=True)`."""
     name_of_composite, signature = schema.split("(", 1)
     torch.library.define(f"fastdet::{name_of_composite}", f"({signature}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"fastdet::{name_of_composite}", "CompositeImplicitAutograd")(composite)
@@ -89,7 +90,7 @@ def overridable(function: _Function) -> _Function:
 
 
 def uncompiled(function: _Function) -> _Function:
-    """A public function that TorchScript calls in Python, where what it compiles calls it, as it can't compile it."""
+    """A public function that TorchScript can't compile: a scripted function that calls it calls it in Python."""
     way_out = f"script a function that calls {function.__name__}, with all arguments given"
     vars(function).update(__script_unsupported=f"fastdet's operations run in Python: {way_out}")
     return cast(_Function, torch.jit.ignore(function))

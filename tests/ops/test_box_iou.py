@@ -135,7 +135,7 @@ def test_operator_contract():
     [
         (torch.zeros(2, 3), torch.zeros(2, 4), ValueError, r"boxes1 .* \[2, 3\]"),
         (torch.zeros(2, 4), torch.zeros(4), ValueError, r"boxes2 .* \[4\]"),
-        (torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 4), TypeError, "boxes1 .*bool"),
+        (torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 4), TypeError, "boxes1 .* or a signed integer, .*bool"),
         ([[0, 0, 1, 1]], torch.zeros(2, 4), TypeError, "boxes1 .*list"),
         (torch.zeros(2, 4), torch.zeros(2, 4, device="meta"), ValueError, "boxes2 is on meta"),
         (torch.zeros(2, 3, 4), torch.zeros(3, 3, 4), ValueError, "leading dimensions"),
