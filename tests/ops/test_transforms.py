@@ -100,6 +100,21 @@ def test_compiled_transforms_give_what_they_give_eagerly(name):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("name", ["roi_pool", "roi_align 2", "multiscale_roi_align"])
+def test_compiled_autograd_gives_the_gradient(name):
+    """Where `torch._dynamo.config.compiled_autograd` is set, as FSDP may."""
+    function, x = CASES[name]
+
+    def gradient(leaf: Tensor) -> Tensor:
+        (function(leaf) ** 2).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        found = gradient(x.clone().requires_grad_())
+    torch.testing.assert_close(found, gradient(x.clone().requires_grad_()))
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", [name for name, (_, x) in CASES.items() if len(x) < 10])
 def test_vectorized_derivatives_are_those_of_a_loop(name):
