@@ -127,7 +127,7 @@ def integer(name: str, value: object, least: int = -(2**31), most: int = 2**31 -
     if type(value) is not int:
         value = _unpack(value)
         if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
-            raise TypeError(f"{name} must be an int, got {value!r}")
+            raise TypeError(f"{name} must be an int, got {_described(value)}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {_shown(value)}")
     # Of a symbolic number the graph would have to check it.
@@ -141,7 +141,7 @@ def flag(name: str, value: object) -> bool:
     if type(value) is not bool:
         value = _unpack(value)
         if not isinstance(value, bool | np.bool_ | int) or value not in (0, 1):
-            raise TypeError(f"{name} must be a bool, got {value!r}")
+            raise TypeError(f"{name} must be a bool, got {_described(value)}")
     return bool(value)
 
 
@@ -150,7 +150,7 @@ def _real(name: str, value: object) -> float:
     if type(value) is not float:
         value = _unpack(value)
         if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
-            raise TypeError(f"{name} must be a number, got {value!r}")
+            raise TypeError(f"{name} must be a number, got {_described(value)}")
         if type(value) is int and abs(value) > 1e308:
             raise ValueError(f"{name} must be a number that a float holds, got {_shown(value)}")
     return value  # type: ignore[return-value]
@@ -165,6 +165,13 @@ def _unpack(value: object) -> object:
     """The number in a tensor without dimensions, which torch's operators take for one too."""
     has_value = isinstance(value, Tensor) and value.ndim == 0 and not (value.is_meta or is_recorded(value))
     return value.item() if has_value else value  # type: ignore[attr-defined]
+
+
+def _described(value: object) -> str:
+    """It as written; of a tensor its shape, as compiled code has no more of it."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"a tensor of the shape {list(value.shape)}" if value.ndim else "a tensor whose value is not known"
 
 
 def _shown(value: object) -> str:
