@@ -36,14 +36,14 @@ def zeros(tmp_path):
     return partial(sparse_zeros, tmp_path)
 
 
-@interpreted
-def test_decode_of_channels_that_lie_far_apart(zeros):
-    stride = 800_000_000
-    deltas = zeros(3 * stride + 1, dtype=torch.float16).as_strided((1, 4, 1, 1), (1, stride, 1, 1))
+@pytest.mark.kernel
+def test_decode_of_channels_that_lie_far_apart(kernel_device, zeros):
+    stride, make = 800_000_000, zeros if kernel_device.type == "cpu" else partial(torch.zeros, device=kernel_device)
+    deltas = make(3 * stride + 1, dtype=torch.float16).as_strided((1, 4, 1, 1), (1, stride, 1, 1))
     deltas.copy_(torch.tensor([0.5, 0.25, 0.125, -0.5])[:, None, None])
-    rest = torch.ones(1, 1, 1, 1), torch.tensor([[0, 0, 8.0, 8]]), torch.tensor([[99, 99]]), torch.zeros(1), 16, 16, 4.0
-    for found, expected in zip(decode_cuda(deltas, *rest), decode_cpu(deltas, *rest), strict=True):
-        assert torch.equal(found, expected)
+    tensors = torch.ones(1, 1, 1, 1), torch.tensor([[0, 0, 8.0, 8]]), torch.tensor([[99, 99]]), torch.zeros(1)
+    boxes, _ = decode_cuda(deltas, *(each.to(kernel_device) for each in tensors), 16, 16, 4.0)
+    assert_close(boxes.cpu(), decode_cpu(deltas.cpu(), *tensors, 16, 16, 4.0)[0])
 
 
 @interpreted
@@ -60,11 +60,13 @@ def test_decode_of_more_candidates_than_int32_counts(zeros):
     assert torch.equal(scores[1, -2:], torch.tensor([0.25, 0.25]))
 
 
-@interpreted
-def test_decode_of_a_distance_of_anchors_beyond_int32():
-    head = torch.zeros(1, 4, 3, 2), torch.zeros(1, 1, 3, 2), torch.tensor([[0, 0, 8.0, 8]])
-    rest = torch.full((1, 2), 1 << 40), torch.zeros(1), INT32 - 1, INT32 - 1, 4.0
-    assert torch.equal(decode_cuda(*head, *rest)[0], decode_cpu(*head, *rest)[0])
+@pytest.mark.kernel
+def test_decode_of_a_distance_of_anchors_beyond_int32(kernel_device):
+    anchors, sizes = torch.tensor([[0, 0, 8.0, 8]]), torch.full((1, 2), 1 << 40)
+    tensors = torch.zeros(1, 4, 3, 2), torch.zeros(1, 1, 3, 2), anchors, sizes, torch.zeros(1)
+    steps = INT32 - 1, INT32 - 1, 4.0
+    boxes, _ = decode_cuda(*(each.to(kernel_device) for each in tensors), *steps)
+    assert torch.equal(boxes.cpu(), decode_cpu(*tensors, *steps)[0])
 
 
 @interpreted
