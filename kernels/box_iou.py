@@ -94,7 +94,9 @@ def _box_iou_kernel(
             hull_height = tl.maximum(tl.maximum(ay2, by2) - tl.minimum(ay1, by1), 0.0)
             if KIND == "generalized":
                 hull = hull_width * hull_height
-                value -= ratio_or_zero(hull - union, hull)
+                uncovered = ratio_or_zero(hull - union, hull)
+                # Of an inverted box with an infinite side it is infinite, and the IoU 0.
+                value = tl.where(uncovered < float("inf"), value - uncovered, 0.0)
             else:
                 dx = (ax1 + ax2 - bx1 - bx2) * 0.5
                 dy = (ay1 + ay2 - by1 - by2) * 0.5

@@ -24,7 +24,7 @@ def config(num_anchors: int) -> Config:
 
 @triton.jit(
     do_not_specialize=[
-        "height",
+        "num_candidates",
         "width",
         "stride_h",
         "stride_w",
@@ -48,7 +48,7 @@ def _decode_kernel(
     boxes_ptr,  # [B, H * W * A, 4] fp32, pixels, output
     scores_ptr,  # [B, H * W * A] fp32, output; -inf where the box is not finite or too small
     # Sizes
-    height,
+    num_candidates,  # H * W * A
     width,
     # Scalars
     stride_h,  # pixels per cell
@@ -79,11 +79,10 @@ def _decode_kernel(
     The anchor is not read but computed: cell_anchors[a] moved by (w * stride_w, h * stride_h) pixels.
     """
     # The program's anchors, [BLOCK_N], and their cells.
-    total = height * width * NUM_ANCHORS
-    num_blocks = tl.cdiv(total, BLOCK_N)
+    num_blocks = tl.cdiv(num_candidates, BLOCK_N)
     batch = (tl.program_id(0) // num_blocks).to(tl.int64)
     index = tl.program_id(0) % num_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = index < total
+    mask = index < num_candidates
     cell = index // NUM_ANCHORS
     anchor = index % NUM_ANCHORS
     h = cell // width
@@ -92,12 +91,16 @@ def _decode_kernel(
     # Load the deltas and the score, [BLOCK_N] each, widened to fp32.
     h64 = h.to(tl.int64)
     w64 = w.to(tl.int64)
-    delta_ptr = deltas_ptr + batch * deltas_stride_b + h64 * deltas_stride_h + w64 * deltas_stride_w
-    delta_ptr += (anchor * 4).to(tl.int64) * deltas_stride_c
-    dx = tl.load(delta_ptr, mask=mask, other=0.0).to(tl.float32)
-    dy = tl.load(delta_ptr + deltas_stride_c, mask=mask, other=0.0).to(tl.float32)
-    dw = tl.load(delta_ptr + deltas_stride_c * 2, mask=mask, other=0.0).to(tl.float32)
-    dh = tl.load(delta_ptr + deltas_stride_c * 3, mask=mask, other=0.0).to(tl.float32)
+    dx_ptr = deltas_ptr + batch * deltas_stride_b + h64 * deltas_stride_h + w64 * deltas_stride_w
+    dx_ptr += (anchor * 4).to(tl.int64) * deltas_stride_c
+    # One after another, as a multiple of the stride might exceed int32.
+    dy_ptr = dx_ptr + deltas_stride_c
+    dw_ptr = dy_ptr + deltas_stride_c
+    dh_ptr = dw_ptr + deltas_stride_c
+    dx = tl.load(dx_ptr, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr, mask=mask, other=0.0).to(tl.float32)
+    dw = tl.load(dw_ptr, mask=mask, other=0.0).to(tl.float32)
+    dh = tl.load(dh_ptr, mask=mask, other=0.0).to(tl.float32)
     logit_ptr = logits_ptr + batch * logits_stride_b + h64 * logits_stride_h + w64 * logits_stride_w
     logit_ptr += (anchor * NUM_LOGITS).to(tl.int64) * logits_stride_c
     score = tl.load(logit_ptr, mask=mask, other=0.0).to(tl.float32)
@@ -105,8 +108,8 @@ def _decode_kernel(
         score = tl.load(logit_ptr + logits_stride_c, mask=mask, other=0.0).to(tl.float32) - score
 
     # Compute the anchors.
-    shift_x = (w * stride_w).to(tl.float32)
-    shift_y = (h * stride_h).to(tl.float32)
+    shift_x = w.to(tl.float32) * stride_w
+    shift_y = h.to(tl.float32) * stride_h
     ax1, ay1, ax2, ay2 = load_boxes(cell_anchors_ptr, anchor, mask)
     ax1, ay1, ax2, ay2 = ax1 + shift_x, ay1 + shift_y, ax2 + shift_x, ay2 + shift_y
 
@@ -137,7 +140,7 @@ def _decode_kernel(
     min_side = tl.load(min_side_ptr + batch)
     valid = finite & (tl.abs(score) < infinity) & (x2 - x1 >= min_side) & (y2 - y1 >= min_side)
 
-    out = batch * total + index
+    out = batch * num_candidates + index
     store_rows_of_4(boxes_ptr, out, x1, y1, x2, y2, mask)
     tl.store(scores_ptr + out, tl.where(valid, score, -infinity), mask=mask)
 
@@ -155,11 +158,11 @@ def launch(
     clamp: float,
 ) -> None:
     """Fill `boxes` [B, H * W * A, 4] and `scores` [B, H * W * A]; `stride` is (vertical, horizontal) in pixels."""
-    batch, _, height, width = deltas.shape
+    batch, num_candidates = scores.shape
     num_anchors = cell_anchors.shape[0]
-    block_n, num_warps = config(batch * scores.shape[1])
+    block_n, num_warps = config(batch * num_candidates)
     # Images and blocks share the first axis of the grid, the only one that is not limited to 65535.
-    _decode_kernel[(batch * triton.cdiv(scores.shape[1], block_n),)](
+    _decode_kernel[(batch * triton.cdiv(num_candidates, block_n),)](
         deltas_ptr=deltas,
         logits_ptr=logits,
         cell_anchors_ptr=cell_anchors,
@@ -167,8 +170,8 @@ def launch(
         min_side_ptr=min_side,
         boxes_ptr=boxes,
         scores_ptr=scores,
-        height=height,
-        width=width,
+        num_candidates=num_candidates,
+        width=deltas.shape[3],
         stride_h=stride[0],
         stride_w=stride[1],
         clamp=clamp,

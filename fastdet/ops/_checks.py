@@ -32,21 +32,21 @@ def tensor(name: str, value: object, shape: tuple[int, ...] | None = None, dtype
     return value
 
 
-def floats(name: str, value: object, *, double: bool = False) -> Tensor:
-    """An fp32 tensor; fp16 and bf16 are widened, float64 is refused or, with `double`, left as it is."""
+def floats(name: str, value: object, *, double: bool = False, whole: bool = False) -> Tensor:
+    """An fp32 tensor; fp16, bf16 and, with `whole`, whole numbers are converted; float64 is refused or, with `double`,
+    left as it is."""
     found = tensor(name, value)
     if double and found.dtype == torch.float64:
         return found
-    if found.dtype not in FLOATS:
-        allowed = "float32, float16, bfloat16 or float64" if double else "float32, float16 or bfloat16"
-        raise TypeError(f"{name} must be {allowed}, got {found.dtype}")
+    if found.dtype not in FLOATS and not (whole and found.dtype in INTEGERS):
+        allowed = ["float32", "float16", "bfloat16", *["float64"] * double, *["uint8", "a signed integer"] * whole]
+        raise TypeError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {found.dtype}")
     return found.float()
 
 
 def boxes(name: str, value: object, ndim: int | None = 2, *, double: bool = False, whole: bool = False) -> Tensor:
     """Boxes [..., 4] in the dtype of `floats`; with `whole` whole numbers too. `ndim` None takes any rank from 2 up."""
-    given = tensor(name, value)
-    found = given.float() if whole and given.dtype in INTEGERS else floats(name, given, double=double)
+    found = floats(name, value, double=double, whole=whole)
     if found.ndim < 2 or found.shape[-1] != 4 or (ndim is not None and found.ndim != ndim):
         expected = "[..., N, 4]" if ndim is None else "[" + "N, " * (ndim - 1) + "4]"
         raise ValueError(f"{name} must have the shape {expected}, got {list(found.shape)}")
@@ -127,7 +127,7 @@ def integer(name: str, value: object, least: int = -(2**31), most: int = 2**31 -
     if type(value) is not int:
         value = _unpack(value)
         if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
-            raise TypeError(f"{name} must be an int, got {value!r}")
+            raise TypeError(f"{name} must be an int, got {_described(value)}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {_shown(value)}")
     # Of a symbolic number the graph would have to check it.
@@ -141,7 +141,7 @@ def flag(name: str, value: object) -> bool:
     if type(value) is not bool:
         value = _unpack(value)
         if not isinstance(value, bool | np.bool_ | int) or value not in (0, 1):
-            raise TypeError(f"{name} must be a bool, got {value!r}")
+            raise TypeError(f"{name} must be a bool, got {_described(value)}")
     return bool(value)
 
 
@@ -150,7 +150,7 @@ def _real(name: str, value: object) -> float:
     if type(value) is not float:
         value = _unpack(value)
         if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
-            raise TypeError(f"{name} must be a number, got {value!r}")
+            raise TypeError(f"{name} must be a number, got {_described(value)}")
         if type(value) is int and abs(value) > 1e308:
             raise ValueError(f"{name} must be a number that a float holds, got {_shown(value)}")
     return value  # type: ignore[return-value]
@@ -165,6 +165,13 @@ def _unpack(value: object) -> object:
     """The number in a tensor without dimensions, which torch's operators take for one too."""
     has_value = isinstance(value, Tensor) and value.ndim == 0 and not (value.is_meta or is_recorded(value))
     return value.item() if has_value else value  # type: ignore[attr-defined]
+
+
+def _described(value: object) -> str:
+    """It as written; of a tensor its shape, as compiled code has no more of it."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"a tensor of the shape {list(value.shape)}" if value.ndim else "a tensor whose value is not known"
 
 
 def _shown(value: object) -> str:

@@ -45,7 +45,8 @@ def define(
 
 
 def define_batched(schema: str, composite: Callable[..., Any], name: str, batched: Callable[..., Any]) -> None:
-    """Register the operation of `schema`, which is made of others, and by it operation `name` of batched tensors."""
+    """Register `composite`, made of other operations, as that of `schema`; and `batched`, which calls it, as operation
+    `name` of the batched tensors of `torch.autograd.grad(is_grads_batched=True)`."""
     name_of_composite, signature = schema.split("(", 1)
     torch.library.define(f"fastdet::{name_of_composite}", f"({signature}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"fastdet::{name_of_composite}", "CompositeImplicitAutograd")(composite)
@@ -89,7 +90,7 @@ def overridable(function: _Function) -> _Function:
 
 
 def uncompiled(function: _Function) -> _Function:
-    """A public function that TorchScript calls in Python, where what it compiles calls it, as it can't compile it."""
+    """A public function that TorchScript can't compile: a scripted function that calls it calls it in Python."""
     way_out = f"script a function that calls {function.__name__}, with all arguments given"
     vars(function).update(__script_unsupported=f"fastdet's operations run in Python: {way_out}")
     return cast(_Function, torch.jit.ignore(function))
@@ -123,16 +124,20 @@ def apply_function(function: Any, *args: Any) -> Any:
 def _call_for_each(op: Callable[..., Any], info: Any, in_dims: Any, args: Any) -> tuple[Any, Any]:
     """The rule of `torch.vmap`: `op` called with each entry of `args` along `in_dims`; results stacked, and their dims.
 
-    `in_dims` has the structure of `args`, and None for what has no entries.
+    `in_dims` has the structure of `args`, and None for what has no entries. Of no entries at all the shapes of the
+    results are those of one, of zeros.
     """
     values, structure = pytree.tree_flatten(args)
     dims = pytree.tree_leaves(in_dims, is_leaf=lambda dim: dim is None)
+    if not info.batch_size:
+        # Sums over nothing: zeros, to which a derivative has its way.
+        values = [v if dim is None else v.sum(dim, True, dtype=v.dtype) for v, dim in zip(values, dims, strict=True)]
     results = []
-    for entry in range(info.batch_size):
+    for entry in range(max(info.batch_size, 1)):
         chosen = [v if dim is None else v.select(dim, entry) for v, dim in zip(values, dims, strict=True)]
         results.append(op(*pytree.tree_unflatten(chosen, structure)))
     first = results[0]
     if isinstance(first, torch.Tensor):
-        return torch.stack(results), 0
-    stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
+        return torch.stack(results)[: info.batch_size], 0
+    stacked = [torch.stack(parts)[: info.batch_size] for parts in zip(*results, strict=True)]
     return type(first)(stacked), type(first)([0] * len(stacked))

@@ -3,6 +3,7 @@
 The derivatives are of both modes and any order: where the operations are smooth, they are linear in the features.
 """
 
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -43,6 +44,12 @@ def check_features(value: object, name: str = "input") -> Tensor:
     elif tensor.dtype not in _checks.FLOATS:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
     return tensor
+
+
+def check_counts(name: str, shape: Sequence[int]) -> None:
+    """torchvision's operators on the CPU count values in int32, and would read outside a tensor of more."""
+    if math.prod(shape) >= 1 << 31:
+        raise ValueError(f"{name} must hold fewer than 2**31 values on the CPU, got the shape {list(shape)}")
 
 
 def check_output_size(value: object) -> tuple[int, int]:
@@ -121,7 +128,13 @@ def level_shapes(sizes: Sequence[int]) -> list[tuple[int, int, int, int]]:
     return [(batch, channels, *side) for side in zip(sides[::2], sides[1::2], strict=True)]
 
 
-class _RoiAlign(_SingleLevelFunction):
+class _Function(_SingleLevelFunction):
+    """`autograd.Function` but for its `apply`, which `apply_function` stands in for."""
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+class _RoiAlign(_Function):
     @staticmethod
     def forward(rois: Tensor, scales: list[float], rules: tuple[Any, ...], *features: Tensor) -> Tensor:
         return call_in_forward(torch.ops.fastdet.roi_align, rois, list(features), scales, *rules)
@@ -146,7 +159,7 @@ class _RoiAlign(_SingleLevelFunction):
         return None, None, None, *grads
 
 
-class _RoiAlignBackward(_SingleLevelFunction):
+class _RoiAlignBackward(_Function):
     """Linear in the gradient, and so its derivatives are the two operations."""
 
     @staticmethod
@@ -192,7 +205,7 @@ def roi_align_backward_autograd(grad: Tensor, rois: Tensor, *arguments: Any) -> 
     return call_below_autograd(torch.ops.fastdet.roi_align_backward, grad, rois, *arguments)
 
 
-class _RoiPool(_SingleLevelFunction):
+class _RoiPool(_Function):
     @staticmethod
     def forward(input: Tensor, rois: Tensor, *scale_and_bins: float) -> tuple[Tensor, Tensor]:
         return call_in_forward(torch.ops.fastdet.roi_pool, input, rois, *scale_and_bins)
@@ -215,7 +228,7 @@ class _RoiPool(_SingleLevelFunction):
         return grad_input, None, None, None, None
 
 
-class _RoiPoolBackward(_SingleLevelFunction):
+class _RoiPoolBackward(_Function):
     """Linear in the gradient: its transpose reads where the maxima lie."""
 
     @staticmethod

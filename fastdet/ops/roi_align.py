@@ -185,10 +185,10 @@ def roi_align(
         TypeError: an argument is not a floating-point tensor, `sampling_ratio` not an int or `aligned` not a bool;
             float64 on a GPU.
         ValueError: shapes or devices that do not fit, a list not as long as the batch, an output size below 1, a scale
-            that is not positive; on the CPU, an image index outside the batch.
+            that is not positive; on the CPU, an image index outside the batch, or 2**31 features or more.
     """
     features, scale = _rois.check_features(input), _checks.positive("spatial_scale", spatial_scale)
-    rules = _check_rules(output_size, sampling_ratio, aligned, 224, 4)
+    rules = _check_rules(output_size, sampling_ratio, aligned)
     return torch.ops.fastdet.roi_align(_rois.check_rois(boxes, features), [features], [scale], *rules)
 
 
@@ -262,9 +262,13 @@ def batched_roi_align(
 
 
 def _check_rules(
-    output_size: object, sampling_ratio: object, aligned: object, canonical_scale: object, canonical_level: object
+    output_size: object,
+    sampling_ratio: object,
+    aligned: object,
+    canonical_scale: object = 224,
+    canonical_level: object = 4,
 ) -> tuple[int, int, int, bool, float, int]:
-    """Arguments of the operator from the number of bins on."""
+    """Arguments of the operator from the number of bins on. The last two matter only where there are several levels."""
     bins = _rois.check_output_size(output_size)
     return (
         *bins,

@@ -107,7 +107,7 @@ def roi_pool(
     Raises:
         TypeError: an argument is not a floating-point tensor; float64 on a GPU.
         ValueError: shapes or devices that do not fit, a list not as long as the batch, an output size below 1, a scale
-            that is not positive; on the CPU, an image index outside the batch.
+            that is not positive; on the CPU, an image index outside the batch, or 2**31 features or more.
     """
     features, bins = _rois.check_features(input), _rois.check_output_size(output_size)
     scale = _checks.positive("spatial_scale", spatial_scale)

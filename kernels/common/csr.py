@@ -31,15 +31,16 @@ def _spans_kernel(
 ):
     """How the bins of each RoI lie along each axis, so that the programs of the next kernels need not walk the bins.
 
-    Program (block of RoIs, line): lines 0 .. H are positions in rows of grid cells, H + 1 .. H + W + 1 in columns.
+    Program (line and block of RoIs): lines 0 .. H are positions in rows of grid cells, H + 1 .. H + W + 1 in columns.
 
     spans[0, p] is the number of (bin, grid cell of that bin) pairs along the axis before position p, so that
     spans[0, p + 1] - spans[0, p] bins reach p; spans[1, p] is the first bin at p, if there is one. From bin to bin the
     ranges either never fall or never rise.
     """
-    roi = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    num_blocks = tl.cdiv(num_rois, BLOCK_R)
+    line = tl.program_id(0) // num_blocks
+    roi = tl.program_id(0) % num_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = roi < num_rois
-    line = tl.program_id(1)
     # The line's axis, its position along it, and the axis's first line in `ranges`.
     is_row = line <= height
     position = tl.where(is_row, line, line - height - 1)
@@ -60,7 +61,8 @@ def _spans_kernel(
 
     out = line.to(tl.int64) * num_rois + roi
     tl.store(spans_ptr + out, num_before, mask=mask)
-    tl.store(spans_ptr + tl.num_programs(1).to(tl.int64) * num_rois + out, first_bin, mask=mask)
+    num_lines = (height + width + 2).to(tl.int64)
+    tl.store(spans_ptr + num_lines * num_rois + out, first_bin, mask=mask)
 
 
 @triton.jit
@@ -186,7 +188,8 @@ def _visits_kernel(
 def launch_spans(ranges: torch.Tensor, spans: torch.Tensor, *, grid: tuple[int, int], pooled: tuple[int, int]) -> None:
     """Fill `spans` [2, H + W + 2, R] from `ranges` [2, PH + PW, R]; `grid` is (H, W), `pooled` (PH, PW)."""
     num_rois = ranges.shape[2]
-    _spans_kernel[(triton.cdiv(num_rois, BLOCK_R), sum(grid) + 2)](
+    # Lines and blocks share the first axis of the grid, the only one that is not limited to 65535.
+    _spans_kernel[((sum(grid) + 2) * triton.cdiv(num_rois, BLOCK_R),)](
         ranges_ptr=ranges,
         spans_ptr=spans,
         num_rois=num_rois,

@@ -114,8 +114,15 @@ def test_numbers_of_numpy_and_tensors_without_dimensions(call, argument, value):
         if argument != "output_size" or not isinstance(given, torch.Tensor):
             found = call(**{argument: given})
             torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
-    with pytest.raises((TypeError, ValueError), match=rf"^{argument} must "):
+    with pytest.raises((TypeError, ValueError), match=rf"^{argument} must ") as caught:
         call(**{argument: torch.tensor([value, value])})
+    if argument not in ("output_size", "min_side"):
+        assert str(caught.value).endswith("got a tensor of the shape [2]")
+
+
+def test_tensors_whose_value_is_not_known_are_named():
+    with pytest.raises(TypeError, match=r"^spatial_scale must be a number, got a tensor whose value is not known$"):
+        torch.vmap(lambda scale: align(spatial_scale=scale))(torch.ones(3))
 
 
 @pytest.mark.parametrize("value", [True, "1", None, 1j, [0.5]])

@@ -6,6 +6,7 @@ from fastdet import ops
 from fastdet.ops.box_iou import box_iou_cuda, pairwise
 from tests.helpers.checks import assert_close, awkward_boxes, check_operator, random_boxes
 
+NAN, INF = float("nan"), float("inf")
 KINDS = ("iou", "generalized", "distance", "complete")
 PUBLIC = {
     "iou": (ops.box_iou, torchvision.ops.box_iou),
@@ -50,6 +51,22 @@ def test_undefined_ratios_are_zero():
     assert (iou[4:7] == 0).all(), "degenerate and inverted boxes overlap nothing, themselves included"
     assert (iou[7] == 0).all()
     assert torch.isfinite(ops.generalized_box_iou(boxes[:7], boxes[:7])).all()
+
+
+NOT_FINITE = torch.tensor([[NAN, 0, 10, 10], [0, 0, INF, INF], [-INF, -INF, INF, INF], [0, 0, 9, -INF], [INF, 0, 9, 9]])
+
+
+@pytest.mark.parametrize("kind", ["iou", "generalized"])
+def test_what_is_not_finite_is_0_to_all_without_a_gradient(kind):
+    boxes = torch.cat([random_boxes(4), NOT_FINITE])
+    for repeats in (1, 100):
+        values = PUBLIC[kind][0](boxes.repeat(repeats, 1), NOT_FINITE.repeat(repeats, 1))
+        assert (values == 0).all()
+    leaf = boxes.clone().requires_grad_()
+    values = PUBLIC[kind][0](leaf, NOT_FINITE)
+    values.sum().backward()
+    assert (values == 0).all()
+    assert (leaf.grad == 0).all()
 
 
 def test_batches_are_independent_and_layout_does_not_matter():
@@ -118,7 +135,7 @@ def test_operator_contract():
     [
         (torch.zeros(2, 3), torch.zeros(2, 4), ValueError, r"boxes1 .* \[2, 3\]"),
         (torch.zeros(2, 4), torch.zeros(4), ValueError, r"boxes2 .* \[4\]"),
-        (torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 4), TypeError, "boxes1 .*bool"),
+        (torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 4), TypeError, "boxes1 .* or a signed integer, .*bool"),
         ([[0, 0, 1, 1]], torch.zeros(2, 4), TypeError, "boxes1 .*list"),
         (torch.zeros(2, 4), torch.zeros(2, 4, device="meta"), ValueError, "boxes2 is on meta"),
         (torch.zeros(2, 3, 4), torch.zeros(3, 3, 4), ValueError, "leading dimensions"),
@@ -151,7 +168,7 @@ def test_kernel_equals_cpu(kernel_device, kind, batch, num_boxes1, num_boxes2):
 @pytest.mark.kernel
 @pytest.mark.parametrize("kind", ["iou", "generalized"])
 def test_kernel_on_awkward_boxes(kernel_device, kind):
-    boxes = awkward_boxes()[None].to(kernel_device)
+    boxes = torch.cat([awkward_boxes(), NOT_FINITE])[None].to(kernel_device)
     actual = box_iou_cuda(boxes, boxes, kind, 1e-7).cpu()
     assert_close(actual, pairwise(boxes.cpu(), boxes.cpu(), kind, 1e-7))
 

@@ -355,7 +355,7 @@ def test_workers_start_no_threads_of_their_own():
     before, threads = torch.get_num_threads(), []
     torch.set_num_threads(3)
     try:
-        run_in_slices(2, 1, lambda first, last: threads.append(torch.get_num_threads()))
+        run_in_slices(2, 1, 1, lambda first, last: threads.append(torch.get_num_threads()))
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

@@ -100,6 +100,21 @@ def test_compiled_transforms_give_what_they_give_eagerly(name):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("name", ["roi_pool", "roi_align 2", "multiscale_roi_align"])
+def test_compiled_autograd_gives_the_gradient(name):
+    """Where `torch._dynamo.config.compiled_autograd` is set, as FSDP may."""
+    function, x = CASES[name]
+
+    def gradient(leaf: Tensor) -> Tensor:
+        (function(leaf) ** 2).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        found = gradient(x.clone().requires_grad_())
+    torch.testing.assert_close(found, gradient(x.clone().requires_grad_()))
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", [name for name, (_, x) in CASES.items() if len(x) < 10])
 def test_vectorized_derivatives_are_those_of_a_loop(name):
@@ -158,6 +173,27 @@ def test_vmap_is_a_loop(name):
     assert_close(torch.vmap(gradient)(batch), torch.stack([gradient(each) for each in batch]), torch.float32)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_vmap_over_no_entries(name):
+    function, x = CASES[name]
+    none = x.new_empty(0, *x.shape, requires_grad=True)
+    found = torch.vmap(function)(none)
+    assert found.shape == (0, *function(x).shape)
+    (gradient,) = torch.autograd.grad(found.sum(), none)
+    assert gradient.shape == none.shape
+    each = torch.vmap(torch.func.grad(lambda each: function(each).sum()))(none)
+    assert each.shape == none.shape
+    moved = torch.vmap(torch.vmap(function), in_dims=1)(x.new_empty(0, 3, *x.shape))
+    assert moved.shape == (3, *found.shape)
+
+
+@pytest.mark.parametrize("function", [ops.roi_align, ops.roi_pool])
+def test_jacobians_of_no_boxes(function):
+    x = CASES["roi_pool"][1]
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        assert transform(lambda each: function(each, ROIS[:0], 2))(x).shape == (0, 3, 2, 2, *x.shape)
+
+
 def test_vmap_over_boxes_of_roi_align():
     features, rois = CASES["roi_align 2"][1], torch.stack([ROIS, ROIS.flip(0)])
     pooled = torch.vmap(lambda each: ops.roi_align(features, each, 2, 0.5, 2, True))(rois)
@@ -170,6 +206,15 @@ def test_vmap_of_operations_with_several_results():
     )
     assert index.shape == (2, 1, 7)
     assert count.shape == (2, 1)
+
+
+def test_vmap_over_no_entries_of_several_results():
+    def suppress(boxes: Tensor) -> ops.Kept:
+        return ops.nms_padded(boxes[None], boxes.new_ones(1, 7), 0.5, 3)
+
+    for found, each in zip(torch.vmap(suppress)(torch.empty(0, 7, 4)), suppress(boxes(7)), strict=True):
+        assert found.shape == (0, *each.shape)
+        assert found.dtype == each.dtype
 
 
 def test_tangents_of_maxima_outside_the_map_are_zero():

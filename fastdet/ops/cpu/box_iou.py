@@ -13,10 +13,15 @@ from fastdet.ops.cpu.overlap import TILE, few_generalized_ious, few_ious, iou, r
 
 def pairwise(boxes1: Tensor, boxes2: Tensor, kind: str = "iou", eps: float = 1e-7) -> Tensor:
     """The formula in plain torch, differentiable: [..., N, 4] and [..., M, 4] give [..., N, M]."""
-    if kind == "iou":
-        # What is not finite overlaps nothing, and has no part in the gradient either.
-        boxes1, boxes2 = (torch.where(boxes.isfinite().all(-1, keepdim=True), boxes, 0.0) for boxes in (boxes1, boxes2))
-    return _similarity(_planes(boxes1[..., :, None, :], kind), _planes(boxes2[..., None, :, :], kind), kind, eps)
+    first, second = boxes1[..., :, None, :], boxes2[..., None, :, :]
+    if kind not in ("iou", "generalized"):
+        return _similarity(_planes(first, kind), _planes(second, kind), kind, eps)
+    # A box that is not finite is 0 to all, and has no part in the gradient either.
+    finite1, finite2 = (boxes.isfinite().all(-1, keepdim=True) for boxes in (first, second))
+    first, second = torch.where(finite1, first, 0.0), torch.where(finite2, second, 0.0)
+    value = _similarity(_planes(first, kind), _planes(second, kind), kind, eps)
+    # To a point the generalized IoU is not 0.
+    return value if kind == "iou" else torch.where((finite1 & finite2)[..., 0], value, 0.0)
 
 
 @np.errstate(all="ignore")
@@ -58,7 +63,9 @@ def _similarity(first: Sequence[Tensor], second: Sequence[Tensor], kind: str, ep
     hull_height = (torch.maximum(ay2, by2) - torch.minimum(ay1, by1)).clamp(min=0)
     if kind == "generalized":
         hull = hull_width * hull_height
-        return value - _ratio_or_zero(hull - union, hull)
+        uncovered = _ratio_or_zero(hull - union, hull)
+        # Of an inverted box with an infinite side it is infinite, and the IoU 0.
+        return torch.where(uncovered < math.inf, value - uncovered, 0.0)
     dx = (ax1 + ax2 - bx1 - bx2) * 0.5
     dy = (ay1 + ay2 - by1 - by2) * 0.5
     distance = (dx * dx + dy * dy) / (hull_width * hull_width + hull_height * hull_height + eps)

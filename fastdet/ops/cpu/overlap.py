@@ -113,7 +113,9 @@ def few_generalized_ious(boxes1: Array, boxes2: Array) -> Array:
     side -= np.minimum(first[:2], second[:2])
     np.maximum(side, 0, out=side)
     hull = np.multiply(side[0], side[1], out=side[0])
-    return _ratio_or_zero(inter, union) - _ratio_or_zero(hull - union, hull)
+    uncovered = _ratio_or_zero(hull - union, hull)
+    # Of an inverted box with an infinite side it is infinite, and the IoU 0.
+    return np.where(uncovered < np.inf, _ratio_or_zero(inter, union) - uncovered, np.float32(0))
 
 
 def _ratio_or_zero(numerator: Array, denominator: Array) -> Array:

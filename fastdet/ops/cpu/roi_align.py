@@ -80,6 +80,7 @@ def _rows_by_level(
     for level, (shape, scale) in enumerate(zip(shapes, scales, strict=True)):
         rows = (levels == level).nonzero()[:, 0]
         if len(rows) and math.prod(shape):
+            _rois.check_counts("features", shape)
             corners = (rois[rows, 1:] * scale).clamp(-CELL_LIMIT, CELL_LIMIT)
             yield level, rows, _rois.rois_in_cells(rois[rows], corners, shape[0], CELL_LIMIT)
 
@@ -97,7 +98,7 @@ def roi_align_cpu(
     bins = (pooled_height, pooled_width)
     pooled = features[0].new_zeros(len(rois), features[0].shape[1], *bins)
     rois = rois.to(_rois.widen(features[0]).dtype)
-    step = SLICE // max(pooled.shape[1:].numel() * max(sampling_ratio, 1) ** 2, 1)
+    products = pooled.shape[1:].numel() * max(sampling_ratio, 1) ** 2
     for level, rows, cells in _rows_by_level(rois, [level.shape for level in features], scales, canonical):
         map = _rois.widen(features[level]).contiguous()
         regular, large = _split_by_samples(cells, *bins, sampling_ratio, aligned)
@@ -111,7 +112,7 @@ def roi_align_cpu(
                 map, cells[first:last], 1.0, *bins, sampling_ratio, aligned
             ).to(pooled.dtype)
 
-        run_in_slices(len(rows), step, fill)
+        run_in_slices(len(rows), products, SLICE, fill)
     return pooled
 
 
@@ -124,6 +125,7 @@ def roi_align_backward_cpu(
     aligned: bool,
     *canonical: Any,
 ) -> list[Tensor]:
+    _rois.check_counts("grad", grad.shape)
     shapes = _rois.level_shapes(sizes)
     grads = [grad.new_zeros(shape) for shape in shapes]
     wide, bins = _rois.widen(grad), (grad.shape[2], grad.shape[3])
@@ -145,7 +147,7 @@ def roi_align_backward_cpu(
             )
 
         products = int(regular.sum()) * math.prod(bins) * max(sampling_ratio, 1) ** 2
-        run_in_slices(total.shape[1], SLICE // max(products, 1), fill)
+        run_in_slices(total.shape[1], products, SLICE, fill)
         for row, cell in zip(rows[large], cells[large], strict=True):
             down, across = _box_weights(cell, bins, total.shape, aligned)
             total[int(cell[0])] += _product(down.t(), wide[row], across)

@@ -36,6 +36,7 @@ def roi_pool_cpu(
 ) -> tuple[Tensor, Tensor]:
     pooled, argmax = empty_outputs(input, rois, pooled_height, pooled_width)
     if pooled.numel():
+        _rois.check_counts("input", input.shape)
         features = _rois.widen(input).contiguous()
         cells = _to_cells(rois.to(features.dtype), spatial_scale, input.shape[0])
 
@@ -44,7 +45,7 @@ def roi_pool_cpu(
                 features, cells[first:last], 1.0, pooled_height, pooled_width
             )
 
-        run_in_slices(len(rois), SLICE // pooled[0].numel(), fill)
+        run_in_slices(len(rois), pooled[0].numel(), SLICE, fill)
     return pooled, argmax
 
 
@@ -55,6 +56,8 @@ def roi_pool_backward_cpu(
     grad_input = grad.new_empty(size)
     if not grad.numel() or not grad_input.numel():
         return grad_input.zero_()
+    _rois.check_counts("grad", grad.shape)
+    _rois.check_counts("input", size)
     batch, channels, height, width = size
     wide = _rois.widen(grad)
     cells = _to_cells(rois.to(wide.dtype), spatial_scale, batch)
@@ -67,5 +70,5 @@ def roi_pool_backward_cpu(
             wide[:, first:last], cells, places, 1.0, *bins, *shape
         )
 
-    run_in_slices(channels, SLICE // (grad.numel() // channels), fill)
+    run_in_slices(channels, grad.numel() // channels, SLICE, fill)
     return grad_input

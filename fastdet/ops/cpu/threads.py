@@ -11,13 +11,14 @@ import torch
 from fastdet.ops._library import call_below_autograd
 
 
-def run_in_slices(count: int, step: int, fill: Callable[[int, int], None]) -> None:
-    """Call `fill(first, last)` over [0, count) in slices of `step`, on as many threads as torch uses.
+def run_in_slices(count: int, work: int, most: int, fill: Callable[[int, int], None]) -> None:
+    """Call `fill(first, last)` over [0, count) in slices of at most `most` work, on as many threads as torch uses.
 
-    One thread takes all at once: the memory of a slice's result would come from the system anew each time.
+    `work` is that of one index. One thread takes a thousand slices at once: the memory of a slice's result would come
+    from the system anew each time.
     """
     threads = torch.get_num_threads()
-    step = max(1, step if threads > 1 else count)
+    step = max(1, (most if threads > 1 else most << 10) // max(work, 1))
     firsts = range(0, count, step)
     inference = torch.is_inference_mode_enabled()
 
