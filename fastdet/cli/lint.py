@@ -85,8 +85,8 @@ def _find_unreached(data: JoinedImages, plan: Plan) -> Iterator[Finding]:
         if plan.overlaps[row] >= 0.5:
             break
         item, corners = int(plan.objects.image[row]), tuple(plan.objects.boxes[row].tolist())
-        text = f"{data.class_names[plan.objects.labels[row] - 1]}: IoU {plan.overlaps[row]:.2f} with an anchor"
-        listed = f"{data.ids[item]} {text} ({', '.join(f'{x:g}' for x in corners)})"
+        text = f"{data.class_names[plan.objects.labels[row] - 1]}: IoU {plan.overlaps[row]:.2f}"
+        listed = f"{data.ids[item]} {text} with an anchor ({', '.join(f'{x:g}' for x in corners)})"
         yield Finding(Kind.UNREACHED, listed, item, Mark(corners, text))
 
 
