@@ -112,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--to", type=coco_folder, required=True, metavar="coco:DIR", help="a folder that is not there")
 
     detect = command("detect", "Draw the boxes found in images.")
-    detect.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    detect.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, such as photos/*.jpg")
     detect.add_argument("--out", type=Path, required=True, help="folder for the drawn images")
     add_max_pixels(detect)
     detect.add_argument("--score", type=score, default=0.5, help="least score of a box (0.5)")
