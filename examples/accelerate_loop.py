@@ -1,6 +1,6 @@
 """Train a detector with Hugging Face Accelerate on one device or several, evaluate it, and write a checkpoint.
 
-    pip install -e '.[accelerate,eval]'
+    pip install '.[accelerate,eval]'
     python examples/accelerate_loop.py
     python examples/accelerate_loop.py --data voc:PATH --size 320 --weights-backbone IMAGENET1K_V1
     torchrun --nproc-per-node 2 examples/accelerate_loop.py   # or, on GPUs, accelerate launch

@@ -1,6 +1,6 @@
 """Train a detector with Lightning, evaluate it after each epoch, and write a checkpoint.
 
-pip install -e '.[lightning,eval]'
+pip install '.[lightning,eval]'
 python examples/lightning_module.py
 python examples/lightning_module.py --data voc:PATH --size 320 --weights-backbone IMAGENET1K_V1
 """

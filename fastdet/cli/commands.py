@@ -41,6 +41,7 @@ from fastdet.metrics import require_pycocotools
 from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.safe_files import printable
 from fastdet.visualize import draw_detections, write_report
+from fastdet.weights.files import one_line
 
 # Images of an evaluation at a time, of one size.
 _EVALUATED = 4
@@ -61,7 +62,7 @@ def _prepare(options: argparse.Namespace, device: torch.device) -> _Run:
     settings = _train_settings(options)
     data, held_out = open_training_data(options)
     if held_out is None:
-        raise UserError("--val-data: --data has no split to evaluate on; or --val-share keeps some of its images apart")
+        raise UserError("--data has no split to evaluate on: --val-share keeps images apart, --val-data names others")
     if options.workers is None:
         settings = replace_fields(settings, workers=default_workers(device, settings.batch_size, data.sizes))
     objects = collect_objects(data)
@@ -152,7 +153,7 @@ def run_replay(options: argparse.Namespace) -> None:
         record = json.loads(path.read_bytes())
         step = int(record["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the record of a step: {error}") from error
+        raise UserError(f"{path}: not the record of a step: {one_line(error)}") from error
     given = parse(["train", *read_arguments(options.run / "settings.json"), "--out", str(options.run)])
     device = _device(given)
     run = _prepare(given, device)
@@ -274,10 +275,11 @@ def _evaluate(
 
 
 def _device(options: argparse.Namespace) -> torch.device:
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device: there are cpu and cuda, not {name!r}")
     with raise_user_errors("--device"):
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type not in ("cpu", "cuda"):
-            raise UserError(f"--device: there are cpu and cuda, not {options.device!r}")
+        device = torch.device(name)
         if device.type == "cuda" and not torch.backends.cuda.is_built():
             raise UserError(f"--device {device}: torch is built without CUDA here")
         device = distributed.own_device(device)

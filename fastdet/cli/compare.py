@@ -13,6 +13,7 @@ from fastdet.cli.values import UserError, raise_user_errors
 from fastdet.engine.run.folder import COLUMNS, VALIDATION_COLUMNS, Row, read_rows
 from fastdet.safe_files import printable, replace_file
 from fastdet.visualize import plot_comparison
+from fastdet.weights.files import one_line
 
 # What differs between any two runs.
 _OF_A_RUN = ("arguments",)
@@ -64,7 +65,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not the settings of a run: {error}") from error
+        raise UserError(f"{path}: not the settings of a run: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not the settings of a run")
     return content

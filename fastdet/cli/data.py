@@ -17,7 +17,7 @@ from fastdet.data.records import describe_unknown
 
 FORMS = (
     "voc:PATH, a folder in the VOC layout, or of images and XML files; coco:IMAGES,FILE, a folder and a JSON file in "
-    "COCO's format; yolo:FILE, a data.yaml; or shapes:COUNT,SEED, drawn"
+    "COCO's format; yolo:FILE, a data.yaml; or shapes:COUNT,SEED, drawn; several are joined"
 )
 Role = Literal["train", "val"]
 
@@ -58,7 +58,7 @@ def parse_place(text: str) -> DataPlace:
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """What all commands take that read annotated images."""
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=parse_place, action="append", required=True, metavar="FORMAT:PATH", help=f"{FORMS}; several")
+    add("--data", type=parse_place, action="append", required=True, metavar="FORMAT:PATH", help=FORMS)
     add("--zero-based", action="store_true", help="VOC's corners are counted from 0, not from 1")
     turned = "turn images as EXIF tells: as the annotated sizes fit (auto), all (applied), or none (stored)"
     add("--orientation", choices=("auto", "applied", "stored"), default="auto", help=turned)

@@ -85,8 +85,8 @@ def _find_unreached(data: JoinedImages, plan: Plan) -> Iterator[Finding]:
         if plan.overlaps[row] >= 0.5:
             break
         item, corners = int(plan.objects.image[row]), tuple(plan.objects.boxes[row].tolist())
-        text = f"{data.class_names[plan.objects.labels[row] - 1]}: IoU {plan.overlaps[row]:.2f} with an anchor"
-        listed = f"{data.ids[item]} {text} ({', '.join(f'{x:g}' for x in corners)})"
+        text = f"{data.class_names[plan.objects.labels[row] - 1]}: IoU {plan.overlaps[row]:.2f}"
+        listed = f"{data.ids[item]} {text} with an anchor ({', '.join(f'{x:g}' for x in corners)})"
         yield Finding(Kind.UNREACHED, listed, item, Mark(corners, text))
 
 
@@ -165,15 +165,17 @@ def _show(corners: Sequence[float]) -> list[float]:
 def _describe(
     findings: Mapping[str, Sequence[Finding]], classes: Mapping[str, Any], used: Plan, found: Plan
 ) -> list[str]:
-    names = {name: printable(name, 30) for name in classes}
+    # The others are a finding.
+    names = {name: printable(name, 30) for name, row in classes.items() if row["boxes"]}
     width = max([5, *map(len, names.values())])
     lines = [f"{'class':<{width}}   boxes    side    IoU .5      .7   found .5      .7"]
-    for name, row in classes.items():
+    for name, shown in names.items():
+        row = classes[name]
         shares = [row[key] for key in ("reached_0.5", "reached_0.7", "found_reached_0.5", "found_reached_0.7")]
-        cells = ["-" if share is None else f"{share:.1%}" for share in shares]
-        side = "-" if row["side"] is None else f"{row['side']:.0f}"
+        cells = [f"{share:.1%}" for share in shares]
         lines.append(
-            f"{names[name]:<{width}}{row['boxes']:>8}{side:>8}{cells[0]:>10}{cells[1]:>8}{cells[2]:>11}{cells[3]:>8}"
+            f"{shown:<{width}}{row['boxes']:>8}{row['side']:>8.0f}"
+            f"{cells[0]:>10}{cells[1]:>8}{cells[2]:>11}{cells[3]:>8}"
         )
     lines += [f"{found.reasons[0]}", f"used: {used.reasons[1]}", f"found: {found.reasons[1]}"]
     anchors = found.architecture["anchors"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fastdet.cli.data import add_data_options, add_max_pixels, add_split_options
 from fastdet.cli.values import (
@@ -21,10 +21,11 @@ from fastdet.cli.values import (
     sizes,
 )
 from fastdet.data.augmentation import PRESETS
-from fastdet.engine.recipes import PRECISIONS
+from fastdet.engine.recipes import PRECISIONS, RECIPES
 from fastdet.models.backbones import NAMED
 from fastdet.version import VERSION
 
+_BACKBONE = "mobilenet_v2_fpn"
 _WORKERS = "processes that load images; otherwise none on a CPU, and on a GPU up to four"
 
 
@@ -46,7 +47,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         found, given = finder.parse_known_args(arguments[1:])
         if found.settings is not None:
             arguments = ["train", *_without_data(read_arguments(found.settings), given), *given]
-    options = build_parser().parse_args(arguments)
+    options, unknown = build_parser().parse_known_args(arguments)
+    if unknown:
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)} (see fastdet {options.command} --help)")
     options.arguments = arguments
     return options
 
@@ -83,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_split_options(train)
     _add_model_options(train)
     _add_recipe_options(train)
-    train.add_argument("--tensorboard", action="store_true", help="write the figures for TensorBoard too, an extra")
+    train.add_argument("--tensorboard", action="store_true", help="write the figures for TensorBoard, too")
     existing = train.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with the run in --out, other options unchanged")
     existing.add_argument("--overwrite", action="store_true", help="begin anew where --out has a run")
@@ -109,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--to", type=coco_folder, required=True, metavar="coco:DIR", help="a folder that is not there")
 
     detect = command("detect", "Draw the boxes found in images.")
-    detect.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    detect.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, such as photos/*.jpg")
     detect.add_argument("--out", type=Path, required=True, help="folder for the drawn images")
     add_max_pixels(detect)
     detect.add_argument("--score", type=score, default=0.5, help="least score of a box (0.5)")
@@ -141,10 +144,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_detector_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("detector").add_argument
-    add("--backbone", default="mobilenet_v2_fpn", help=f"{', '.join(NAMED)} (mobilenet_v2_fpn)")
+    add("--backbone", default=_BACKBONE, help=f"{', '.join(NAMED)} ({_BACKBONE})")
     chosen = "otherwise chosen by the objects' sizes, at most the backbone's default"
     add("--min-size", type=positive, help=f"shorter side of resized images in pixels; {chosen}")
-    add("--max-size", type=positive, help="longest longer side; otherwise 1.67 times --min-size")
+    longest = "longest longer side; otherwise the backbone's, in proportion to a chosen shorter side"
+    add("--max-size", type=positive, help=longest)
     auto = "anchors that fit the objects of --data (auto), or the backbone's (default)"
     add("--anchors", choices=("auto", "default"), help=f"{auto}; auto where no sizes are given")
     add(
@@ -168,30 +172,38 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("training", "What is left out is as in the backbone's recipe.").add_argument
-    add("--epochs", type=int)
-    add("--stop-after", type=not_negative, metavar="N", help="end after N epochs, on the schedule of --epochs")
-    add("--batch-size", type=int, help="images a step, of all processes together")
-    add("--accumulate", type=int, metavar="N", help="parts of a batch that go through the network one after another")
-    add("--optimizer", dest="optimizer_name", choices=("sgd", "adamw"))
-    add("--lr", type=float, help="learning rate; otherwise the recipe's, in proportion to --batch-size")
-    add("--schedule", choices=("cosine", "step"))
-    add("--milestones", type=milestones, metavar="8,11", help="epochs after which 'step' lowers it")
-    add("--warmup-steps", type=int)
-    add("--weight-decay", type=float)
-    add("--clip-norm", type=float, help="largest norm of the gradients; 0 does not clip")
-    add("--ema", type=float, metavar="DECAY", help="average the weights, such as 0.9998; 0: not")
-    add("--eval-every", type=int, metavar="N", help="epochs between two evaluations; the best weights are kept")
-    add("--save-every", type=int, metavar="STEPS", help="write last.pth within an epoch too; 0: only after it")
-    add("--patience", type=int, metavar="N", help="end after N evaluations without a better one; 0: never")
-    add("--amp", choices=PRECISIONS, help="precision of the networks; auto: mixed on a GPU, none: float32")
-    add("--no-graphs", dest="graphs", action="store_false", default=None, help="on a GPU, no CUDA graph of a step")
-    add("--augmentation", choices=PRESETS, help="of the images: flip mirrors half of them")
-    add(
-        "--aspect-groups",
-        type=int,
-        metavar="N",
-        help="steps a doubling of width / height, to batch alike images; 0: none",
+    title = f"What is left out is as in the backbone's recipe; that of {_BACKBONE} is in brackets."
+    group, recipe = parser.add_argument_group("training", title), RECIPES[_BACKBONE]
+
+    def add(name: str, text: str, **options: Any) -> None:
+        field = options.get("dest", name.strip("-").replace("-", "_"))
+        default = getattr(recipe, field)
+        shown = default if isinstance(default, str) else f"{default:g}"
+        group.add_argument(name, help=f"{text} ({shown})", **options)
+
+    add("--epochs", "passes over the data", type=int)
+    ends = "end after N epochs, on the schedule of --epochs"
+    group.add_argument("--stop-after", type=not_negative, metavar="N", help=ends)
+    add("--batch-size", "images a step, of all processes together", type=int)
+    add("--accumulate", "parts of a batch that go through the network one after another", type=int, metavar="N")
+    add("--optimizer", "SGD with momentum, or AdamW", dest="optimizer_name", choices=("sgd", "adamw"))
+    add("--lr", "learning rate; otherwise the recipe's, in proportion to --batch-size", type=float)
+    add("--schedule", "of the rate: it falls to zero, or at the milestones", choices=("cosine", "step"))
+    group.add_argument(
+        "--milestones", type=milestones, metavar="8,11", help="epochs after which 'step' lowers the rate"
     )
-    add("--workers", type=int, metavar="N", help=_WORKERS)
-    add("--seed", type=int)
+    add("--warmup-steps", "steps in which the rate rises", type=int)
+    add("--weight-decay", "decay of the weights", type=float)
+    add("--clip-norm", "largest norm of the gradients; 0 does not clip", type=float)
+    add("--ema", "average the weights, such as 0.9998; 0: not", type=float, metavar="DECAY")
+    add("--eval-every", "epochs between two evaluations; the best weights are kept", type=int, metavar="N")
+    add("--save-every", "write last.pth within an epoch too; 0: only after it", type=int, metavar="STEPS")
+    add("--patience", "end after N evaluations without a better one; 0: never", type=int, metavar="N")
+    add("--amp", "precision of the networks; auto: mixed on a GPU, none: float32", choices=PRECISIONS)
+    graphs = "on a GPU, no CUDA graph of a step"
+    group.add_argument("--no-graphs", dest="graphs", action="store_false", default=None, help=graphs)
+    add("--augmentation", "of the images: flip mirrors half of them", choices=PRESETS)
+    groups = "steps a doubling of width / height, to batch alike images; 0: none"
+    add("--aspect-groups", groups, type=int, metavar="N")
+    group.add_argument("--workers", type=int, metavar="N", help=_WORKERS)
+    add("--seed", "of all that is drawn at random", type=int)

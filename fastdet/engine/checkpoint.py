@@ -218,7 +218,7 @@ def load_model(path: str | Path) -> tuple[FasterRCNN, tuple[str, ...]]:
         CheckpointError: the file cannot be read, or is not the checkpoint of a detector.
     """
     content = load(path)
-    require(path, content, ("architecture", "class_names", "model"), "of a detector")
+    require(path, content, ("architecture", "class_names", "model"), "of a detector, as fastdet train writes it")
     architecture, names, state = content["architecture"], tuple(content["class_names"]), content["model"]
     if architecture["num_classes"] != len(names) + 1:
         number = f"num_classes {architecture['num_classes']!r:.40}"

@@ -33,7 +33,7 @@ def export_onnx(model: FasterRCNN, path: str | Path, *, height: int | None = Non
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(f"ONNX needs {' and '.join(missing)}: pip install 'fastdet[onnx]'")
+        raise ExportError(f"ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     from fastdet.export import onnx_operators
 
     # An ONNX file belongs to no device.

@@ -28,7 +28,7 @@ class COCOResult(NamedTuple):
 def require_pycocotools() -> None:
     """Raises ImportError, with the command that installs it, where pycocotools is missing."""
     if importlib.util.find_spec("pycocotools") is None:
-        raise ImportError("COCO's average precision needs pycocotools: pip install 'fastdet[eval]'")
+        raise ImportError("COCO's average precision needs pycocotools: pip install pycocotools")
 
 
 def coco_average_precision(

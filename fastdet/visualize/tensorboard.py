@@ -11,7 +11,7 @@ from pathlib import Path
 def require_tensorboard() -> None:
     """Raises ImportError, with the command that installs it, where TensorBoard is missing."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise ImportError("event files need TensorBoard: pip install 'fastdet[tensorboard]'")
+        raise ImportError("event files need TensorBoard: pip install tensorboard")
 
 
 @contextlib.contextmanager

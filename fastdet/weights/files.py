@@ -62,7 +62,7 @@ def read(path: StrPath, *, kind: str = "file of tensors") -> Any:
     except FileNotFoundError:
         raise TensorFileError(f"{path}: no such {kind}") from None
     except OSError as error:
-        raise TensorFileError(f"{path}: the {kind} cannot be read: {error.strerror or one_line(error)}") from error
+        raise TensorFileError(f"{path}: the {kind} cannot be read: {one_line(error)}") from error
     except limits.OutOfProportion as error:
         raise TensorFileError(f"{path}: not a {kind}: {error}, out of proportion to its size") from error
     except pickle.UnpicklingError as error:
@@ -163,17 +163,21 @@ def write(path: StrPath, content: Callable[[BinaryIO], object], *, kind: str = "
     """
     try:
         replace_file(path, content)
-    # On a full disk torch's writer raises a RuntimeError of its own.
     except (OSError, RuntimeError) as error:
-        # Interrupted, the writer cannot close its archive either, and raises that in place of the interruption.
+        # On a full disk, or interrupted, torch's writer cannot close its archive either, and raises that in its place.
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
-        raise TensorFileError(f"{path}: the {kind} cannot be written: {one_line(error)}") from error
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise TensorFileError(f"{path}: the {kind} cannot be written: {one_line(reason)}") from error
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error without line breaks, at most 300 characters of it, or the name of its class."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """The message of an error without line breaks, at most 300 characters of it, or the name of its class.
+
+    Of an error of the system neither its number nor its path, which those who show it name themselves.
+    """
+    text = (isinstance(error, OSError) and error.strerror) or str(error)
+    return " ".join(text.split())[:300] or type(error).__name__
 
 
 def _find_checksum(data: bytes) -> re.Match[bytes] | None:

@@ -46,6 +46,14 @@ def test_lint_of_a_right_data_set(tree, tmp_path, capsys):
     assert not [finding for part in content["findings"].values() for finding in part if finding["is_error"]]
 
 
+def test_the_table_of_lint_has_the_classes_with_boxes(tree, tmp_path, capsys):
+    lint = ["lint", "--data", f"voc:{tree}", "--classes", "star,moon", "--out", str(tmp_path / "lint")]
+    assert main(lint) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["class", "star", "resizing:"]
+    assert found_in(tmp_path / "lint", "train")["class(es) without a box"] == ["moon"]
+
+
 def test_lint_of_a_wrong_data_set(tree, tmp_path, capsys):
     path = tree / "Annotations/trainval_2.xml"
     bad = "<object><name>star</name><bndbox><xmin>9</xmin><ymin>9</ymin><xmax>9</xmax><ymax>30</ymax></bndbox></object>"
