@@ -62,7 +62,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add("--zero-based", action="store_true", help="VOC's corners are counted from 0, not from 1")
     turned = "turn images as EXIF tells: as the annotated sizes fit (auto), all (applied), or none (stored)"
     add("--orientation", choices=("auto", "applied", "stored"), default="auto", help=turned)
-    add("--classes", type=names, help="by commas; boxes of other classes are left out")
+    wanted = "by commas, one with a comma in double quotes ('\"a, b\",c'); boxes of other classes are left out"
+    add("--classes", type=names, help=wanted)
     add("--limit", type=positive, metavar="N", help="only the first N images of each split")
     add_max_pixels(parser)
 

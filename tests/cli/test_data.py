@@ -59,6 +59,14 @@ def test_several_data_sets_are_joined(tree):
 
 
 def test_classes_are_a_subset_in_the_order_given(tree):
+def test_a_class_with_a_comma_is_named_in_quotes(capsys):
+    given = ["eval", "--weights", "x", "--data", "shapes:1", "--classes"]
+    parser = build_parser()
+    assert parser.parse_args([*given, 'a, "b, c",5" d,"e""f"']).classes == ("a", "b, c", '5" d', 'e"f')
+    for text in ('"a,b', '"a"b', ",", "a\nb"):
+        assert "is not a list of different names" in message(capsys, *given, text)
+
+
     train, val = opened("--data", f"voc:{tree}", "--classes", "star,circle")
     assert train.class_names == val.class_names == ("star", "circle")
     assert {label for index in range(6) for label in train.target(index)["labels"].tolist()} <= {1, 2}
