@@ -30,6 +30,7 @@ from fastdet.models.anchors import Size, has_anchor_inside
 from fastdet.models.preprocessing import resized_size
 from fastdet.models.settings import Settings
 from fastdet.visualize import plot_average_precision, plot_losses, require_tensorboard, write_events
+from fastdet.safe_files import write_json
 from fastdet.weights import files
 
 # Seconds from which on a run on a CPU is worth a warning.
@@ -98,7 +99,7 @@ def train(
             than there are processes.
         CheckpointError: the folder has a run already or another process writes into it, a run is resumed with other
             settings, or the checkpoint cannot be read or written.
-        TensorFileError: another of its files cannot be written.
+        FileError: another of its files cannot be written.
         DataError: an image cannot be decoded, the model does not take an image or target, no anchor lies inside any
             image where only those train, or a worker was killed.
         Terminated: SIGTERM came; the state is saved.
@@ -145,7 +146,7 @@ def train(
             return _train(run)
         except NotFiniteError as error:
             if processes.writes:
-                run_folder.write_json(out / "failure.json", error.record, kind="record")
+                write_json(out / "failure.json", error.record)
             raise
 
 
@@ -184,7 +185,7 @@ def _begin(state: RunState, settings: TrainSettings, resume: bool) -> None:
         for name in gone:
             (state.out / name).unlink(missing_ok=True)
         # Of a resumed run too, which may have other epochs: the file is what repeats it.
-        run_folder.write_json(state.out / "settings.json", state.metadata, kind="settings")
+        write_json(state.out / "settings.json", state.metadata)
     if not resume:
         state.save(0)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import math
 import os
 import shutil
@@ -108,12 +107,6 @@ def raise_at_sigterm(message: str) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def write_json(path: Path, content: Any, kind: str) -> None:
-    """Write plain values; what is something else is written as text."""
-    text = json.dumps(content, indent=2, default=str)
-    files.write(path, lambda file: file.write(f"{text}\n".encode()), kind=kind)
 
 
 class MetricsFile:
