@@ -111,9 +111,10 @@ def run_train(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace, processes: Processes, device: torch.device) -> None:
     run = _prepare(options, device)
     settings, data, held_out, plan, model = run
-    if settings.batch_size < processes.count:
-        raise UserError(f"--batch-size {settings.batch_size}: it is shared by {processes.count} processes")
-    steps = describe_steps(model, data, settings, processes)
+    with raise_user_errors("--batch-size"):
+        processes.check_batch_size(settings.batch_size)
+    graphs = choose_graphs(model, data, settings, processes)
+    steps = describe_steps(model, settings, graphs, processes)
     print("\n".join(describe_run(options, plan, settings, steps, data, held_out)), flush=True)
 
     def validate(model: nn.Module) -> dict[str, float]:

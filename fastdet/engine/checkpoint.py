@@ -72,6 +72,25 @@ def require(path: str | Path, content: Mapping[str, Any], names: Iterable[str], 
             raise CheckpointError(f"{path}: {name} must be {wanted}, got {printable(repr(content[name]), 100)}")
 
 
+def check_plain(name: str, value: Any) -> None:
+    """Check that what is read from a checkpoint will be the same value: it has numbers, texts, True, False and None
+    alone, in lists, tuples and dicts.
+
+    Raises:
+        ValueError: naming the first part of it that is something else, and its type.
+    """
+    if type(value) is dict:
+        for key, inner in value.items():
+            check_plain(f"a key of {name}", key)
+            check_plain(f"{name}[{key!r}]", inner)
+    elif type(value) in (list, tuple):
+        for index, inner in enumerate(value):
+            check_plain(f"{name}[{index}]", inner)
+    elif type(value) not in (int, float, str, bool, NoneType):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise ValueError(f"{name} must be plain, of numbers, texts, lists, tuples and dicts, got a {kind}")
+
+
 def _is_names(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
 

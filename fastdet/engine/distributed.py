@@ -33,8 +33,8 @@ class OtherFailedError(Exception):
 class Processes:
     """How many processes share a run, and which of them this is.
 
-    Each method but `share` and the two of marks is a call of all of them, and fails where another process is gone.
-    Numbers of the host are exchanged by the hosts: no call is a host sync.
+    Each method from `divisors` on is a call of all of them, and fails where another process is gone. Numbers of the
+    host are exchanged by the hosts: no call is a host sync.
 
     Attributes:
         rank: of this one, from 0.
@@ -59,6 +59,11 @@ class Processes:
     def has_begun(self) -> bool:
         """Whether processes in place of which `torchrun` has started these had noted so."""
         return self.store is not None and bool(self.store.check(["begun"]))
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raises ValueError if a batch has fewer images than there are processes."""
+        if batch_size < self.count:
+            raise ValueError(f"batch_size {batch_size} is less than one image for each of {self.count} processes")
 
     def share(self, items: list[T]) -> list[T]:
         """Those of `items` that are this one's."""

@@ -36,7 +36,8 @@ from fastdet.weights import files
 # Seconds from which on a run on a CPU is worth a warning.
 _LONG = 3600.0
 
-
+# What a run and its report write later than at its start.
+_RESULTS = ("best.pth", "metrics.csv", "validation.csv", "loss.png", "AP.png", "result.json", "detections.png")
 Validate = Callable[[nn.Module], Mapping[str, float]]
 
 
@@ -77,8 +78,8 @@ def train(
             has them, name images in errors; by its `sizes` (height, width) images of similar shapes are put together.
         out: the folder, made if it is not there; of several processes the same.
         settings: None takes `TrainSettings()`.
-        description: plain values to put into the checkpoint, such as the "architecture" and "class_names" that
-            `fastdet.engine.load_model` needs.
+        description: plain values (numbers, texts, True, False, None, and lists, tuples and dicts of them) to put into
+            the checkpoint, such as the "architecture" and "class_names" that `fastdet.engine.load_model` needs.
         resume: go on from `last.pth`. Under the cosine schedule, and where the warm-up is a fifth of a short run,
             another number of epochs changes the rate.
         overwrite: begin anew even if the folder has a run.
@@ -95,8 +96,8 @@ def train(
 
     Raises:
         ImportError: TensorBoard is missing.
-        ValueError: the data set is empty, its `sizes` or `ids` are not those of its images, or a batch has fewer images
-            than there are processes.
+        ValueError: the data set is empty, its `sizes` or `ids` are not those of its images, a batch has fewer images
+            than there are processes, a value of `description` is not plain, or the settings need `validate`.
         CheckpointError: the folder has a run already or another process writes into it, a run is resumed with other
             settings, or the checkpoint cannot be read or written.
         FileError: another of its files cannot be written.
@@ -113,10 +114,10 @@ def train(
     if tensorboard:
         require_tensorboard()
     metadata = build_metadata(dataset, settings, description)
-    if settings.batch_size < processes.count:
-        raise ValueError(
-            f"batch_size {settings.batch_size} is less than one image for each of {processes.count} processes"
-        )
+    processes.check_batch_size(settings.batch_size)
+    if validate is None and (settings.patience or settings.eval_every > 1):
+        given = f"patience={settings.patience}, eval_every={settings.eval_every}"
+        raise ValueError(f"{given}: without validate there are no evaluations")
     lock = run_folder.own(out) if processes.writes else nullcontext()
     with lock, run_folder.notice_sigterm() as came:
         if processes.writes and (out / "last.pth").exists() and not (resume or overwrite):
@@ -180,7 +181,7 @@ def _begin(state: RunState, settings: TrainSettings, resume: bool) -> None:
         if state.processes.rank:
             # Networks drop out other values in each. What the CPU draws, such as a `min_size`, is the same in all.
             torch.cuda.manual_seed(settings.seed + state.processes.rank)
-        gone = ["failure.json", "best.pth", "validation.csv"]
+        gone = ["failure.json", *_RESULTS]
     if state.processes.writes:
         for name in gone:
             (state.out / name).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 import csv
 import math
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -629,3 +630,53 @@ def test_an_evaluation_need_not_have_losses(tmp_path, shapes):
     (row,) = read_rows(tmp_path / "validation.csv", 99, VALIDATION_COLUMNS)
     assert row["AP"] == 0.1
     assert all(math.isnan(row[name]) for name in ("val_loss", *LOSSES))
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [
+        (Path("x"), r"source must be plain, .* got a pathlib\.PosixPath"),
+        ({"files": ("a", [torch.zeros(1)])}, r"source\['files'\]\[1\]\[0\] .* torch\.Tensor"),
+        ({1.5: {np.str_("a"): 1}}, r"a key of source\[1\.5\] .* numpy\.str_"),
+    ],
+)
+def test_a_description_that_could_not_be_read_again_is_refused_before_anything_is_written(
+    tmp_path, shapes, value, place
+):
+    with pytest.raises(ValueError, match=place):
+        run(build_detector(), shapes, tmp_path / "run", description={"source": value})
+    with pytest.raises(ValueError, match=r"lr must be plain, .* numpy\.float64"):
+        run(build_detector(), shapes, tmp_path / "run", replace(SETTINGS, lr=np.float64(0.1)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plain_description_is_read_as_it_was_written(tmp_path, shapes):
+    described = {"a": [1, 2.5, "x", True, None], "b": {"c": (), 1: {}}}
+    run(build_detector(), shapes, tmp_path, stop_after=0, description=described)
+    saved = checkpoint.load(tmp_path / "last.pth")
+    assert {name: saved[name] for name in described} == described
+    run(build_detector(), shapes, tmp_path, stop_after=1, description=described, resume=True)
+
+
+@pytest.mark.parametrize("setting", ["patience", "eval_every"])
+def test_settings_of_evaluations_need_some(tmp_path, shapes, setting):
+    with pytest.raises(ValueError, match=f"{setting}=2.*: without validate"):
+        run(build_detector(), shapes, tmp_path, replace(SETTINGS, **{setting: 2}))
+
+
+def test_what_an_older_run_wrote_is_gone_when_a_new_one_begins(tmp_path, shapes):
+    names = {"loss.png", "AP.png", "result.json", "detections.png", "best.pth", "validation.csv", "failure.json"}
+    run(build_detector(), shapes, tmp_path, stop_after=1)
+    for name in (*names, "notes.txt"):
+        (tmp_path / name).write_text("old")
+    run(build_detector(), shapes, tmp_path, resume=True, stop_after=1)
+    assert {path.name for path in tmp_path.iterdir()} & names == names - {"failure.json"}
+    (tmp_path / "failure.json").write_text("old")
+    found = []
+
+    def validate(model):
+        found.append({path.name for path in tmp_path.iterdir()})
+        return {"AP": 0.5, "AP50": 0.5, "AP75": 0.5}
+
+    run(build_detector(), shapes, tmp_path, overwrite=True, stop_after=1, validate=validate)
+    assert found == [{".lock", "last.pth", "settings.json", "metrics.csv", "notes.txt"}]

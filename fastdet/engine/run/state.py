@@ -35,9 +35,15 @@ _FREE_ON_RESUME = (
 def build_metadata(
     dataset: Dataset[Item], settings: TrainSettings, description: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What a checkpoint has of a run beside its state: the caller's description, the settings, and of which data."""
-    length: int = len(dataset)  # type: ignore[arg-type]
-    return {**(description or {}), **asdict(settings), "images": length, "data": digest(dataset)}
+    """What a checkpoint has of a run beside its state: the caller's description, the settings, and of which data.
+
+    Raises:
+        ValueError: a value is not plain, so that the checkpoint could not be read.
+    """
+    given = {**(description or {}), **asdict(settings)}
+    for name, value in given.items():
+        checkpoint.check_plain(name, value)
+    return {**given, "images": len(dataset), "data": digest(dataset)}  # type: ignore[arg-type]
 
 
 def _no_evaluation() -> dict[str, float]:
