@@ -139,10 +139,8 @@ def _train(options: argparse.Namespace, processes: Processes, device: torch.devi
     )
     minutes = round((time.perf_counter() - start) / 60, 3)
     metadata = {"backbone": options.backbone, "epochs": settings.epochs, "minutes_of_training": minutes}
-    best = options.out / "best.pth"
-    best_model = processes.from_first(lambda: load_model(best)[0] if best.exists() else None)
-    if best_model is not None:
-        model = best_model.to(device)
+    best, last = options.out / "best.pth", options.out / "last.pth"
+    model = processes.from_first(lambda: load_model(best if best.exists() else last)[0]).to(device)
     _evaluate(options, model, held_out, data.class_names, settings.workers, metadata, processes)
     print(f"trained in {minutes:.1f} minutes, all in {(time.perf_counter() - start) / 60:.1f}: {options.out}")
 

@@ -230,15 +230,18 @@ def build_model(architecture: Mapping[str, Any], *, weights_backbone: str | None
 def load_model(path: str | Path) -> tuple[FasterRCNN, tuple[str, ...]]:
     """Rebuild the detector of a training run from its checkpoint, on the CPU and in evaluation mode.
 
+    Its weights are those that the run evaluates: their average, if it has one.
+
     Returns:
         The model, and the names of labels 1, 2, ...
 
     Raises:
         CheckpointError: the file cannot be read, or is not the checkpoint of a detector.
     """
-    content = load(path)
-    require(path, content, ("architecture", "class_names", "model"), "of a detector")
-    architecture, names, state = content["architecture"], tuple(content["class_names"]), content["model"]
+    content = {"average": None, **load(path)}
+    require(path, content, ("architecture", "class_names", "model", "average"), "of a detector")
+    architecture, names = content["architecture"], tuple(content["class_names"])
+    state = content["average"] or content["model"]
     if architecture["num_classes"] != len(names) + 1:
         number = f"num_classes {architecture['num_classes']!r:.40}"
         raise CheckpointError(f"{path}: {number} does not fit the {len(names)} class_names")
