@@ -31,12 +31,11 @@ from fastdet.engine import RECIPES, TrainSettings, build_model, detect, distribu
 from fastdet.engine.defaults import collect_objects
 from fastdet.engine.distributed import ALONE, Processes
 from fastdet.engine.evaluate import evaluate
-from fastdet.engine.loading import default_workers
+from fastdet.engine.loading import augment_for, default_workers
 from fastdet.engine.recipes import default_rate
 from fastdet.engine.run.replay import replay
 from fastdet.engine.run.state import build_metadata, build_state
-from fastdet.engine.step import describe_steps
-from fastdet.engine.trainer import augment_for
+from fastdet.engine.step import choose_graphs, describe_steps
 from fastdet.metrics import require_pycocotools
 from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.safe_files import printable
@@ -135,6 +134,7 @@ def _train(options: argparse.Namespace, processes: Processes, device: torch.devi
         stop_after=options.stop_after,
         validate=validate,
         processes=processes,
+        graphs=graphs,
         tensorboard=options.tensorboard,
     )
     minutes = round((time.perf_counter() - start) / 60, 3)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from fastdet.data import DataError, Item, Target, collate
@@ -21,6 +21,7 @@ from fastdet.data.transforms import make_item
 from fastdet.engine.distributed import ALONE, Processes, count_on_machine
 from fastdet.engine.recipes import TrainSettings
 from fastdet.models.anchors import Size
+from fastdet.models.settings import Settings
 from fastdet.weights.files import one_line
 
 Batch = tuple[list[Tensor], list[Target]]
@@ -45,6 +46,15 @@ class AugmentedDataset(Dataset[Item]):
         image, target = augment(self.transform, item, seed)
         # What is sampled in the image then depends neither on what is beside it nor on which process has it.
         return image, {**target, "seed": torch.tensor(seed)}
+
+
+def augment_for(model: nn.Module, dataset: Dataset[Item], settings: TrainSettings) -> AugmentedDataset:
+    """The data set with the augmentation of the settings, for the sizes to which the model resizes."""
+    of_model: Settings | None = getattr(model, "settings", None)
+    if of_model is None and settings.augmentation == "scale-jitter":
+        raise ValueError("augmentation 'scale-jitter' needs a model with settings, for the size of its images")
+    sizes = (of_model.min_sizes[-1], of_model.max_size) if of_model else (0, 0)
+    return AugmentedDataset(dataset, settings.augmentation, sizes)
 
 
 def sizes_of(dataset: Any) -> list[tuple[int, int]] | None:

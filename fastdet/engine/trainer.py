@@ -16,10 +16,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fastdet.data import DataError, Item
+from fastdet.engine.buckets import GraphPlan
 from fastdet.engine.checkpoint import CheckpointError
 from fastdet.engine.distributed import ALONE, Processes
 from fastdet.engine.epoch import NotFiniteError, train_epoch
-from fastdet.engine.loading import AugmentedDataset, EpochPlans, check_ids, load_batches, sizes_of
+from fastdet.engine.loading import AugmentedDataset, EpochPlans, augment_for, check_ids, load_batches, sizes_of
 from fastdet.engine.recipes import TrainSettings
 from fastdet.engine.run import folder as run_folder
 from fastdet.engine.run.folder import Row, Terminated
@@ -29,15 +30,15 @@ from fastdet.engine.step import Stepper, choose_graphs
 from fastdet.models.anchors import Size, has_anchor_inside
 from fastdet.models.preprocessing import resized_size
 from fastdet.models.settings import Settings
-from fastdet.visualize import plot_average_precision, plot_losses, require_tensorboard, write_events
 from fastdet.safe_files import write_json
+from fastdet.visualize import plot_average_precision, plot_losses, require_tensorboard, write_events
 from fastdet.weights import files
 
 # Seconds from which on a run on a CPU is worth a warning.
 _LONG = 3600.0
-
 # What a run and its report write later than at its start.
 _RESULTS = ("best.pth", "metrics.csv", "validation.csv", "loss.png", "AP.png", "result.json", "detections.png")
+
 Validate = Callable[[nn.Module], Mapping[str, float]]
 
 
@@ -54,6 +55,7 @@ def train(
     progress: bool = True,
     validate: Validate | None = None,
     processes: Processes = ALONE,
+    graphs: GraphPlan | None = None,
     tensorboard: bool = False,
 ) -> list[Row]:
     """Train a detector on its device, and write what comes of it into a folder.
@@ -89,6 +91,7 @@ def train(
             there those that it has, "val_loss" for their sum. It is called every `eval_every` epochs, and must leave
             torch's generators as they are.
         processes: that train together, as of `fastdet.engine.distributed.join`, each with this call.
+        graphs: what `fastdet.engine.step.choose_graphs` gives for this run, if it was asked before: it is not again.
         tensorboard: write the rows for TensorBoard too, an extra of fastdet.
 
     Returns:
@@ -129,7 +132,7 @@ def train(
         _begin(state, settings, resume)
         processes.mark_begun()
         end = settings.epochs
-        graphs = choose_graphs(model, dataset, settings, processes)
+        graphs = graphs or choose_graphs(model, dataset, settings, processes)
         run = _Run(
             dataset=dataset,
             augmented=augment_for(model, dataset, settings),
@@ -265,15 +268,6 @@ def _validate(run: _Run, validate: Validate, epoch: int, bar: Any) -> Row:
         best = f"the best is epoch {state.best['epoch']}" if state.best["epoch"] else "none is the best"
         bar.write(f"epoch {epoch}: AP {found['AP']:.3f}, AP50 {found['AP50']:.3f}; {best}")
     return row
-
-
-def augment_for(model: nn.Module, dataset: Dataset[Item], settings: TrainSettings) -> AugmentedDataset:
-    """The data set with the augmentation of the settings, for the sizes to which the model resizes."""
-    of_model: Settings | None = getattr(model, "settings", None)
-    if of_model is None and settings.augmentation == "scale-jitter":
-        raise ValueError("augmentation 'scale-jitter' needs a model with settings, for the size of its images")
-    sizes = (of_model.min_sizes[-1], of_model.max_size) if of_model else (0, 0)
-    return AugmentedDataset(dataset, settings.augmentation, sizes)
 
 
 def _check_anchors(model: nn.Module, sizes: Sequence[Size]) -> None:

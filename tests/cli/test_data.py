@@ -59,7 +59,6 @@ def test_several_data_sets_are_joined(tree):
     assert train[6][1]["labels"].tolist() == expected
 
 
-def test_classes_are_a_subset_in_the_order_given(tree):
 def test_a_class_with_a_comma_is_named_in_quotes(capsys):
     given = ["eval", "--weights", "x", "--data", "shapes:1", "--classes"]
     parser = build_parser()
@@ -68,6 +67,7 @@ def test_a_class_with_a_comma_is_named_in_quotes(capsys):
         assert "is not a list of different names" in message(capsys, *given, text)
 
 
+def test_classes_are_a_subset_in_the_order_given(tree):
     train, val = opened("--data", f"voc:{tree}", "--classes", "star,circle")
     assert train.class_names == val.class_names == ("star", "circle")
     assert {label for index in range(6) for label in train.target(index)["labels"].tolist()} <= {1, 2}
