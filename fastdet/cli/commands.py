@@ -65,7 +65,7 @@ def _prepare(options: argparse.Namespace, device: torch.device) -> _Run:
         settings = replace_fields(settings, workers=default_workers(device, settings.batch_size, data.sizes))
     objects = collect_objects(data)
     if not len(objects.boxes):
-        places = ", ".join(place.path for place in options.data)
+        places = ", ".join(map(str, options.data))
         ignored = f", but {objects.ignored} that are to be ignored" if objects.ignored else ""
         raise UserError(f"--data: {places}: {len(data)} images without a box that is to be found{ignored}")
     if not any((~held_out.target(index)["ignore"]).any() for index in range(len(held_out))):

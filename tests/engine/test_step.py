@@ -126,7 +126,7 @@ def test_steps_in_parts_equal_those_of_the_whole(accumulate):
     model.backbone[3].p = 0.0
     plain, calls = copy.deepcopy(model), []
     model.backbone.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
-    settings = TrainSettings(**{**vars(SETTINGS), "accumulate": accumulate})
+    settings = TrainSettings(**{**vars(SETTINGS), "accumulate": accumulate, "batch_size": 5})
     assert_close(steps_of(make_stepper(model, settings)), plain_steps(plain))
     assert_close(model.state_dict(), plain.state_dict())
     assert max(calls) == -(-3 // accumulate)

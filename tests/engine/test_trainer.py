@@ -380,7 +380,10 @@ def test_groups_get_their_rates(tmp_path, shapes):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("epochs", -1), ("batch_size", 0), ("lr", 0), ("lr", math.nan), ("schedule", "linear"), ("log_every", 0)],
+    [
+        *[("epochs", -1), ("batch_size", 0), ("lr", 0), ("lr", math.nan), ("schedule", "linear"), ("log_every", 0)],
+        *[("accumulate", 5), ("seed", (1 << 63) + 1)],
+    ],
 )
 def test_settings_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"{name} must be"):
