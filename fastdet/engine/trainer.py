@@ -84,7 +84,7 @@ def train(
             the checkpoint, such as the "architecture" and "class_names" that `fastdet.engine.load_model` needs.
         resume: go on from `last.pth`. Under the cosine schedule, and where the warm-up is a fifth of a short run,
             another number of epochs changes the rate.
-        overwrite: begin anew even if the folder has a run.
+        overwrite: begin anew even if the folder has a run, unless that is resumed.
         stop_after: end after this many epochs in all; the schedule still counts `settings.epochs`.
         progress: show a bar.
         validate: given the model, or the average of its weights, it returns "AP", "AP50" and "AP75", and of losses
@@ -259,6 +259,8 @@ def _validate(run: _Run, validate: Validate, epoch: int, bar: Any) -> Row:
     with run_folder.raise_at_sigterm(saved):
         if run.is_terminated():
             raise Terminated(saved)
+    # Others' metrics are numbers of NumPy or tensors, which a checkpoint would not give back.
+    found = {**found, **{name: float(found[name]) for name in run_folder.VALIDATION_COLUMNS if name in found}}
         found = validate(state.evaluated)
     row = {"epoch": epoch, "step": epoch * state.steps_per_epoch, **found}
     if state.processes.writes:

@@ -489,6 +489,14 @@ def test_the_best_weights_are_kept(tmp_path, shapes):
     ]
 
 
+def test_the_metrics_of_an_evaluation_may_be_numbers_of_numpy_or_tensors(tmp_path, shapes):
+    validate = Graded(np.float64(0.25), torch.tensor(0.5))
+    run(build_detector(), shapes, tmp_path, stop_after=2, validate=validate)
+    best, last = (checkpoint.load(tmp_path / f"{name}.pth") for name in ("best", "last"))
+    assert (best["AP"], last["best"]) == (0.5, {"epoch": 2, "AP": 0.5, "evaluations_since": 0})
+    run(build_detector(), shapes, tmp_path, stop_after=2, validate=validate, resume=True)
+
+
 @pytest.mark.parametrize(("every", "epochs"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3, 4]), (9, [4])])
 def test_evaluations_come_every_few_epochs_and_at_the_end(tmp_path, shapes, every, epochs):
     run(build_detector(), shapes, tmp_path, replace(SETTINGS, eval_every=every), validate=Graded(*[0.1] * 4))
