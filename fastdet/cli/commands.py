@@ -279,7 +279,7 @@ def _device(options: argparse.Namespace) -> torch.device:
             raise UserError(f"--device: there are cpu and cuda, not {options.device!r}")
         if device.type == "cuda" and not torch.backends.cuda.is_built():
             raise UserError(f"--device {device}: torch is built without CUDA here")
-        device = distributed.own_device(device)
+        device = distributed.local_device(device)
         torch.empty(0, device=device)
     return device
 

@@ -21,8 +21,8 @@ from fastdet.models.losses import divisor
 
 T = TypeVar("T")
 
-# For which the processes wait for one another at the start.
-_PATIENCE = timedelta(minutes=10)
+# How long the processes wait for one another at the start.
+_TIMEOUT = timedelta(minutes=10)
 
 
 class OtherFailedError(Exception):
@@ -124,7 +124,7 @@ def join(device: torch.device) -> Iterator[Processes]:
     They talk through NCCL on GPUs, and through Gloo on CPUs.
 
     Args:
-        device: of this one, as of `own_device`.
+        device: of this one, as of `local_device`.
 
     Raises:
         OtherFailedError: in place of any exception, if another process has raised one before.
@@ -151,7 +151,7 @@ def join(device: torch.device) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def own_device(device: torch.device) -> torch.device:
+def local_device(device: torch.device) -> torch.device:
     """The device of this process, torch's current one then: of those that `torchrun` has started each has the GPU of
     its number on its machine.
 
@@ -189,12 +189,12 @@ def _agree_on_start(store: dist.Store, rank: int, count: int) -> str:
     if rank == 0:
         name = secrets.token_hex(8)
         store.set("start", name)
-        store.wait([f"{name}/{other}" for other in range(1, count)], _PATIENCE)
+        store.wait([f"{name}/{other}" for other in range(1, count)], _TIMEOUT)
         # No later process is to take this one for its own.
         store.set("start", "")
         store.set(f"{name}/complete", "")
         return name
-    name, deadline = "", time.monotonic() + _PATIENCE.total_seconds()
+    name, deadline = "", time.monotonic() + _TIMEOUT.total_seconds()
     while not (name and store.check([f"{name}/complete"])):
         name = store.get("start").decode() or name
         store.set(f"{name}/{rank}", "")

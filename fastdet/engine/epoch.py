@@ -69,7 +69,7 @@ def train_epoch(
         waited += time.perf_counter() - asked
         rate = learning_rate(settings, step, steps)
         stepper.set_lr(rate)
-        own = plans.own(batch)
+        own = plans.share(batch)
         try:
             row = stepper(images, targets, len(batch))
         except ValueError as error:

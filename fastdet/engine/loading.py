@@ -163,9 +163,9 @@ class EpochPlans:
 
     def __iter__(self) -> Iterator[BatchPlan]:
         for epoch in self.epochs:
-            yield from map(self.own, self.of(epoch))
+            yield from map(self.share, self.of(epoch))
 
-    def own(self, batch: BatchPlan) -> BatchPlan:
+    def share(self, batch: BatchPlan) -> BatchPlan:
         """What this process loads of a batch: its share, and where that is nothing any image."""
         return self.processes.share(batch) or batch[:1]
 

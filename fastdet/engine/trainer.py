@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
@@ -121,8 +120,8 @@ def train(
     if validate is None and (settings.patience or settings.eval_every > 1):
         given = f"patience={settings.patience}, eval_every={settings.eval_every}"
         raise ValueError(f"{given}: without validate there are no evaluations")
-    lock = run_folder.own(out) if processes.writes else nullcontext()
-    with lock, run_folder.notice_sigterm() as came:
+    lock = run_folder.lock(out) if processes.writes else nullcontext()
+    with lock, run_folder.notice_sigterm() as sigterm_came:
         if processes.writes and (out / "last.pth").exists() and not (resume or overwrite):
             message = "the folder has a run already: resume it, overwrite it, or take another folder"
             raise CheckpointError(f"{out / 'last.pth'}: {message}")
@@ -142,7 +141,7 @@ def train(
             sizes=sizes,
             end=end if stop_after is None else min(stop_after, end),
             validate=validate,
-            is_terminated=lambda: processes.any(came()),
+            is_terminated=lambda: processes.any(sigterm_came()),
             progress=progress and processes.writes,
             tensorboard=tensorboard and processes.writes,
         )
@@ -178,15 +177,15 @@ def _begin(state: RunState, settings: TrainSettings, resume: bool) -> None:
         if state.step > state.steps_per_epoch:
             wanted = f"at most the {state.steps_per_epoch} of an epoch"
             raise CheckpointError(f"{state.last}: step must be {wanted}, got {state.step}")
-        gone = ["failure.json"]
+        stale = ["failure.json"]
     else:
         torch.manual_seed(settings.seed)
         if state.processes.rank:
             # Networks drop out other values in each. What the CPU draws, such as a `min_size`, is the same in all.
             torch.cuda.manual_seed(settings.seed + state.processes.rank)
-        gone = ["failure.json", *_RESULTS]
+        stale = ["failure.json", *_RESULTS]
     if state.processes.writes:
-        for name in gone:
+        for name in stale:
             (state.out / name).unlink(missing_ok=True)
         # Of a resumed run too, which may have other epochs: the file is what repeats it.
         write_json(state.out / "settings.json", state.metadata)
@@ -231,21 +230,21 @@ def _train(run: _Run) -> list[Row]:
             if run.is_terminated():
                 raise Terminated(f"{state.last}: saved after epoch {epoch + 1}")
     if writes:
-        draw_losses = partial(plot_losses, validation=state.out / "validation.csv")
-        for name, plot, picture in (("metrics", draw_losses, "loss"), ("validation", plot_average_precision, "AP")):
-            if run_folder.has_rows(state.out / f"{name}.csv"):
-                drawn = io.BytesIO()
-                plot(state.out / f"{name}.csv", drawn)
-                files.write(state.out / f"{picture}.png", partial(_write, drawn), kind="picture")
+        _draw_curves(state.out)
     return metrics.rows
+
+
+def _draw_curves(out: Path) -> None:
+    """The pictures of the metrics files that have rows."""
+    steps, evaluations = out / "metrics.csv", out / "validation.csv"
+    if run_folder.has_rows(steps):
+        files.write(out / "loss.png", partial(plot_losses, steps, validation=evaluations), kind="picture")
+    if run_folder.has_rows(evaluations):
+        files.write(out / "AP.png", partial(plot_average_precision, evaluations), kind="picture")
 
 
 def _ignore(group: str, row: Mapping[str, float]) -> None:
     """In place of an event file."""
-
-
-def _write(content: io.BytesIO, file: BinaryIO) -> None:
-    file.write(content.getvalue())
 
 
 def _validate(run: _Run, validate: Validate, epoch: int, bar: Any) -> Row:
@@ -259,9 +258,9 @@ def _validate(run: _Run, validate: Validate, epoch: int, bar: Any) -> Row:
     with run_folder.raise_at_sigterm(saved):
         if run.is_terminated():
             raise Terminated(saved)
+        found = validate(state.evaluated)
     # Others' metrics are numbers of NumPy or tensors, which a checkpoint would not give back.
     found = {**found, **{name: float(found[name]) for name in run_folder.VALIDATION_COLUMNS if name in found}}
-        found = validate(state.evaluated)
     row = {"epoch": epoch, "step": epoch * state.steps_per_epoch, **found}
     if state.processes.writes:
         run_folder.write_validation(state.out / "validation.csv", row)

@@ -548,7 +548,7 @@ def test_the_description_of_a_model_allocates_nothing(tmp_path, straight, change
 
 def test_locks_only_where_there_are_any(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder.os, "name", "nt")
-    with run_folder.own(tmp_path / "new"):
+    with run_folder.lock(tmp_path / "new"):
         assert not list((tmp_path / "new").iterdir())
 
 
@@ -557,7 +557,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.lockf", refuse)
-    with pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\)"), run_folder.own(tmp_path):
+    with pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\)"), run_folder.lock(tmp_path):
         pass
 
 

@@ -35,7 +35,7 @@ class Terminated(Exception):
 
 
 @contextlib.contextmanager
-def own(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[None]:
     """Keep other processes from a run's folder, which is made if it is not there; remove what a killed one left.
 
     The lock ends with the process, however that ends. On Windows there is none; on a file system without locks there
