@@ -112,7 +112,7 @@ def _record(row: StepRow[BatchPlan], names: str, dataset: Any) -> dict[str, Any]
         "images": names,
         "indices": [index for index, _ in row.about],
         "seeds": [seed for _, seed in row.about],
-        "boxes": [target(index)["boxes"].tolist() for index, _ in row.about] if target else None,
+        "boxes": [target(index)["boxes"].tolist() for index, _ in row.about] if callable(target) else None,
     }
 
 

@@ -242,7 +242,7 @@ def test_resuming_with_something_else_is_an_error(tmp_path, shapes):
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, shapes):
     model = build_detector()
     model.poison_at = 10
-    shapes.ids = [f"picture-{k}" for k in range(7)]
+    shapes.ids, shapes.target = [f"picture-{k}" for k in range(7)], "not a method"
     batch = plan_epoch(7, SETTINGS, 1)[1]
     with pytest.raises(FloatingPointError, match=r"step 6: .*loss_classifier nan") as caught:
         run(model, shapes, tmp_path)
