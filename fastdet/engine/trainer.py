@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -86,8 +87,8 @@ def train(
         overwrite: begin anew even if the folder has a run, unless that is resumed.
         stop_after: end after this many epochs in all; the schedule still counts `settings.epochs`.
         progress: show a bar.
-        validate: given the model, or the average of its weights, it returns "AP", "AP50" and "AP75", and of losses
-            there those that it has, "val_loss" for their sum. It is called every `eval_every` epochs, and must leave
+        validate: given the model, or the average of its weights, it returns "AP", and where it has them "AP50", "AP75"
+            and losses, "val_loss" for their sum. It is called every `eval_every` epochs, and must leave
             torch's generators as they are.
         processes: that train together, as of `fastdet.engine.distributed.join`, each with this call.
         graphs: what `fastdet.engine.step.choose_graphs` gives for this run, if it was asked before: it is not again.
@@ -259,6 +260,8 @@ def _validate(run: _Run, validate: Validate, epoch: int, bar: Any) -> Row:
         if run.is_terminated():
             raise Terminated(saved)
         found = validate(state.evaluated)
+    if not isinstance(found, Mapping) or "AP" not in found:
+        raise ValueError(f'validate must return a dict with "AP", got {found!r:.200}')
     # Others' metrics are numbers of NumPy or tensors, which a checkpoint would not give back.
     found = {**found, **{name: float(found[name]) for name in run_folder.VALIDATION_COLUMNS if name in found}}
     row = {"epoch": epoch, "step": epoch * state.steps_per_epoch, **found}
@@ -267,7 +270,7 @@ def _validate(run: _Run, validate: Validate, epoch: int, bar: Any) -> Row:
     state.keep_best(epoch, found["AP"])
     if run.progress:
         best = f"the best is epoch {state.best['epoch']}" if state.best["epoch"] else "none is the best"
-        bar.write(f"epoch {epoch}: AP {found['AP']:.3f}, AP50 {found['AP50']:.3f}; {best}")
+        bar.write(f"epoch {epoch}: AP {found['AP']:.3f}, AP50 {row.get('AP50', math.nan):.3f}; {best}")
     return row
 
 

@@ -497,6 +497,25 @@ def test_the_metrics_of_an_evaluation_may_be_numbers_of_numpy_or_tensors(tmp_pat
     run(build_detector(), shapes, tmp_path, stop_after=2, validate=validate, resume=True)
 
 
+@pytest.mark.parametrize("found", [None, {}, {"mAP": 0.5}])
+def test_an_evaluation_needs_an_average_precision(tmp_path, shapes, found):
+    with pytest.raises(ValueError, match='validate must return a dict with "AP", got '):
+        run(build_detector(), shapes, tmp_path, validate=lambda model: found)
+    assert train(build_detector(), shapes, tmp_path, SETTINGS, resume=True, stop_after=1, validate=lambda _: {"AP": 1})
+
+
+@pytest.mark.parametrize("item", [(1, 2, 3), (1,)])
+def test_an_item_that_is_no_pair_is_named(tmp_path, item):
+    with pytest.raises(DataError, match=r"item \d of the data set: .* to unpack \(expected 2"):
+        run(build_detector(), [item] * 3, tmp_path)
+
+
+def test_a_data_set_may_have_attributes_of_the_names_of_ours(tmp_path, shapes):
+    shapes.ids, shapes.target = list("abcdefg"), lambda index: index
+    run(build_detector(), shapes, tmp_path, stop_after=1)
+    assert checkpoint.load(tmp_path / "last.pth")["data"] is None
+
+
 @pytest.mark.parametrize(("every", "epochs"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3, 4]), (9, [4])])
 def test_evaluations_come_every_few_epochs_and_at_the_end(tmp_path, shapes, every, epochs):
     run(build_detector(), shapes, tmp_path, replace(SETTINGS, eval_every=every), validate=Graded(*[0.1] * 4))
