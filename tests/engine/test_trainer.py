@@ -675,6 +675,8 @@ def test_a_description_that_could_not_be_read_again_is_refused_before_anything_i
 ):
     with pytest.raises(ValueError, match=place):
         run(build_detector(), shapes, tmp_path / "run", description={"source": value})
+    with pytest.raises(ValueError, match="description must not have data, epoch, lr,"):
+        run(build_detector(), shapes, tmp_path / "run", description={"data": "x", "epoch": 1, "lr": 2, "other": 3})
     with pytest.raises(ValueError, match=r"lr must be plain, .* numpy\.float64"):
         run(build_detector(), shapes, tmp_path / "run", replace(SETTINGS, lr=np.float64(0.1)))
     assert not (tmp_path / "run").exists()

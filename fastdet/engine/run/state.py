@@ -25,6 +25,11 @@ from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.safe_files import printable
 from fastdet.weights.files import one_line
 
+# What a checkpoint has of the state, and needs.
+_STATE = (
+    *("model", "optimizer", "loss_scale", "average", "averaged", "best"),
+    *("epoch", "step", "random", "random_of_others"),
+)
 # A resumed run may change these, as they change nothing in what was drawn so far.
 _FREE_ON_RESUME = (
     *("epochs", "workers", "log_every", "eval_every", "save_every", "patience", "graphs"),
@@ -38,12 +43,15 @@ def build_metadata(
     """What a checkpoint has of a run beside its state: the caller's description, the settings, and of which data.
 
     Raises:
-        ValueError: a value is not plain, so that the checkpoint could not be read.
+        ValueError: a value is not plain, so that the checkpoint could not be read, or has a name of the run's own.
     """
-    given = {**(description or {}), **asdict(settings)}
-    for name, value in given.items():
+    given, length = dict(description or {}), len(dataset)  # type: ignore[arg-type]
+    own = {**asdict(settings), "images": length, "data": digest(dataset)}
+    if reserved := given.keys() & {*own, *_STATE}:
+        raise ValueError(f"description must not have {', '.join(sorted(reserved))}, which the run writes itself")
+    for name, value in {**given, **own}.items():
         checkpoint.check_plain(name, value)
-    return {**given, "images": len(dataset), "data": digest(dataset)}  # type: ignore[arg-type]
+    return {**given, **own}
 
 
 def _no_evaluation() -> dict[str, float]:
@@ -137,8 +145,7 @@ class RunState:
         """
         path, loaded = self.last, self.processes.from_first(lambda: checkpoint.load(self.last))
         saved = {"step": 0, "random_of_others": [], **loaded}
-        names = ("model", "optimizer", "loss_scale", "average", "averaged", "best", "random", "epoch", "step")
-        checkpoint.require(path, saved, (*self.metadata, *names), "of a run")
+        checkpoint.require(path, saved, (*self.metadata, *_STATE), "of a run")
         epochs = self.metadata["epochs"]
         try:
             for name, value in self.metadata.items():
