@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from fastdet.data import DataError, Item, Target, collate
+from fastdet.data import DataError, DetectionDataset, Item, Target, collate
 from fastdet.data.augmentation import Preset, augment, build
 from fastdet.data.transforms import make_item
 from fastdet.engine.distributed import ALONE, Processes, count_on_machine
@@ -40,7 +40,8 @@ class AugmentedDataset(Dataset[Item]):
     def __getitem__(self, key: tuple[int, int]) -> Item:
         index, seed = key
         try:
-            item = make_item(*self.dataset[index])
+            image, target = self.dataset[index]
+            item = make_item(image, target)
         except ValueError as error:
             raise DataError(f"item {image_names(self.dataset, [index])} of the data set: {error}") from error
         image, target = augment(self.transform, item, seed)
@@ -88,7 +89,7 @@ def image_names(dataset: Any, indices: Sequence[int]) -> str:
 
 def digest(dataset: Any) -> str | None:
     """Of the names and boxes of a data set of `fastdet.data`, to know it again; None of others."""
-    if not (hasattr(dataset, "ids") and callable(getattr(dataset, "target", None))):
+    if not isinstance(dataset, DetectionDataset):
         return None
     sums = hashlib.blake2b(digest_size=16)
     for index, name in enumerate(dataset.ids):
