@@ -561,13 +561,13 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
         pass
 
 
-def test_the_model_of_a_checkpoint_is_the_trained_one(straight):
+def test_the_model_of_a_checkpoint_is_the_average_of_the_trained_one(straight):
     model, names = load_model(straight[0] / "last.pth")
     assert isinstance(model, FasterRCNN)
     assert names == Shapes.class_names
     assert all(not tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     fresh = checkpoint.build_model(ARCHITECTURE)
-    fresh.load_state_dict(checkpoint.load(straight[0] / "last.pth")["model"])
+    fresh.load_state_dict(checkpoint.load(straight[0] / "last.pth")["average"])
     images = [Drawn.items[0][0]]
     with torch.no_grad():
         torch.testing.assert_close(model(images), fresh.eval()(images), rtol=0, atol=0)
@@ -575,7 +575,8 @@ def test_the_model_of_a_checkpoint_is_the_trained_one(straight):
 
 def test_a_checkpoint_that_is_not_finite_is_not_resumed(tmp_path, straight, capsys):
     content = checkpoint.load(straight[0] / "last.pth")
-    next(iter(content["model"].values())).view(-1)[0] = math.inf
+    for part in ("model", "average"):
+        next(iter(content[part].values())).view(-1)[0] = math.inf
     checkpoint.save(tmp_path / "last.pth", content)
     with pytest.raises(CheckpointError, match=r"has 1 of \d+ values that are not finite"):
         run(tmp_path, resume=True)
