@@ -128,19 +128,19 @@ def train(
             raise CheckpointError(f"{out / 'last.pth'}: {message}")
         sizes = sizes_of(dataset)
         _check_anchors(model, sizes or ())
+        augmented = augment_for(model, dataset, settings)
+        graphs = graphs or choose_graphs(model, dataset, settings, processes)
         state = build_state(out, model, settings, metadata, processes)
         _begin(state, settings, resume)
         processes.mark_begun()
-        end = settings.epochs
-        graphs = graphs or choose_graphs(model, dataset, settings, processes)
         run = _Run(
             dataset=dataset,
-            augmented=augment_for(model, dataset, settings),
+            augmented=augmented,
             settings=settings,
             state=state,
             stepper=Stepper(model, state.optimizer, settings, state.loss_scale, graphs, processes),
             sizes=sizes,
-            end=end if stop_after is None else min(stop_after, end),
+            end=settings.epochs if stop_after is None else min(stop_after, settings.epochs),
             validate=validate,
             is_terminated=lambda: processes.any(sigterm_came()),
             progress=progress and processes.writes,

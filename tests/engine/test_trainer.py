@@ -222,6 +222,14 @@ def test_a_run_is_not_overwritten_unasked(tmp_path, shapes):
     assert len(rows_of(tmp_path)) == 2
 
 
+def test_a_new_run_that_cannot_begin_leaves_the_old_one(tmp_path, shapes):
+    run(build_detector(), shapes, tmp_path, stop_after=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="'scale-jitter' needs a model with settings"):
+        run(build_detector(), shapes, tmp_path, replace(SETTINGS, augmentation="scale-jitter"), overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_resuming_with_something_else_is_an_error(tmp_path, shapes):
     run(build_detector(), shapes, tmp_path, stop_after=1, description={"class_names": ("a", "b")})
     same = {"resume": True, "description": {"class_names": ("a", "b")}}
