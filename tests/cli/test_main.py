@@ -368,6 +368,8 @@ def test_option_errors(tree, tmp_path, capsys):
     fails(capsys, [*train, "--backbone", "resnet1"], "resnet1", "mobilenet_v2")
     fails(capsys, [*train, "--weights-backbone", "/nowhere.pth"], "/nowhere.pth")
     fails(capsys, [*train, "--anchor-sizes", "8,-3"], "--anchor-sizes", "8,-3")
+    fails(capsys, [*train, "--aspect-ratios", "1e-9"], "--aspect-ratios: aspect_ratios")
+    fails(capsys, [*train, "--max-size", "9"], "--max-size, --set: max_size must be at least min_size (64)")
     fails(capsys, [*train, "--milestones", "1.5"], "--milestones")
     fails(capsys, [*train, "--milestones", "1"], "--milestones: --schedule step needs them")
     fails(capsys, [*train, "--schedule", "step"], "--milestones: --schedule step needs them")
