@@ -73,22 +73,21 @@ def require(path: str | Path, content: Mapping[str, Any], names: Iterable[str], 
 
 
 def check_plain(name: str, value: Any) -> None:
-    """Check that what is read from a checkpoint will be the same value: it has numbers, texts, True, False and None
-    alone, in lists, tuples and dicts.
+    """Check that a checkpoint gives a value back as it is, and JSON takes it: numbers, texts, True, False and None, in
+    lists, tuples, and dicts with texts as keys.
 
     Raises:
         ValueError: naming the first part of it that is something else, and its type.
     """
-    if type(value) is dict:
+    if type(value) is dict and all(type(key) is str for key in value):
         for key, inner in value.items():
-            check_plain(f"a key of {name}", key)
             check_plain(f"{name}[{key!r}]", inner)
     elif type(value) in (list, tuple):
         for index, inner in enumerate(value):
             check_plain(f"{name}[{index}]", inner)
     elif type(value) not in (int, float, str, bool, NoneType):
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise ValueError(f"{name} must be plain, of numbers, texts, lists, tuples and dicts, got a {kind}")
+        raise ValueError(f"{name} must be plain, of numbers, texts, lists, tuples and dicts by texts, got a {kind}")
 
 
 def _is_names(value: Any) -> bool:

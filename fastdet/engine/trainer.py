@@ -80,7 +80,7 @@ def train(
             has them, name images in errors; by its `sizes` (height, width) images of similar shapes are put together.
         out: the folder, made if it is not there; of several processes the same.
         settings: None takes `TrainSettings()`.
-        description: plain values (numbers, texts, True, False, None, and lists, tuples and dicts of them) to put into
+        description: plain values (numbers, texts, True, False, None, in lists, tuples, and dicts by texts) to put into
             the checkpoint, such as the "architecture" and "class_names" that `fastdet.engine.load_model` needs.
         resume: go on from `last.pth`. Under the cosine schedule, and where the warm-up is a fifth of a short run,
             another number of epochs changes the rate.

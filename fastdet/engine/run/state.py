@@ -49,8 +49,8 @@ def build_metadata(
     own = {**asdict(settings), "images": length, "data": digest(dataset)}
     if reserved := given.keys() & {*own, *_STATE}:
         raise ValueError(f"description must not have {', '.join(sorted(reserved))}, which the run writes itself")
-    for name, value in {**given, **own}.items():
-        checkpoint.check_plain(name, value)
+    checkpoint.check_plain("description", given)
+    checkpoint.check_plain("settings", own)
     return {**given, **own}
 
 
