@@ -65,7 +65,7 @@ def lock(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        for part in folder.glob(".*.tmp"):
+        for part in folder.glob(".*.[0-9]*.tmp"):
             part.unlink(missing_ok=True)
         yield
 
