@@ -32,15 +32,16 @@ def _spans_kernel(
 ):
     """How the bins of each RoI lie along each axis, so that the programs of the next kernel need not walk the bins.
 
-    Program (block of RoIs, line): lines 0 .. TH are positions in rows of tiles, TH + 1 .. TH + TW + 1 in columns.
+    Program (line and block of RoIs): lines 0 .. TH are positions in rows of tiles, TH + 1 .. TH + TW + 1 in columns.
 
     spans[0, p] is the number of (bin, tile of that bin) pairs along the axis before position p, so that
     spans[0, p + 1] - spans[0, p] bins reach p; spans[1, p] is the first bin that has not ended before p.
     """
     # The line's axis, and its position along it.
-    lane = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    num_blocks = tl.cdiv(num_rois, BLOCK_R)
+    line = tl.program_id(0) // num_blocks
+    lane = tl.program_id(0) % num_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     roi = tl.minimum(lane, num_rois - 1)
-    line = tl.program_id(1)
     rows = tl.cdiv(height, TILE)
     is_row = line <= rows
     position = tl.where(is_row, line, line - rows - 1)
@@ -62,7 +63,8 @@ def _spans_kernel(
     mask = lane < num_rois
     out = line.to(tl.int64) * num_rois + lane
     tl.store(spans_ptr + out, num_before, mask=mask)
-    tl.store(spans_ptr + tl.num_programs(1).to(tl.int64) * num_rois + out, num_ended, mask=mask)
+    num_lines = (rows + tl.cdiv(width, TILE) + 2).to(tl.int64)
+    tl.store(spans_ptr + num_lines * num_rois + out, num_ended, mask=mask)
     tl.store(images_ptr + lane, roi_image(rois_ptr, roi, num_images), mask=mask & (line == 0))
 
 
@@ -82,7 +84,8 @@ def launch_spans(
     `cells` are (height, width) of the map, `tile` the cells of a tile along each axis.
     """
     num_rois = len(rois)
-    _spans_kernel[(triton.cdiv(num_rois, BLOCK_R), spans.shape[1])](
+    # Lines and blocks share the first axis of the grid, the only one that is not limited to 65535.
+    _spans_kernel[(spans.shape[1] * triton.cdiv(num_rois, BLOCK_R),)](
         rois_ptr=rois,
         images_ptr=images,
         spans_ptr=spans,

@@ -13,6 +13,7 @@ from fastdet.kernels import box_iou, decode, match, roi_align, roi_align_backwar
 from fastdet.ops.cpu.threads import run_in_slices
 from fastdet.ops.decode import decode_cpu, decode_cuda
 from fastdet.ops.roi_align import roi_align_backward_cuda
+from fastdet.ops.roi_pool import roi_pool_backward_cuda
 from tests.helpers.checks import assert_close, random_boxes
 from tests.helpers.large import only_programs, sparse_zeros
 from tools.launches import record_launches
@@ -221,6 +222,7 @@ def test_grids_of_long_maps():
     with record_launches() as launches:
         grad, rois = torch.zeros(3, 1, 1, 1), torch.zeros(3, 5)
         roi_align_backward_cuda(grad, rois, [1, 1, 4, 262_144], [1.0], 2, False, 224.0, 4)
-    assert len(launches) == 4
+        roi_pool_backward_cuda(grad, rois, torch.zeros(3, 1, 1, 1, dtype=torch.int32), 1.0, 1, 1, 1, 1, 4, 262_144)
+    assert len(launches) == 7
     for launch in launches:
         assert max(launch.grid[1:], default=1) <= 65535
