@@ -8,26 +8,23 @@ import io
 import json
 import time
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields
 from dataclasses import replace as replace_fields
-from itertools import count
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fastdet import export, weights
-from fastdet.cli import compare, demo, doctor, lint
+from fastdet.cli import compare, demo, detect, doctor, lint
 from fastdet.cli.data import open_data, open_training_data
 from fastdet.cli.options import parse
 from fastdet.cli.plan import DetectorOptions, Plan, describe_run, plan_detector, warn_of_random_weights
 from fastdet.cli.values import UserError, raise_user_errors, read_arguments
 from fastdet.data import JoinedImages
 from fastdet.data.convert import write_coco
-from fastdet.engine import RECIPES, TrainSettings, build_model, detect, distributed, load_model, train
+from fastdet.engine import RECIPES, TrainSettings, build_model, distributed, load_model, train
 from fastdet.engine.defaults import collect_objects
 from fastdet.engine.distributed import ALONE, Processes
 from fastdet.engine.evaluate import evaluate
@@ -39,7 +36,7 @@ from fastdet.engine.step import choose_graphs, describe_steps
 from fastdet.metrics import require_pycocotools
 from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.safe_files import printable
-from fastdet.visualize import draw_detections, write_report
+from fastdet.visualize import write_report
 from fastdet.weights.files import one_line
 
 # Images of an evaluation at a time, of one size.
@@ -124,20 +121,24 @@ def _train(options: argparse.Namespace, processes: Processes, device: torch.devi
         return {"AP": coco.ap, "AP50": coco.ap50, "AP75": coco.ap75, "val_loss": sum(losses.values()), **losses}
 
     start = time.perf_counter()
-    train(
-        model,
-        data,
-        options.out,
-        settings,
-        description=_describe(options, run, device),
-        resume=options.resume or processes.has_begun(),
-        overwrite=options.overwrite,
-        stop_after=options.stop_after,
-        validate=validate,
-        processes=processes,
-        graphs=graphs,
-        tensorboard=options.tensorboard,
-    )
+    try:
+        train(
+            model,
+            data,
+            options.out,
+            settings,
+            description=_describe(options, run, device),
+            resume=options.resume or processes.has_begun(),
+            overwrite=options.overwrite,
+            stop_after=options.stop_after,
+            validate=validate,
+            processes=processes,
+            graphs=graphs,
+            tensorboard=options.tensorboard,
+        )
+    except KeyboardInterrupt:
+        saved = (options.out / "last.pth").exists()
+        raise KeyboardInterrupt("--resume goes on from the state that is saved" if saved else "") from None
     minutes = round((time.perf_counter() - start) / 60, 3)
     metadata = {"backbone": options.backbone, "epochs": settings.epochs, "minutes_of_training": minutes}
     best, last = options.out / "best.pth", options.out / "last.pth"
@@ -186,29 +187,6 @@ def run_convert(options: argparse.Namespace) -> None:
     print(printable(f"{options.to}: {len(data)} images, instances.json with {', '.join(data.class_names)}", 2000))
 
 
-def run_detect(options: argparse.Namespace) -> None:
-    model, class_names = load_model(options.weights)
-    model.to(_device(options))
-    options.out.mkdir(parents=True, exist_ok=True)
-    for found in detect(model, options.images, max_pixels=options.max_pixels):
-        confident = found.scores >= options.score
-        boxes, labels, scores = found.boxes[confident], found.labels[confident], found.scores[confident]
-        drawn = _create(options.out, found.path.stem)
-        with drawn:
-            draw_detections(found.image, boxes, labels, scores, class_names).save(drawn, format="PNG")
-        counts = Counter(class_names[label - 1] for label in labels.tolist())
-        listed = ", ".join(f"{times} {printable(name, 40)}" for name, times in counts.most_common()) or "nothing"
-        print(printable(f"{found.path}: {listed} -> {drawn.name}"))
-
-
-def _create(folder: Path, stem: str) -> BinaryIO:
-    """A new file, of a name that is free: none that is there is overwritten, and no link is followed."""
-    for number in count(1):
-        with contextlib.suppress(FileExistsError):
-            return (folder / (f"{stem}_{number}.png" if number > 1 else f"{stem}.png")).open("xb")
-    raise AssertionError
-
-
 def run_export(options: argparse.Namespace) -> None:
     model, class_names = load_model(options.weights)
     device = _device(options)
@@ -240,14 +218,14 @@ def run_doctor(options: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    "train": run_train,
-    "replay": run_replay,
-    "eval": run_eval,
     "lint": run_lint,
     "convert": run_convert,
-    "compare": compare.run,
-    "detect": run_detect,
+    "train": run_train,
+    "eval": run_eval,
+    "detect": lambda options: detect.run(options, _device(options)),
     "export": run_export,
+    "compare": compare.run,
+    "replay": run_replay,
     "doctor": run_doctor,
     "demo": lambda options: demo.run(options.out),
 }

@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = parse(sys.argv[1:] if argv is None else argv)
             COMMANDS[options.command](options)
         return 0
-    except KeyboardInterrupt:
-        message, code = "interrupted", _INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        message, code = ": ".join(filter(None, ["interrupted", str(interrupt)])), _INTERRUPTED
     except Terminated as error:
         message, code = f"terminated; {error}: go on with --resume", _TERMINATED
     except OtherFailedError:

@@ -77,6 +77,20 @@ def build_parser() -> argparse.ArgumentParser:
         return added
 
     parser.add_argument("--version", action="version", version=f"fastdet {VERSION}")
+    lint = command("lint", "Look for what is wrong in a data set, and for anchors that fit it, before training.")
+    add_data_options(lint)
+    add_split_options(lint)
+    _add_detector_options(lint)
+    lint.add_argument("--out", type=Path, default=Path("runs/lint"), help="folder for the results (runs/lint)")
+    lint.add_argument(
+        "--fix", type=Path, metavar="DIR", help="write a cleaned copy, in COCO's format, into a new folder"
+    )
+
+    convert = command("convert", "Copy data sets into one in COCO's format: images and instances.json.")
+    add_data_options(convert)
+    convert.add_argument("--split", help="VOC's list, or YOLO's key (trainval, train)")
+    convert.add_argument("--to", type=coco_folder, required=True, metavar="coco:DIR", help="a folder that is not there")
+
     train = command("train", "Train a detector and evaluate it.")
     train.add_argument(
         "--out", type=Path, required=True, help="folder for best.pth, last.pth, metrics, result.json, images"
@@ -97,31 +111,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--out", type=Path, help="folder for result.json and detections.png")
     evaluation.add_argument("--workers", type=not_negative, metavar="N", help=_WORKERS)
 
-    lint = command("lint", "Look for what is wrong in a data set, and for anchors that fit it, before training.")
-    add_data_options(lint)
-    add_split_options(lint)
-    _add_detector_options(lint)
-    lint.add_argument("--out", type=Path, default=Path("runs/lint"), help="folder for the results (runs/lint)")
-    lint.add_argument(
-        "--fix", type=Path, metavar="DIR", help="write a cleaned copy, in COCO's format, into a new folder"
-    )
-
-    convert = command("convert", "Copy data sets into one in COCO's format: images and instances.json.")
-    add_data_options(convert)
-    convert.add_argument("--split", help="VOC's list, or YOLO's key (trainval, train)")
-    convert.add_argument("--to", type=coco_folder, required=True, metavar="coco:DIR", help="a folder that is not there")
-
-    detect = command("detect", "Draw the boxes found in images.")
-    detect.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, such as photos/*.jpg")
-    detect.add_argument("--out", type=Path, required=True, help="folder for the drawn images")
+    detect = command("detect", "Find objects in images: pictures with the boxes, a JSON file, or both.")
+    detect.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, and folders of them")
+    detect.add_argument("--out", type=Path, help="folder for the drawn images")
+    detect.add_argument("--json", type=Path, metavar="FILE", help="boxes, labels and scores of each image, a new file")
     add_max_pixels(detect)
     detect.add_argument("--score", type=score, default=0.5, help="least score of a box (0.5)")
-
-    doctor = command("doctor", "Describe this machine, check that the detector runs, measure the memory of a step.")
-    doctor.add_argument("--backbone", choices=tuple(NAMED), default="mobilenet_v2", help="whose step (mobilenet_v2)")
-    doctor.add_argument("--batch-size", type=positive, default=1, help="images of the step (1)")
-    doctor.add_argument("--height", type=positive, default=608, help="of the padded images in pixels (608)")
-    doctor.add_argument("--width", type=positive, default=912, help="likewise (912)")
 
     text = "Write a trained detector for torch.export or ONNX: pixels in, suppressed boxes out."
     export = command("export", text, device="that a .pt2 runs on: ")
@@ -130,12 +125,18 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--height", type=positive, help="of the images it takes, in pixels (padded --min-size)")
     export.add_argument("--width", type=positive, help="likewise (padded --max-size)")
 
-    replay = command("replay", "Take the step of a run again in which a loss or gradient was not finite.")
-    replay.add_argument("run", type=Path, metavar="RUN", help="folder of the run, with failure.json")
-
     compare = command("compare", "The settings in which runs differ, and how well each did.")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
     compare.add_argument("--out", type=Path, help="folder for compare.png, the curves of the runs")
+
+    replay = command("replay", "Take the step of a run again in which a loss or gradient was not finite.")
+    replay.add_argument("run", type=Path, metavar="RUN", help="folder of the run, with failure.json")
+
+    doctor = command("doctor", "Describe this machine, check that the detector runs, measure the memory of a step.")
+    doctor.add_argument("--backbone", choices=tuple(NAMED), default="mobilenet_v2", help="whose step (mobilenet_v2)")
+    doctor.add_argument("--batch-size", type=positive, default=1, help="images of the step (1)")
+    doctor.add_argument("--height", type=positive, default=608, help="of the padded images in pixels (608)")
+    doctor.add_argument("--width", type=positive, default=912, help="likewise (912)")
 
     demo = command("demo", "Train a small detector of drawn shapes on the CPU, in about two minutes.")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results (runs/demo)")

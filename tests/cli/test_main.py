@@ -475,7 +475,7 @@ def test_ctrl_c_exits_cleanly(tree, tmp_path):
     output = process.communicate(timeout=30)[1]
     assert process.returncode == 130, output
     assert "Traceback" not in output
-    assert output.splitlines()[-1] == "fastdet: interrupted"
+    assert output.splitlines()[-1] == "fastdet: interrupted: --resume goes on from the state that is saved"
     assert checkpoint.load(out / "last.pth")["epoch"] >= 0
     evaluated = {"best.pth", "validation.csv"} if checkpoint.load(out / "last.pth")["epoch"] else set()
     names = {path.name for path in out.iterdir()}
