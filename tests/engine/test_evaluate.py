@@ -68,7 +68,7 @@ def test_every_module_keeps_its_mode(tmp_path):
 def test_without_pycocotools_nothing_is_computed(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     model = OneBox()
-    with pytest.raises(ImportError, match=r"pip install 'fastdet\[eval\]'"):
+    with pytest.raises(ImportError, match=r"pip install pycocotools"):
         evaluate(model, dataset(1), ["cat"])
     assert model.calls == []
 
