@@ -92,7 +92,7 @@ def evaluate(
     Args:
         model: a detector on any device; its modules keep the modes they are in.
         dataset: items (image [3, H, W], target with "boxes" [G, 4], "labels" [G] and perhaps "ignore" bool [G]).
-        class_names: of labels 1, 2, ...
+        class_names: of labels 1, 2, ..., as the data set's own `class_names`, if it has them.
         batch_size: images at a time, if the data set has their `sizes`: only those of one size are put together, so
             that the figures do not depend on it. Without, one at a time.
         workers: processes that load data.
@@ -102,12 +102,13 @@ def evaluate(
 
     Raises:
         ImportError: pycocotools is missing; before anything is computed.
-        ValueError: a label is out of range.
+        ValueError: a label is out of range, or has another name in the data set.
         DataError: an image cannot be decoded, or the model takes no losses of a target.
     """
     from tqdm import tqdm
 
     require_pycocotools()
+    _check_names(class_names, getattr(dataset, "class_names", ()))
     plan = processes.share(_plan_batches(dataset, batch_size))
     # A generator of its own: a loader draws a seed for its workers, which would change what training draws.
     loader = DataLoader(
@@ -146,6 +147,16 @@ def evaluate(
         coco=coco_average_precision(*arguments),
         losses=_mean_losses(sums) if compute_losses else None,
     )
+
+
+def _check_names(class_names: Sequence[str], own: Sequence[str]) -> None:
+    """Raises ValueError if a label has another name in the data set: its boxes would be compared with other classes."""
+    for label, (given, name) in enumerate(zip(class_names, own, strict=False), start=1):
+        if given != name:
+            raise ValueError(
+                f"class_names: label {label} is {given!r:.100}, and {name!r:.100} in the data set; "
+                "fastdet.data.JoinedImages([dataset], class_names) gives it these labels"
+            )
 
 
 def _mean_losses(sums: dict[int, Tensor]) -> dict[str, float]:

@@ -65,6 +65,17 @@ def test_every_module_keeps_its_mode(tmp_path):
     found.boxes.add_(1)  # not a tensor of the inference mode, which would refuse
 
 
+def test_names_are_those_of_the_data_set():
+    class Named(list):
+        class_names = ("cat", "dog", "cow")
+
+    model, data = OneBox(), Named(dataset(1, 1, 2))
+    with pytest.raises(ValueError, match=r"label 2 is 'cow', and 'dog' in the data set"):
+        evaluate(model, data, ["cat", "cow", "dog"])
+    assert model.calls == []
+    assert evaluate(model, data, ["cat", "dog"]).summary()["classes"]["cat"]["VOC12"] == pytest.approx(1.0)
+
+
 def test_without_pycocotools_nothing_is_computed(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     model = OneBox()
