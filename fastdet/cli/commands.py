@@ -21,7 +21,7 @@ from fastdet.cli import compare, demo, detect, doctor, lint
 from fastdet.cli.data import open_data, open_training_data
 from fastdet.cli.options import parse
 from fastdet.cli.plan import DetectorOptions, Plan, describe_run, plan_detector, warn_of_random_weights
-from fastdet.cli.values import UserError, raise_user_errors, read_arguments
+from fastdet.cli.values import UserError, raise_user_errors, read_arguments, suggest_option
 from fastdet.data import JoinedImages
 from fastdet.data.convert import write_coco
 from fastdet.engine import RECIPES, TrainSettings, build_model, distributed, load_model, train
@@ -41,6 +41,8 @@ from fastdet.weights.files import one_line
 
 # Images of an evaluation at a time, of one size.
 _EVALUATED = 4
+# How names of detectors begin, and those of torchvision's classifiers or of their features alone.
+_DETECTOR, _CLASSIFIER = r"(backbone|rpn)\.", r"(features|layer1|\d+)\."
 
 
 class _Run(NamedTuple):
@@ -74,10 +76,10 @@ def _prepare(options: argparse.Namespace, device: torch.device) -> _Run:
     warn_of_random_weights(options)
     with raise_user_errors("--seed"):
         torch.manual_seed(settings.seed)
-    with raise_user_errors("the model"):
+    with suggest_option("--weights", options.weights_backbone, _DETECTOR), raise_user_errors("the model"):
         model = build_model(plan.architecture, weights_backbone=options.weights_backbone)
     if options.weights:
-        with raise_user_errors("--weights"):
+        with suggest_option("--weights-backbone", options.weights, _CLASSIFIER), raise_user_errors("--weights"):
             weights.load(model, options.weights, replace_predictor=options.replace_predictor)
     return _Run(settings, data, held_out, plan, model.to(device))
 

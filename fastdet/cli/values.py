@@ -7,8 +7,9 @@ import ast
 import csv
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from fastdet.data import DataError
 from fastdet.engine import CheckpointError
 from fastdet.safe_files import StrPath
-from fastdet.weights import TensorFileError, WeightsError
+from fastdet.weights import TensorFileError, WeightsError, read_state_dict
 from fastdet.weights.files import one_line
 
 
@@ -35,6 +36,18 @@ def raise_user_errors(option: str) -> Iterator[None]:
         raise UserError(f"{option}: {error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{option}: {one_line(error)}") from error
+
+
+@contextmanager
+def suggest_option(option: str, path: StrPath | None, names: str) -> Iterator[None]:
+    """Let the error of a file of weights say which option takes it, if any of its names begins with this pattern."""
+    try:
+        yield
+    except UserError as error:
+        with suppress(TensorFileError):
+            if path and any(re.match(names, name) for name in read_state_dict(path)):
+                error.args = (f"{error}; {option} takes this file",)
+        raise
 
 
 def _number(

@@ -307,6 +307,18 @@ def test_a_run_starts_from_another_runs_weights(trained, tree, tmp_path, capsys)
     fails(capsys, [*train, "--weights", tmp_path / "nowhere.pth"], "nowhere.pth")
 
 
+def test_weights_of_the_other_option_name_it(trained, tree, tmp_path, capsys):
+    backbone, detector = tmp_path / "vgg16.pth", trained[1] / "last.pth"
+    other = {"net.weight": torch.zeros(1)}
+    train = ["train", "--data", f"voc:{tree}", "--out", tmp_path / "run", *SMALL]
+    fails(capsys, [*train, "--weights-backbone", detector], "--weights takes this file")
+    torch.save({"features.0.weight": torch.zeros(1)}, backbone)
+    fails(capsys, [*train, "--weights", backbone], "--weights-backbone takes this file")
+    torch.save(other, backbone)
+    for option in ("--weights", "--weights-backbone"):
+        assert "takes this file" not in message(capsys, *train, option, backbone)
+
+
 def test_a_run_starts_from_weights_with_the_anchors_of_the_backbone(trained, tree, tmp_path):
     names = checkpoint.load(trained[1] / "last.pth")["class_names"]
     sizes = {"min_size": 64, "max_size": 64}
