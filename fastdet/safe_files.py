@@ -1,17 +1,18 @@
 """Files that strangers name: opened only if they are files, replaced whole, and with names that a terminal can show."""
 
 import contextlib
+import json
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 StrPath = str | os.PathLike[str]
 
 
 class FileError(ValueError):
-    """An error about a file of tensors, of one line: control characters of names are escaped, and long ones cut."""
+    """An error about a file, of one line: control characters of names are escaped, and long ones cut."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message, 2000))
@@ -76,6 +77,19 @@ def replace_file(path: StrPath, content: Callable[[BinaryIO], object]) -> None:
         # Gone already after the move; what else is left here is a part. Its removal must not hide the error.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_json(path: StrPath, content: Any, *, indent: int | None = 2) -> None:
+    """Write plain values as JSON, with `replace_file`.
+
+    Raises:
+        FileError: the file cannot be written.
+    """
+    text = json.dumps(content, indent=indent)
+    try:
+        replace_file(path, lambda file: file.write(f"{text}\n".encode()))
+    except OSError as error:
+        raise FileError(f"{path}: the file cannot be written: {error}") from error
 
 
 def printable(text: object, most: int = 1000) -> str:

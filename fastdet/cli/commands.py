@@ -31,12 +31,11 @@ from fastdet.engine import RECIPES, TrainSettings, build_model, detect, distribu
 from fastdet.engine.defaults import collect_objects
 from fastdet.engine.distributed import ALONE, Processes
 from fastdet.engine.evaluate import evaluate
-from fastdet.engine.loading import default_workers
+from fastdet.engine.loading import augment_for, default_workers
 from fastdet.engine.recipes import default_rate
 from fastdet.engine.run.replay import replay
 from fastdet.engine.run.state import build_metadata, build_state
-from fastdet.engine.step import describe_steps
-from fastdet.engine.trainer import augment_for
+from fastdet.engine.step import choose_graphs, describe_steps
 from fastdet.metrics import require_pycocotools
 from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.safe_files import printable
@@ -67,7 +66,7 @@ def _prepare(options: argparse.Namespace, device: torch.device) -> _Run:
         settings = replace_fields(settings, workers=default_workers(device, settings.batch_size, data.sizes))
     objects = collect_objects(data)
     if not len(objects.boxes):
-        places = ", ".join(place.path for place in options.data)
+        places = ", ".join(map(str, options.data))
         ignored = f", but {objects.ignored} that are to be ignored" if objects.ignored else ""
         raise UserError(f"--data: {places}: {len(data)} images without a box that is to be found{ignored}")
     if not any((~held_out.target(index)["ignore"]).any() for index in range(len(held_out))):
@@ -112,9 +111,10 @@ def run_train(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace, processes: Processes, device: torch.device) -> None:
     run = _prepare(options, device)
     settings, data, held_out, plan, model = run
-    if settings.batch_size < processes.count:
-        raise UserError(f"--batch-size {settings.batch_size}: it is shared by {processes.count} processes")
-    steps = describe_steps(model, data, settings, processes)
+    with raise_user_errors("--batch-size"):
+        processes.check_batch_size(settings.batch_size)
+    graphs = choose_graphs(model, data, settings, processes)
+    steps = describe_steps(model, settings, graphs, processes)
     print("\n".join(describe_run(options, plan, settings, steps, data, held_out)), flush=True)
 
     def validate(model: nn.Module) -> dict[str, float]:
@@ -135,14 +135,13 @@ def _train(options: argparse.Namespace, processes: Processes, device: torch.devi
         stop_after=options.stop_after,
         validate=validate,
         processes=processes,
+        graphs=graphs,
         tensorboard=options.tensorboard,
     )
     minutes = round((time.perf_counter() - start) / 60, 3)
     metadata = {"backbone": options.backbone, "epochs": settings.epochs, "minutes_of_training": minutes}
-    best = options.out / "best.pth"
-    best_model = processes.from_first(lambda: load_model(best)[0] if best.exists() else None)
-    if best_model is not None:
-        model = best_model.to(device)
+    best, last = options.out / "best.pth", options.out / "last.pth"
+    model = processes.from_first(lambda: load_model(best if best.exists() else last)[0]).to(device)
     _evaluate(options, model, held_out, data.class_names, settings.workers, metadata, processes)
     print(f"trained in {minutes:.1f} minutes, all in {(time.perf_counter() - start) / 60:.1f}: {options.out}")
 
@@ -282,7 +281,7 @@ def _device(options: argparse.Namespace) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and not torch.backends.cuda.is_built():
             raise UserError(f"--device {device}: torch is built without CUDA here")
-        device = distributed.own_device(device)
+        device = distributed.local_device(device)
         torch.empty(0, device=device)
     return device
 

@@ -35,6 +35,9 @@ class DataPlace(NamedTuple):
     path: str
     annotations: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.path}"
+
     @property
     def has_splits(self) -> bool:
         return self.kind == "yolo" or (self.kind == "voc" and bool(find_lists(Path(self.path))))
@@ -62,7 +65,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add("--zero-based", action="store_true", help="VOC's corners are counted from 0, not from 1")
     turned = "turn images as EXIF tells: as the annotated sizes fit (auto), all (applied), or none (stored)"
     add("--orientation", choices=("auto", "applied", "stored"), default="auto", help=turned)
-    add("--classes", type=names, help="by commas; boxes of other classes are left out")
+    wanted = "by commas, one with a comma in double quotes ('\"a, b\",c'); boxes of other classes are left out"
+    add("--classes", type=names, help=wanted)
     add("--limit", type=positive, metavar="N", help="only the first N images of each split")
     add_max_pixels(parser)
 
@@ -143,7 +147,7 @@ def open_data(
     if options.orientation != "auto" and kinds == {"shapes"}:
         raise UserError(f"--orientation {options.orientation}: drawn shapes have none")
     if split is not None and not any(place.has_splits for place in places):
-        raise UserError(f"{places[0].kind}:{places[0].path} has no splits, but {split!r} is asked for")
+        raise UserError(f"{places[0]} has no splits, but {split!r} is asked for")
     splits = [(split or _default_split(options, place, role)) if place.has_splits else None for place in places]
     opened = [open_place(options, *place_and_split, problems) for place_and_split in zip(places, splits, strict=True)]
     known = [name for dataset in opened for name in dataset.class_names]
@@ -154,7 +158,7 @@ def open_data(
     if class_names is not None:
         joined = JoinedImages([joined], class_names, problems=problems)
     if not len(joined) and not problems:
-        raise UserError(f"--data: {', '.join(f'{place.kind}:{place.path}' for place in places)}: there are no images")
+        raise UserError(f"{', '.join(map(str, places))}: there are no images")
     return joined if options.limit is None else joined.select(range(min(options.limit, len(joined))))
 
 

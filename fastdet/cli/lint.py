@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,7 +23,7 @@ from fastdet.data.convert import write_coco
 from fastdet.data.findings import Finding, Kind, Mark, group, summarize
 from fastdet.data.lint import clean, find_shared_images, lint
 from fastdet.engine.defaults import collect_objects
-from fastdet.safe_files import printable, replace_file
+from fastdet.safe_files import printable, replace_file, write_json
 from fastdet.visualize import draw_detections, tile
 
 # Images that are drawn, boxes that are marked in one, and findings of a kind that are printed.
@@ -128,8 +127,7 @@ def _write(
         "anchors": found.architecture["anchors"],
         "resizing": found.reasons[0],
     }
-    text = json.dumps(content, indent=2)
-    replace_file(out / "lint.json", lambda file: file.write(f"{text}\n".encode()))
+    write_json(out / "lint.json", content)
     for part, of_part in findings.items():
         dataset = datasets[part]
         marks: dict[int, list[Mark]] = {}

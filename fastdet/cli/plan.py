@@ -95,7 +95,7 @@ def plan_detector(options: DetectorOptions, objects: Objects, class_names: tuple
         settings["class_weights"] = balance_classes(objects, len(class_names) + 1)
     # Other names are refused when the model is built.
     known = {field.name for field in fields(Settings)}
-    with raise_user_errors("--set"):
+    with raise_user_errors("--min-size, --max-size, --set"):
         detector = named.settings.override(**{name: value for name, value in settings.items() if name in known})
     anchors, how = _choose_anchors(options, objects, detector, origin)
     if origin is not None:
@@ -128,7 +128,7 @@ def _choose_anchors(
         raise UserError(
             f"--anchors {options.anchors}: it does not go with --anchor-sizes, --aspect-ratios or --weights"
         )
-    with raise_user_errors("--anchor-sizes"):
+    with raise_user_errors("--anchor-sizes, --aspect-ratios"):
         anchors = describe_anchors(options.backbone, options.anchor_sizes, options.aspect_ratios)
         AnchorGenerator(**anchors)
     if is_given or options.anchors == "default":

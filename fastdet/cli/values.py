@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import csv
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -62,8 +63,12 @@ milestones = _number(int, lambda value: value > 0, "a list of positive whole num
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Different names by commas."""
-    given = tuple(name.strip() for name in text.split(",") if name.strip())
+    """Different names, as of a line of CSV."""
+    try:
+        fields = next(csv.reader([text], skipinitialspace=True, strict=True))
+    except csv.Error:
+        fields = []
+    given = tuple(name.strip() for name in fields if name.strip())
     if not given or len(set(given)) < len(given):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of different names, by commas")
     return given

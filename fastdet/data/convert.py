@@ -1,6 +1,5 @@
 """Copies of data sets in COCO's format."""
 
-import json
 import shutil
 from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from PIL import Image
 
 from fastdet.data.images import error_at, read_header
 from fastdet.data.joined import DetectionDataset
-from fastdet.safe_files import replace_file
+from fastdet.safe_files import write_json
 
 
 def write_coco(
@@ -71,8 +70,8 @@ def write_coco(
                 }
             )
     categories = [{"id": label, "name": name} for label, name in enumerate(dataset.class_names, start=1)]
-    text = json.dumps({"images": images, "annotations": annotations, "categories": categories})
-    replace_file(out / "instances.json", lambda file: file.write(text.encode()))
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    write_json(out / "instances.json", content, indent=None)
 
 
 def _choose_name(stem: str, suffix: str, used: set[str]) -> str:

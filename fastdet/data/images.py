@@ -1,9 +1,10 @@
 """Image files as tensors."""
 
 import os
+import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -87,7 +88,8 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, *, apply_exif_ori
 
     Args:
         path: a file in one of `FORMATS`, of an animation the first picture.
-        max_pixels: larger images are refused before they are decoded.
+        max_pixels: larger images are refused before they are decoded. Of TIFF and WebP, Pillow's own limit of 179
+            million pixels (twice `PIL.Image.MAX_IMAGE_PIXELS`) stays.
         apply_exif_orientation: turn the pixels as viewers show them; by default they come as they are stored.
 
     Returns:
@@ -136,6 +138,19 @@ def _decode_jpeg(file: BinaryIO, most: int) -> torch.Tensor | None:
         file.seek(0)
 
 
+def _identify(file: BinaryIO) -> Image.Image:
+    """Pillow's `Image.open`, but for its limit of pixels, which is one for all of a process and no limit of ours."""
+    Image.init()
+    start = file.read(16)
+    for factory, accept in (Image.OPEN[name] for name in FORMATS if name in Image.OPEN):
+        # What it accepts for another plugin, which is not installed, is a text.
+        if accept is None or accept(start) is True:
+            file.seek(0)
+            with suppress(SyntaxError, IndexError, TypeError, struct.error):
+                return factory(file, "")
+    raise UnidentifiedImageError
+
+
 @contextmanager
 def _open_image(path: str | Path) -> Iterator[tuple[BinaryIO, Image.Image]]:
     """An image file, and the same with its header read; any error is one line, and warnings are dropped."""
@@ -143,8 +158,7 @@ def _open_image(path: str | Path) -> Iterator[tuple[BinaryIO, Image.Image]]:
         # They do not name the file: of odd metadata, which is not needed, and of many pixels, which are counted here.
         with warnings.catch_warnings(), open_regular(path) as file:
             warnings.filterwarnings("ignore", module=r"(PIL|torchvision|fastdet\.data\.images)\b")
-            Image.init()
-            with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as picture:
+            with _identify(file) as picture:
                 yield file, picture
     except FileNotFoundError:
         raise error_at(path, "no such image file") from None
@@ -152,6 +166,9 @@ def _open_image(path: str | Path) -> Iterator[tuple[BinaryIO, Image.Image]]:
         raise
     except UnidentifiedImageError:
         raise error_at(path, f"the image cannot be decoded: it is not in a format of {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError as error:
+        # Plugins of some formats count the pixels themselves.
+        raise error_at(path, f"the image cannot be decoded: {error} (twice PIL.Image.MAX_IMAGE_PIXELS)") from error
     # A damaged file can lead a decoder into any exception.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__

@@ -4,7 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from fastdet.data.records import collect, describe_unknown
 from fastdet.data.transforms import Item, make_item
 
 
+@runtime_checkable
 class DetectionDataset(Protocol):
     """What the data sets of this package have in common.
 

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import combinations, islice, product
 from typing import Any, NamedTuple
 
+from fastdet.data import DetectionDataset
 from fastdet.engine.loading import plan_epoch, sizes_of
 from fastdet.engine.recipes import TrainSettings
 from fastdet.graphs.static_inputs import Shape
@@ -33,15 +34,16 @@ class GraphPlan(NamedTuple):
 def plan_graphs(model: Settings, settings: TrainSettings, dataset: Any) -> GraphPlan:
     """Shapes for the full batches of a run, of a detector with the settings `model`.
 
-    By the `sizes` of the data set and its `target(index)`, where it has them; else for images of all shapes, with at
-    most `_MOST_BOXES` boxes.
+    By the `sizes` of the data set, where it has them, else for images of all shapes; and by the boxes of a data set of
+    `fastdet.data`, else for at most `_MOST_BOXES`.
     """
     length = len(dataset)
     padded = Counter(_padded_sizes(model, settings, sizes_of(dataset), length))
     chosen = merge(padded, MOST_SHAPES, model.size_divisible)
     batch, channels = min(settings.batch_size, length), len(model.image_mean)
-    target = getattr(dataset, "target", None)
-    most = max(len(target(index)["labels"]) for index in range(length)) if callable(target) else _MOST_BOXES
+    most = _MOST_BOXES
+    if isinstance(dataset, DetectionDataset):
+        most = max(len(dataset.target(index)["labels"]) for index in range(length))
     # As many rows as targets are padded to.
     rows = 1 << (max(most, 1) - 1).bit_length()
     return GraphPlan(tuple(sorted((batch, channels, *size) for size in chosen)), rows)

@@ -72,6 +72,24 @@ def require(path: str | Path, content: Mapping[str, Any], names: Iterable[str], 
             raise CheckpointError(f"{path}: {name} must be {wanted}, got {printable(repr(content[name]), 100)}")
 
 
+def check_plain(name: str, value: Any) -> None:
+    """Check that a checkpoint gives a value back as it is, and JSON takes it: numbers, texts, True, False and None, in
+    lists, tuples, and dicts with texts as keys.
+
+    Raises:
+        ValueError: naming the first part of it that is something else, and its type.
+    """
+    if type(value) is dict and all(type(key) is str for key in value):
+        for key, inner in value.items():
+            check_plain(f"{name}[{key!r}]", inner)
+    elif type(value) in (list, tuple):
+        for index, inner in enumerate(value):
+            check_plain(f"{name}[{index}]", inner)
+    elif type(value) not in (int, float, str, bool, NoneType):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise ValueError(f"{name} must be plain, of numbers, texts, lists, tuples and dicts by texts, got a {kind}")
+
+
 def _is_names(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
 
@@ -211,15 +229,19 @@ def build_model(architecture: Mapping[str, Any], *, weights_backbone: str | None
 def load_model(path: str | Path) -> tuple[FasterRCNN, tuple[str, ...]]:
     """Rebuild the detector of a training run from its checkpoint, on the CPU and in evaluation mode.
 
+    Its weights are those that the run evaluates: their average, if it has one.
+
     Returns:
         The model, and the names of labels 1, 2, ...
 
     Raises:
         CheckpointError: the file cannot be read, or is not the checkpoint of a detector.
     """
-    content = load(path)
-    require(path, content, ("architecture", "class_names", "model"), "of a detector, as fastdet train writes it")
-    architecture, names, state = content["architecture"], tuple(content["class_names"]), content["model"]
+    content = {"average": None, **load(path)}
+    entries = ("architecture", "class_names", "model", "average")
+    require(path, content, entries, "of a detector, as fastdet train writes it")
+    architecture, names = content["architecture"], tuple(content["class_names"])
+    state = content["average"] or content["model"]
     if architecture["num_classes"] != len(names) + 1:
         number = f"num_classes {architecture['num_classes']!r:.40}"
         raise CheckpointError(f"{path}: {number} does not fit the {len(names)} class_names")

@@ -21,8 +21,8 @@ from fastdet.models.losses import divisor
 
 T = TypeVar("T")
 
-# For which the processes wait for one another at the start.
-_PATIENCE = timedelta(minutes=10)
+# How long the processes wait for one another at the start.
+_TIMEOUT = timedelta(minutes=10)
 
 
 class OtherFailedError(Exception):
@@ -33,8 +33,8 @@ class OtherFailedError(Exception):
 class Processes:
     """How many processes share a run, and which of them this is.
 
-    Each method but `share` and the two of marks is a call of all of them, and fails where another process is gone.
-    Numbers of the host are exchanged by the hosts: no call is a host sync.
+    Each method from `divisors` on is a call of all of them, and fails where another process is gone. Numbers of the
+    host are exchanged by the hosts: no call is a host sync.
 
     Attributes:
         rank: of this one, from 0.
@@ -59,6 +59,11 @@ class Processes:
     def has_begun(self) -> bool:
         """Whether processes in place of which `torchrun` has started these had noted so."""
         return self.store is not None and bool(self.store.check(["begun"]))
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raises ValueError if a batch has fewer images than there are processes."""
+        if batch_size < self.count:
+            raise ValueError(f"batch_size {batch_size} is less than one image for each of {self.count} processes")
 
     def share(self, items: list[T]) -> list[T]:
         """Those of `items` that are this one's."""
@@ -119,7 +124,7 @@ def join(device: torch.device) -> Iterator[Processes]:
     They talk through NCCL on GPUs, and through Gloo on CPUs.
 
     Args:
-        device: of this one, as of `own_device`.
+        device: of this one, as of `local_device`.
 
     Raises:
         OtherFailedError: in place of any exception, if another process has raised one before.
@@ -146,7 +151,7 @@ def join(device: torch.device) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def own_device(device: torch.device) -> torch.device:
+def local_device(device: torch.device) -> torch.device:
     """The device of this process, torch's current one then: of those that `torchrun` has started each has the GPU of
     its number on its machine.
 
@@ -184,12 +189,12 @@ def _agree_on_start(store: dist.Store, rank: int, count: int) -> str:
     if rank == 0:
         name = secrets.token_hex(8)
         store.set("start", name)
-        store.wait([f"{name}/{other}" for other in range(1, count)], _PATIENCE)
+        store.wait([f"{name}/{other}" for other in range(1, count)], _TIMEOUT)
         # No later process is to take this one for its own.
         store.set("start", "")
         store.set(f"{name}/complete", "")
         return name
-    name, deadline = "", time.monotonic() + _PATIENCE.total_seconds()
+    name, deadline = "", time.monotonic() + _TIMEOUT.total_seconds()
     while not (name and store.check([f"{name}/complete"])):
         name = store.get("start").decode() or name
         store.set(f"{name}/{rank}", "")

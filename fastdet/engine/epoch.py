@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
-from fastdet.data import DataError, Item
+from fastdet.data import DataError, DetectionDataset, Item
 from fastdet.engine.loading import Batch, BatchPlan, EpochPlans, image_names
 from fastdet.engine.recipes import learning_rate, update_average
 from fastdet.engine.run.folder import Row
@@ -69,7 +69,7 @@ def train_epoch(
         waited += time.perf_counter() - asked
         rate = learning_rate(settings, step, steps)
         stepper.set_lr(rate)
-        own = plans.own(batch)
+        own = plans.share(batch)
         try:
             row = stepper(images, targets, len(batch))
         except ValueError as error:
@@ -105,14 +105,16 @@ def _read_losses(unread: UnreadRows[BatchPlan], checked: int, dataset: Dataset[I
 
 def _record(row: StepRow[BatchPlan], names: str, dataset: Any) -> dict[str, Any]:
     """What is known of a step, as plain values."""
-    target = getattr(dataset, "target", None)
+    boxes = None
+    if isinstance(dataset, DetectionDataset):
+        boxes = [dataset.target(index)["boxes"].tolist() for index, _ in row.about]
     return {
         "step": row.step,
         "losses": {name: str(row.values[name]) for name in COLUMNS},
         "images": names,
         "indices": [index for index, _ in row.about],
         "seeds": [seed for _, seed in row.about],
-        "boxes": [target(index)["boxes"].tolist() for index, _ in row.about] if target else None,
+        "boxes": boxes,
     }
 
 

@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from fastdet.data import DataError, Item, Target, collate
+from fastdet.data import DataError, DetectionDataset, Item, Target, collate
 from fastdet.data.augmentation import Preset, augment, build
 from fastdet.data.transforms import make_item
 from fastdet.engine.distributed import ALONE, Processes, count_on_machine
 from fastdet.engine.recipes import TrainSettings
 from fastdet.models.anchors import Size
+from fastdet.models.settings import Settings
 from fastdet.weights.files import one_line
 
 Batch = tuple[list[Tensor], list[Target]]
@@ -39,12 +40,22 @@ class AugmentedDataset(Dataset[Item]):
     def __getitem__(self, key: tuple[int, int]) -> Item:
         index, seed = key
         try:
-            item = make_item(*self.dataset[index])
+            image, target = self.dataset[index]
+            item = make_item(image, target)
         except ValueError as error:
             raise DataError(f"item {image_names(self.dataset, [index])} of the data set: {error}") from error
         image, target = augment(self.transform, item, seed)
         # What is sampled in the image then depends neither on what is beside it nor on which process has it.
         return image, {**target, "seed": torch.tensor(seed)}
+
+
+def augment_for(model: nn.Module, dataset: Dataset[Item], settings: TrainSettings) -> AugmentedDataset:
+    """The data set with the augmentation of the settings, for the sizes to which the model resizes."""
+    of_model: Settings | None = getattr(model, "settings", None)
+    if of_model is None and settings.augmentation == "scale-jitter":
+        raise ValueError("augmentation 'scale-jitter' needs a model with settings, for the size of its images")
+    sizes = (of_model.min_sizes[-1], of_model.max_size) if of_model else (0, 0)
+    return AugmentedDataset(dataset, settings.augmentation, sizes)
 
 
 def sizes_of(dataset: Any) -> list[tuple[int, int]] | None:
@@ -78,7 +89,7 @@ def image_names(dataset: Any, indices: Sequence[int]) -> str:
 
 def digest(dataset: Any) -> str | None:
     """Of the names and boxes of a data set of `fastdet.data`, to know it again; None of others."""
-    if not (hasattr(dataset, "ids") and callable(getattr(dataset, "target", None))):
+    if not isinstance(dataset, DetectionDataset):
         return None
     sums = hashlib.blake2b(digest_size=16)
     for index, name in enumerate(dataset.ids):
@@ -153,9 +164,9 @@ class EpochPlans:
 
     def __iter__(self) -> Iterator[BatchPlan]:
         for epoch in self.epochs:
-            yield from map(self.own, self.of(epoch))
+            yield from map(self.share, self.of(epoch))
 
-    def own(self, batch: BatchPlan) -> BatchPlan:
+    def share(self, batch: BatchPlan) -> BatchPlan:
         """What this process loads of a batch: its share, and where that is nothing any image."""
         return self.processes.share(batch) or batch[:1]
 

@@ -30,9 +30,11 @@ def _is_finite(value: Any) -> bool:
 # What each field accepts, in words and in code. Every field has a rule: without, `TrainSettings()` fails.
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(
-        ("epochs", "warmup_steps", "seed", "workers", "aspect_groups", "patience", "save_every"),
+        ("epochs", "warmup_steps", "workers", "aspect_groups", "patience", "save_every"),
         ("a whole number, at least 0", lambda value: _is_whole(value, 0)),
     ),
+    # With the epochs added it is a seed of torch's generators, of 64 bits.
+    "seed": ("a whole number from 0 to 2**63", lambda value: _is_whole(value, 0) and value <= 1 << 63),
     **dict.fromkeys(
         ("batch_size", "accumulate", "log_every", "eval_every"),
         ("a whole number, at least 1", lambda value: _is_whole(value, 1)),
@@ -62,8 +64,8 @@ class TrainSettings:
     Attributes:
         epochs: passes over the data set.
         batch_size: images a step, of all processes together; the last batch of an epoch may be smaller.
-        accumulate: parts of a batch that go through the network one after another, for less memory. The step is that of
-            the whole batch, but for BatchNorm that trains, and goes forward twice.
+        accumulate: parts of a batch, at most `batch_size`, that go through the network one after another, for less
+            memory. The step is that of the whole batch, but for BatchNorm that trains, and goes forward twice.
         optimizer_name: "sgd" or "adamw".
         lr: learning rate after the warm-up.
         momentum: of SGD.
@@ -122,6 +124,8 @@ class TrainSettings:
             expected, accepts = _RULES[field.name]
             if not accepts(value := getattr(self, field.name)):
                 raise ValueError(f"{field.name} must be {expected}, not {value!r}")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate must be at most batch_size, {self.batch_size}, not {self.accumulate}")
 
 
 # By backbone: VGG16 trained in one stage on VOC 2007 (Ren et al., arXiv:1506.01497, section 3.1.3, for momentum and

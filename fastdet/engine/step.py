@@ -165,15 +165,15 @@ def choose_graphs(
 
 
 def describe_steps(
-    model: nn.Module, dataset: Dataset[Item], settings: TrainSettings, processes: Processes = ALONE
+    model: nn.Module, settings: TrainSettings, graphs: GraphPlan | None = None, processes: Processes = ALONE
 ) -> str:
-    """How the steps of a run are taken, for people."""
+    """How the steps of a run are taken, for people; `graphs` is what is captured."""
     device = next(model.parameters()).device
     precision = str(amp_dtype(settings, device) or torch.float32).removeprefix("torch.")
     words = [f"on {device.type}", precision]
     if processes.count > 1:
         words.append(f"{processes.count} processes" + (", without CUDA graphs" if device.type == "cuda" else ""))
-    elif graphs := choose_graphs(model, dataset, settings, processes):
+    elif graphs:
         shapes = ", ".join(f"{height} x {width}" for *_, height, width in graphs.shapes)
         words.append(f"each one CUDA graph, of images padded to {shapes}")
     if settings.accumulate > 1:

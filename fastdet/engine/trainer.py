@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import io
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 from fastdet.data import DataError, Item
+from fastdet.engine.buckets import GraphPlan
 from fastdet.engine.checkpoint import CheckpointError
 from fastdet.engine.distributed import ALONE, Processes
 from fastdet.engine.epoch import NotFiniteError, train_epoch
-from fastdet.engine.loading import AugmentedDataset, EpochPlans, check_ids, load_batches, sizes_of
+from fastdet.engine.loading import AugmentedDataset, EpochPlans, augment_for, check_ids, load_batches, sizes_of
 from fastdet.engine.recipes import TrainSettings
 from fastdet.engine.run import folder as run_folder
 from fastdet.engine.run.folder import Row, Terminated
@@ -29,12 +30,14 @@ from fastdet.engine.step import Stepper, choose_graphs
 from fastdet.models.anchors import Size, has_anchor_inside
 from fastdet.models.preprocessing import resized_size
 from fastdet.models.settings import Settings
+from fastdet.safe_files import write_json
 from fastdet.visualize import plot_average_precision, plot_losses, require_tensorboard, write_events
 from fastdet.weights import files
 
 # Seconds from which on a run on a CPU is worth a warning.
 _LONG = 3600.0
-
+# What a run and its report write later than at its start.
+_RESULTS = ("best.pth", "metrics.csv", "validation.csv", "loss.png", "AP.png", "result.json", "detections.png")
 
 Validate = Callable[[nn.Module], Mapping[str, float]]
 
@@ -52,6 +55,7 @@ def train(
     progress: bool = True,
     validate: Validate | None = None,
     processes: Processes = ALONE,
+    graphs: GraphPlan | None = None,
     tensorboard: bool = False,
 ) -> list[Row]:
     """Train a detector on its device, and write what comes of it into a folder.
@@ -76,17 +80,18 @@ def train(
             has them, name images in errors; by its `sizes` (height, width) images of similar shapes are put together.
         out: the folder, made if it is not there; of several processes the same.
         settings: None takes `TrainSettings()`.
-        description: plain values to put into the checkpoint, such as the "architecture" and "class_names" that
-            `fastdet.engine.load_model` needs.
+        description: plain values (numbers, texts, True, False, None, in lists, tuples, and dicts by texts) to put into
+            the checkpoint, such as the "architecture" and "class_names" that `fastdet.engine.load_model` needs.
         resume: go on from `last.pth`. Under the cosine schedule, and where the warm-up is a fifth of a short run,
             another number of epochs changes the rate.
-        overwrite: begin anew even if the folder has a run.
+        overwrite: begin anew even if the folder has a run, unless that is resumed.
         stop_after: end after this many epochs in all; the schedule still counts `settings.epochs`.
         progress: show a bar.
-        validate: given the model, or the average of its weights, it returns "AP", "AP50" and "AP75", and of losses
-            there those that it has, "val_loss" for their sum. It is called every `eval_every` epochs, and must leave
+        validate: given the model, or the average of its weights, it returns "AP", and where it has them "AP50", "AP75"
+            and losses, "val_loss" for their sum. It is called every `eval_every` epochs, and must leave
             torch's generators as they are.
         processes: that train together, as of `fastdet.engine.distributed.join`, each with this call.
+        graphs: what `fastdet.engine.step.choose_graphs` gives for this run, if it was asked before: it is not again.
         tensorboard: write the rows for TensorBoard too, an extra of fastdet.
 
     Returns:
@@ -94,11 +99,11 @@ def train(
 
     Raises:
         ImportError: TensorBoard is missing.
-        ValueError: the data set is empty, its `sizes` or `ids` are not those of its images, or a batch has fewer images
-            than there are processes.
+        ValueError: the data set is empty, its `sizes` or `ids` are not those of its images, a batch has fewer images
+            than there are processes, a value of `description` is not plain, or the settings need `validate`.
         CheckpointError: the folder has a run already or another process writes into it, a run is resumed with other
             settings, or the checkpoint cannot be read or written.
-        TensorFileError: another of its files cannot be written.
+        FileError: another of its files cannot be written.
         DataError: an image cannot be decoded, the model does not take an image or target, no anchor lies inside any
             image where only those train, or a worker was killed.
         Terminated: SIGTERM came; the state is saved.
@@ -112,32 +117,32 @@ def train(
     if tensorboard:
         require_tensorboard()
     metadata = build_metadata(dataset, settings, description)
-    if settings.batch_size < processes.count:
-        raise ValueError(
-            f"batch_size {settings.batch_size} is less than one image for each of {processes.count} processes"
-        )
-    lock = run_folder.own(out) if processes.writes else nullcontext()
-    with lock, run_folder.notice_sigterm() as came:
+    processes.check_batch_size(settings.batch_size)
+    if validate is None and (settings.patience or settings.eval_every > 1):
+        given = f"patience={settings.patience}, eval_every={settings.eval_every}"
+        raise ValueError(f"{given}: without validate there are no evaluations")
+    lock = run_folder.lock(out) if processes.writes else nullcontext()
+    with lock, run_folder.notice_sigterm() as sigterm_came:
         if processes.writes and (out / "last.pth").exists() and not (resume or overwrite):
             message = "the folder has a run already: resume it, overwrite it, or take another folder"
             raise CheckpointError(f"{out / 'last.pth'}: {message}")
         sizes = sizes_of(dataset)
         _check_anchors(model, sizes or ())
+        augmented = augment_for(model, dataset, settings)
+        graphs = graphs or choose_graphs(model, dataset, settings, processes)
         state = build_state(out, model, settings, metadata, processes)
         _begin(state, settings, resume)
         processes.mark_begun()
-        end = settings.epochs
-        graphs = choose_graphs(model, dataset, settings, processes)
         run = _Run(
             dataset=dataset,
-            augmented=augment_for(model, dataset, settings),
+            augmented=augmented,
             settings=settings,
             state=state,
             stepper=Stepper(model, state.optimizer, settings, state.loss_scale, graphs, processes),
             sizes=sizes,
-            end=end if stop_after is None else min(stop_after, end),
+            end=settings.epochs if stop_after is None else min(stop_after, settings.epochs),
             validate=validate,
-            is_terminated=lambda: processes.any(came()),
+            is_terminated=lambda: processes.any(sigterm_came()),
             progress=progress and processes.writes,
             tensorboard=tensorboard and processes.writes,
         )
@@ -145,7 +150,7 @@ def train(
             return _train(run)
         except NotFiniteError as error:
             if processes.writes:
-                run_folder.write_json(out / "failure.json", error.record, kind="record")
+                write_json(out / "failure.json", error.record)
             raise
 
 
@@ -173,18 +178,18 @@ def _begin(state: RunState, settings: TrainSettings, resume: bool) -> None:
         if state.step > state.steps_per_epoch:
             wanted = f"at most the {state.steps_per_epoch} of an epoch"
             raise CheckpointError(f"{state.last}: step must be {wanted}, got {state.step}")
-        gone = ["failure.json"]
+        stale = ["failure.json"]
     else:
         torch.manual_seed(settings.seed)
         if state.processes.rank:
             # Networks drop out other values in each. What the CPU draws, such as a `min_size`, is the same in all.
             torch.cuda.manual_seed(settings.seed + state.processes.rank)
-        gone = ["failure.json", "best.pth", "validation.csv"]
+        stale = ["failure.json", *_RESULTS]
     if state.processes.writes:
-        for name in gone:
+        for name in stale:
             (state.out / name).unlink(missing_ok=True)
         # Of a resumed run too, which may have other epochs: the file is what repeats it.
-        run_folder.write_json(state.out / "settings.json", state.metadata, kind="settings")
+        write_json(state.out / "settings.json", state.metadata)
     if not resume:
         state.save(0)
 
@@ -226,21 +231,21 @@ def _train(run: _Run) -> list[Row]:
             if run.is_terminated():
                 raise Terminated(f"{state.last}: saved after epoch {epoch + 1}")
     if writes:
-        draw_losses = partial(plot_losses, validation=state.out / "validation.csv")
-        for name, plot, picture in (("metrics", draw_losses, "loss"), ("validation", plot_average_precision, "AP")):
-            if run_folder.has_rows(state.out / f"{name}.csv"):
-                drawn = io.BytesIO()
-                plot(state.out / f"{name}.csv", drawn)
-                files.write(state.out / f"{picture}.png", partial(_write, drawn), kind="picture")
+        _draw_curves(state.out)
     return metrics.rows
+
+
+def _draw_curves(out: Path) -> None:
+    """The pictures of the metrics files that have rows."""
+    steps, evaluations = out / "metrics.csv", out / "validation.csv"
+    if run_folder.has_rows(steps):
+        files.write(out / "loss.png", partial(plot_losses, steps, validation=evaluations), kind="picture")
+    if run_folder.has_rows(evaluations):
+        files.write(out / "AP.png", partial(plot_average_precision, evaluations), kind="picture")
 
 
 def _ignore(group: str, row: Mapping[str, float]) -> None:
     """In place of an event file."""
-
-
-def _write(content: io.BytesIO, file: BinaryIO) -> None:
-    file.write(content.getvalue())
 
 
 def _validate(run: _Run, validate: Validate, epoch: int, bar: Any) -> Row:
@@ -255,23 +260,18 @@ def _validate(run: _Run, validate: Validate, epoch: int, bar: Any) -> Row:
         if run.is_terminated():
             raise Terminated(saved)
         found = validate(state.evaluated)
+    if not isinstance(found, Mapping) or "AP" not in found:
+        raise ValueError(f'validate must return a dict with "AP", got {found!r:.200}')
+    # Others' metrics are numbers of NumPy or tensors, which a checkpoint would not give back.
+    found = {**found, **{name: float(found[name]) for name in run_folder.VALIDATION_COLUMNS if name in found}}
     row = {"epoch": epoch, "step": epoch * state.steps_per_epoch, **found}
     if state.processes.writes:
         run_folder.write_validation(state.out / "validation.csv", row)
     state.keep_best(epoch, found["AP"])
     if run.progress:
         best = f"the best is epoch {state.best['epoch']}" if state.best["epoch"] else "none is the best"
-        bar.write(f"epoch {epoch}: AP {found['AP']:.3f}, AP50 {found['AP50']:.3f}; {best}")
+        bar.write(f"epoch {epoch}: AP {found['AP']:.3f}, AP50 {row.get('AP50', math.nan):.3f}; {best}")
     return row
-
-
-def augment_for(model: nn.Module, dataset: Dataset[Item], settings: TrainSettings) -> AugmentedDataset:
-    """The data set with the augmentation of the settings, for the sizes to which the model resizes."""
-    of_model: Settings | None = getattr(model, "settings", None)
-    if of_model is None and settings.augmentation == "scale-jitter":
-        raise ValueError("augmentation 'scale-jitter' needs a model with settings, for the size of its images")
-    sizes = (of_model.min_sizes[-1], of_model.max_size) if of_model else (0, 0)
-    return AugmentedDataset(dataset, settings.augmentation, sizes)
 
 
 def _check_anchors(model: nn.Module, sizes: Sequence[Size]) -> None:

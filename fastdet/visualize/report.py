@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdet.safe_files import replace_file
+from fastdet.safe_files import replace_file, write_json
 from fastdet.visualize.boxes import draw_detections, tile
 
 
@@ -39,9 +38,7 @@ def write_report(
         score_threshold: detections below are not drawn.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**metadata, "images": len(dataset), **summary}, indent=2)
-    replace_file(out / "result.json", lambda file: file.write(f"{text}\n".encode()))
+    write_json(out / "result.json", {**metadata, "images": len(dataset), **summary})
     drawn = []
     for k, prediction in enumerate(predictions[:max_images]):
         image = dataset[k][0]

@@ -17,6 +17,7 @@ from fastdet.cli.values import UserError
 from fastdet.data import COCO, VOC, JoinedImages
 from fastdet.engine import checkpoint
 from fastdet.engine.defaults import collect_objects
+from fastdet.engine.evaluate import evaluate
 from tests.helpers.cli import message
 from tests.helpers.voc import SMALL
 from tests.helpers.yolo import write_yolo
@@ -58,6 +59,14 @@ def test_several_data_sets_are_joined(tree):
     assert train[6][1]["labels"].tolist() == expected
 
 
+def test_a_class_with_a_comma_is_named_in_quotes(capsys):
+    given = ["eval", "--weights", "x", "--data", "shapes:1", "--classes"]
+    parser = build_parser()
+    assert parser.parse_args([*given, 'a, "b, c",5" d,"e""f"']).classes == ("a", "b, c", '5" d', 'e"f')
+    for text in ('"a,b', '"a"b', ",", "a\nb"):
+        assert "is not a list of different names" in message(capsys, *given, text)
+
+
 def test_classes_are_a_subset_in_the_order_given(tree):
     train, val = opened("--data", f"voc:{tree}", "--classes", "star,circle")
     assert train.class_names == val.class_names == ("star", "circle")
@@ -75,9 +84,8 @@ def test_data_without_anything_to_evaluate_on(capsys, tmp_path):
 def test_data_without_images(capsys, tmp_path):
     train = ["train", "--out", tmp_path / "run", *SMALL]
     assert "shapes:0: there are no images" in message(capsys, *train, "--data", "shapes:0", "--val-data", "shapes:2")
-    assert "shapes:0,3: there are no images" in message(
-        capsys, *train, "--data", "shapes:2", "--val-data", "shapes:0,3"
-    )
+    line = message(capsys, *train, "--data", "shapes:2", "--val-data", "shapes:0,3")
+    assert line == "fastdet: shapes:0,3: there are no images"
 
 
 def test_a_run_describes_what_it_trains(tree, tmp_path, capsys):
@@ -267,6 +275,28 @@ def test_training_without_a_box_is_an_error(tmp_path, capsys):
         path.write_text("")
     assert "2 images without a box that is to be found" in message(capsys, *run, "--overwrite")
     message(capsys, "lint", "--data", f"yolo:{tmp_path}", "--out", tmp_path / "lint", code=1)
+
+
+def test_without_a_best_evaluation_the_average_of_the_weights_is_evaluated_at_the_end(tmp_path, monkeypatch):
+    write_yolo(tmp_path, {"train": 4, "val": 1})
+    for path in (tmp_path / "labels/val").iterdir():
+        path.write_text("")
+    evaluated = []
+
+    def keep_weights(model, *arguments, **options):
+        evaluated.append({name: value.clone() for name, value in model.state_dict().items()})
+        return evaluate(model, *arguments, **options)
+
+    monkeypatch.setattr("fastdet.cli.commands.evaluate", keep_weights)
+    run = ["train", "--data", f"yolo:{tmp_path}", "--out", f"{tmp_path}/run", "--epochs", "1", "--ema", "0.9", *SMALL]
+    assert main(run) == 0
+    assert not (tmp_path / "run/best.pth").exists()
+    within, final = evaluated
+    for name, value in checkpoint.load_model(tmp_path / "run/last.pth")[0].state_dict().items():
+        assert torch.equal(value, within[name]), name
+        assert torch.equal(value, final[name]), name
+    raw = checkpoint.load(tmp_path / "run/last.pth")["model"]
+    assert not all(torch.equal(value, within[name]) for name, value in raw.items())
 
 
 def test_evaluation_of_some_classes(tree):

@@ -6,7 +6,7 @@ import torch
 from fastdet import Detections, FasterRCNN
 from fastdet.cli import doctor
 from fastdet.cli.main import main
-from fastdet.engine.distributed import own_device
+from fastdet.engine.distributed import local_device
 from tests.helpers.detectors import small_detector
 
 
@@ -24,7 +24,7 @@ def test_the_gpu_that_is_given_becomes_the_current_one(monkeypatch, capsys):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     for given in ("cuda:1", "cuda", "cpu"):
-        assert own_device(torch.device(given)) == torch.device(given)
+        assert local_device(torch.device(given)) == torch.device(given)
     assert chosen == [torch.device("cuda:1")]
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
     assert main(["doctor", "--device", "cuda:1"]) == 2

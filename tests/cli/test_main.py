@@ -21,6 +21,7 @@ from fastdet.cli.options import parse
 from fastdet.data import VOC, Shapes
 from fastdet.data.images import MAX_PIXELS
 from fastdet.engine import build_model, checkpoint, detect
+from fastdet.engine.buckets import plan_graphs
 from fastdet.engine.evaluate import evaluate
 from tests.helpers.cli import message
 from tests.helpers.voc import SMALL
@@ -65,6 +66,16 @@ def test_train_writes_everything(trained):
     assert all(math.isfinite(float(row["loss"])) for row in rows)
     with Image.open(run / "detections.png") as picture:
         assert picture.width > 2 * 64
+
+
+def test_graphs_are_chosen_once(tree, tmp_path, monkeypatch, capsys):
+    def plan(model, data, settings, processes):
+        return plan_graphs(model.settings, settings, data)
+
+    monkeypatch.setattr("fastdet.cli.commands.choose_graphs", plan)
+    monkeypatch.setattr("fastdet.engine.trainer.choose_graphs", None)
+    assert main(["train", "--data", f"voc:{tree}", "--out", str(tmp_path / "run"), "--epochs", "0", *SMALL]) == 0
+    assert "each one CUDA graph, of images padded to 64 x 64" in capsys.readouterr().out
 
 
 def test_two_epochs_of_the_detector_and_two_more_are_four(tmp_path, tree):
@@ -357,6 +368,8 @@ def test_option_errors(tree, tmp_path, capsys):
     fails(capsys, [*train, "--backbone", "resnet1"], "resnet1", "mobilenet_v2")
     fails(capsys, [*train, "--weights-backbone", "/nowhere.pth"], "/nowhere.pth")
     fails(capsys, [*train, "--anchor-sizes", "8,-3"], "--anchor-sizes", "8,-3")
+    fails(capsys, [*train, "--aspect-ratios", "1e-9"], "--aspect-ratios: aspect_ratios")
+    fails(capsys, [*train, "--max-size", "9"], "--max-size, --set: max_size must be at least min_size (64)")
     fails(capsys, [*train, "--milestones", "1.5"], "--milestones")
     fails(capsys, [*train, "--milestones", "1"], "--milestones: --schedule step needs them")
     fails(capsys, [*train, "--schedule", "step"], "--milestones: --schedule step needs them")

@@ -110,3 +110,30 @@ def test_jpeg_of_several_pictures(tmp_path):
     pictures[0].save(tmp_path / "a.mpo", save_all=True, append_images=pictures[1:])
     assert find_images(tmp_path) == {"a": ["a.mpo"]}
     assert read_image(tmp_path / "a.mpo")[:, 0, 0].tolist() == [254, 0, 0]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "gif", "avif"])
+def test_the_limit_of_pixels_is_the_argument_and_not_pillows(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "avif":
+        pytest.importorskip("PIL._avif")
+    noise(20, 31).save(path)
+    expected = by_pillow(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    assert torch.equal(read_image(path, 620), expected)
+    with pytest.raises(DataError, match="31 x 20 = 620 pixels, above max_pixels = 619"):
+        read_image(path, 619)
+    assert Image.MAX_IMAGE_PIXELS == 200
+
+
+def test_a_limit_of_pillow_is_named(tmp_path, monkeypatch):
+    """Some formats have one in some versions."""
+
+    def refuse(*_):
+        raise Image.DecompressionBombError("exceeds limit of 400 pixels")
+
+    noise(20, 31).save(tmp_path / "a.png")
+    Image.init()
+    monkeypatch.setitem(Image.OPEN, "PNG", (refuse, Image.OPEN["PNG"][1]))
+    with pytest.raises(DataError, match=r"a\.png: .*exceeds limit of 400 pixels \(twice PIL\.Image\.MAX_IMAGE_PIXELS"):
+        read_image(tmp_path / "a.png")

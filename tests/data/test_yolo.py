@@ -129,6 +129,15 @@ def test_lines_that_are_wrong_are_named(root: Path, line: str, message: str) -> 
     assert boxes_of(data) == [[10, 5, 30, 15], [0, 0, 40, 20]]
 
 
+def test_keypoints_without_their_shape_are_no_polygon(root: Path) -> None:
+    path = root / "labels/train/a.txt"
+    path.write_text("0 .5 .5 .2 .4 .45 .4 2 .55 .4 0\n")
+    assert "a.txt:1: the line is a box with keypoints" in fails(root)
+    # A polygon that touches the sides of the image, and one of another number of points.
+    path.write_text("0 0 0 .5 0 1 0 1 1 .5 1\n0 .1 .1 .5 .1 .9 .9 .5 .9\n")
+    assert len(boxes_of(open_quietly(root))) == 2
+
+
 def test_keypoints_are_not_corners(root: Path) -> None:
     configure(root, f"train: images/train\n{NAMES}kpt_shape: [2, 3]\n")
     (root / "labels/train/a.txt").write_text("1 0.5 0.5 0.5 0.5 0 0 2 0.9 0.9 1\n")

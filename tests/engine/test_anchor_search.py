@@ -17,7 +17,7 @@ import torchvision
 from fastdet.data import VOC
 from fastdet.engine.anchor_search import best_overlaps, class_shares, search
 from fastdet.engine.anchor_search.candidates import Table, tabulate
-from fastdet.engine.anchor_search.reach import largest_images, quality, to_objects
+from fastdet.engine.anchor_search.reach import clip_boxes, largest_images, quality
 from fastdet.engine.anchor_search.search import _choose, _descend, _propose, _start
 from fastdet.engine.checkpoint import describe_anchors
 from fastdet.models.anchors import AnchorGenerator, grid_anchors, inside
@@ -299,7 +299,7 @@ def test_no_size_or_ratio_alone_can_be_changed_for_the_better(backbone: str) -> 
 
 
 def table_of(data: Data, default: AnchorGenerator, inside_only: bool = False) -> Table:
-    return tabulate(to_objects(*data[:2]), data[2], largest_images(data[1]), default, inside_only)
+    return tabulate(clip_boxes(*data[:2]), data[2], largest_images(data[1]), default, inside_only)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_steps_in_parts_equal_those_of_the_whole(accumulate):
     model.backbone[3].p = 0.0
     plain, calls = copy.deepcopy(model), []
     model.backbone.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
-    settings = TrainSettings(**{**vars(SETTINGS), "accumulate": accumulate})
+    settings = TrainSettings(**{**vars(SETTINGS), "accumulate": accumulate, "batch_size": 5})
     assert_close(steps_of(make_stepper(model, settings)), plain_steps(plain))
     assert_close(model.state_dict(), plain.state_dict())
     assert max(calls) == -(-3 // accumulate)
@@ -180,23 +180,24 @@ def test_a_loss_that_is_not_finite_changes_nothing(make, accumulate, clip_norm):
 
 def test_how_steps_are_taken_is_described():
     model, data = small_detector(), [None]
-    assert describe_steps(model, data, TrainSettings()) == "on cpu, float32"
-    parts = describe_steps(model, data, TrainSettings(amp="bfloat16", accumulate=3))
+    assert describe_steps(model, TrainSettings()) == "on cpu, float32"
+    parts = describe_steps(model, TrainSettings(amp="bfloat16", accumulate=3))
     assert parts == "on cpu, bfloat16, in 3 parts, BatchNorm by the images of each part"
-    several = describe_steps(model, data, TrainSettings(), Processes(0, 2))
+    several = describe_steps(model, TrainSettings(), processes=Processes(0, 2))
     assert several == "on cpu, float32, 2 processes, BatchNorm by the images of each process"
-    assert describe_steps(model, data, TrainSettings(workers=3)) == "on cpu, float32, 3 workers load images"
+    assert describe_steps(model, TrainSettings(workers=3)) == "on cpu, float32, 3 workers load images"
     assert choose_graphs(model, data, TrainSettings()) is None
     model.backbone[1] = FrozenBatchNorm2d(4)
-    assert describe_steps(model, data, TrainSettings(accumulate=3)) == "on cpu, float32, in 3 parts"
-    assert describe_steps(model, data, TrainSettings(), Processes(0, 2)) == "on cpu, float32, 2 processes"
+    assert describe_steps(model, TrainSettings(accumulate=3)) == "on cpu, float32, in 3 parts"
+    assert describe_steps(model, TrainSettings(), processes=Processes(0, 2)) == "on cpu, float32, 2 processes"
 
 
 def test_graphs_are_chosen_for_a_detector_on_a_gpu():
     torch.use_deterministic_algorithms(False)
     with FakeTensorMode(), torch.device("cuda"):
         model, other, data = small_detector(), Other(), [None] * 9
-    assert "each one CUDA graph, of images padded to " in describe_steps(model, data, TrainSettings())
+    graphs = choose_graphs(model, data, TrainSettings())
+    assert "each one CUDA graph, of images padded to " in describe_steps(model, TrainSettings(), graphs)
     for each, settings in ((model, TrainSettings(graphs=False)), (other, TrainSettings())):
         assert choose_graphs(each, data, settings) is None
     assert choose_graphs(model, data, TrainSettings(batch_size=3)).shapes[0][:2] == (3, 3)

@@ -1,6 +1,7 @@
 import csv
 import math
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -221,6 +222,14 @@ def test_a_run_is_not_overwritten_unasked(tmp_path, shapes):
     assert len(rows_of(tmp_path)) == 2
 
 
+def test_a_new_run_that_cannot_begin_leaves_the_old_one(tmp_path, shapes):
+    run(build_detector(), shapes, tmp_path, stop_after=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="'scale-jitter' needs a model with settings"):
+        run(build_detector(), shapes, tmp_path, replace(SETTINGS, augmentation="scale-jitter"), overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_resuming_with_something_else_is_an_error(tmp_path, shapes):
     run(build_detector(), shapes, tmp_path, stop_after=1, description={"class_names": ("a", "b")})
     same = {"resume": True, "description": {"class_names": ("a", "b")}}
@@ -241,7 +250,7 @@ def test_resuming_with_something_else_is_an_error(tmp_path, shapes):
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, shapes):
     model = build_detector()
     model.poison_at = 10
-    shapes.ids = [f"picture-{k}" for k in range(7)]
+    shapes.ids, shapes.target = [f"picture-{k}" for k in range(7)], "not a method"
     batch = plan_epoch(7, SETTINGS, 1)[1]
     with pytest.raises(FloatingPointError, match=r"step 6: .*loss_classifier nan") as caught:
         run(model, shapes, tmp_path)
@@ -379,7 +388,10 @@ def test_groups_get_their_rates(tmp_path, shapes):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("epochs", -1), ("batch_size", 0), ("lr", 0), ("lr", math.nan), ("schedule", "linear"), ("log_every", 0)],
+    [
+        *[("epochs", -1), ("batch_size", 0), ("lr", 0), ("lr", math.nan), ("schedule", "linear"), ("log_every", 0)],
+        *[("accumulate", 5), ("seed", (1 << 63) + 1)],
+    ],
 )
 def test_settings_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"{name} must be"):
@@ -483,6 +495,33 @@ def test_the_best_weights_are_kept(tmp_path, shapes):
         ("3", "12", "0.5"),
         ("4", "16", "0.1"),
     ]
+
+
+def test_the_metrics_of_an_evaluation_may_be_numbers_of_numpy_or_tensors(tmp_path, shapes):
+    validate = Graded(np.float64(0.25), torch.tensor(0.5))
+    run(build_detector(), shapes, tmp_path, stop_after=2, validate=validate)
+    best, last = (checkpoint.load(tmp_path / f"{name}.pth") for name in ("best", "last"))
+    assert (best["AP"], last["best"]) == (0.5, {"epoch": 2, "AP": 0.5, "evaluations_since": 0})
+    run(build_detector(), shapes, tmp_path, stop_after=2, validate=validate, resume=True)
+
+
+@pytest.mark.parametrize("found", [None, {}, {"mAP": 0.5}])
+def test_an_evaluation_needs_an_average_precision(tmp_path, shapes, found):
+    with pytest.raises(ValueError, match='validate must return a dict with "AP", got '):
+        run(build_detector(), shapes, tmp_path, validate=lambda model: found)
+    assert train(build_detector(), shapes, tmp_path, SETTINGS, resume=True, stop_after=1, validate=lambda _: {"AP": 1})
+
+
+@pytest.mark.parametrize("item", [(1, 2, 3), (1,)])
+def test_an_item_that_is_no_pair_is_named(tmp_path, item):
+    with pytest.raises(DataError, match=r"item \d of the data set: .* to unpack \(expected 2"):
+        run(build_detector(), [item] * 3, tmp_path)
+
+
+def test_a_data_set_may_have_attributes_of_the_names_of_ours(tmp_path, shapes):
+    shapes.ids, shapes.target = list("abcdefg"), lambda index: index
+    run(build_detector(), shapes, tmp_path, stop_after=1)
+    assert checkpoint.load(tmp_path / "last.pth")["data"] is None
 
 
 @pytest.mark.parametrize(("every", "epochs"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3, 4]), (9, [4])])
@@ -629,3 +668,56 @@ def test_an_evaluation_need_not_have_losses(tmp_path, shapes):
     (row,) = read_rows(tmp_path / "validation.csv", 99, VALIDATION_COLUMNS)
     assert row["AP"] == 0.1
     assert all(math.isnan(row[name]) for name in ("val_loss", *LOSSES))
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [
+        (Path("x"), r"description\['source'\] must be plain, .* got a pathlib\.PosixPath"),
+        ({"files": ("a", [torch.zeros(1)])}, r"\['source'\]\['files'\]\[1\]\[0\] .* torch\.Tensor"),
+        ({"a": {np.str_("a"): 1}}, r"\['source'\]\['a'\] .* dicts by texts, got a builtins\.dict"),
+        ({(1, 2): 1}, r"\['source'\] .* dicts by texts, got a builtins\.dict"),
+    ],
+)
+def test_a_description_that_could_not_be_read_again_is_refused_before_anything_is_written(
+    tmp_path, shapes, value, place
+):
+    with pytest.raises(ValueError, match=place):
+        run(build_detector(), shapes, tmp_path / "run", description={"source": value})
+    with pytest.raises(ValueError, match="description must not have data, epoch, lr,"):
+        run(build_detector(), shapes, tmp_path / "run", description={"data": "x", "epoch": 1, "lr": 2, "other": 3})
+    with pytest.raises(ValueError, match=r"settings\['lr'\] must be plain, .* numpy\.float64"):
+        run(build_detector(), shapes, tmp_path / "run", replace(SETTINGS, lr=np.float64(0.1)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plain_description_is_read_as_it_was_written(tmp_path, shapes):
+    described = {"a": [1, 2.5, "x", True, None], "b": {"c": (), "d": {}}}
+    run(build_detector(), shapes, tmp_path, stop_after=0, description=described)
+    saved = checkpoint.load(tmp_path / "last.pth")
+    assert {name: saved[name] for name in described} == described
+    run(build_detector(), shapes, tmp_path, stop_after=1, description=described, resume=True)
+
+
+@pytest.mark.parametrize("setting", ["patience", "eval_every"])
+def test_settings_of_evaluations_need_some(tmp_path, shapes, setting):
+    with pytest.raises(ValueError, match=f"{setting}=2.*: without validate"):
+        run(build_detector(), shapes, tmp_path, replace(SETTINGS, **{setting: 2}))
+
+
+def test_what_an_older_run_wrote_is_gone_when_a_new_one_begins(tmp_path, shapes):
+    names = {"loss.png", "AP.png", "result.json", "detections.png", "best.pth", "validation.csv", "failure.json"}
+    run(build_detector(), shapes, tmp_path, stop_after=1)
+    for name in (*names, "notes.txt"):
+        (tmp_path / name).write_text("old")
+    run(build_detector(), shapes, tmp_path, resume=True, stop_after=1)
+    assert {path.name for path in tmp_path.iterdir()} & names == names - {"failure.json"}
+    (tmp_path / "failure.json").write_text("old")
+    found = []
+
+    def validate(model):
+        found.append({path.name for path in tmp_path.iterdir()})
+        return {"AP": 0.5, "AP50": 0.5, "AP75": 0.5}
+
+    run(build_detector(), shapes, tmp_path, overwrite=True, stop_after=1, validate=validate)
+    assert found == [{".lock", "last.pth", "settings.json", "metrics.csv", "notes.txt"}]

@@ -307,8 +307,9 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
     os.kill(child, signal.SIGKILL)
     ended(child)
     (tmp_path / ".last.pth.123.tmp").write_bytes(b"a part")
+    (tmp_path / ".notes.tmp").write_bytes(b"of somebody else")
     run(tmp_path, overwrite=True)  # the lock of a process that is gone
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert [path.name for path in tmp_path.glob(".*.tmp")] == [".notes.tmp"]
 
 
 @pytest.fixture(scope="module")
@@ -554,7 +555,7 @@ def test_the_description_of_a_model_allocates_nothing(tmp_path, straight, change
 
 def test_locks_only_where_there_are_any(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder.os, "name", "nt")
-    with run_folder.own(tmp_path / "new"):
+    with run_folder.lock(tmp_path / "new"):
         assert not list((tmp_path / "new").iterdir())
 
 
@@ -563,17 +564,17 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.lockf", refuse)
-    with pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\)"), run_folder.own(tmp_path):
+    with pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\)"), run_folder.lock(tmp_path):
         pass
 
 
-def test_the_model_of_a_checkpoint_is_the_trained_one(straight):
+def test_the_model_of_a_checkpoint_is_the_average_of_the_trained_one(straight):
     model, names = load_model(straight[0] / "last.pth")
     assert isinstance(model, FasterRCNN)
     assert names == Shapes.class_names
     assert all(not tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     fresh = checkpoint.build_model(ARCHITECTURE)
-    fresh.load_state_dict(checkpoint.load(straight[0] / "last.pth")["model"])
+    fresh.load_state_dict(checkpoint.load(straight[0] / "last.pth")["average"])
     images = [Drawn.items[0][0]]
     with torch.no_grad():
         torch.testing.assert_close(model(images), fresh.eval()(images), rtol=0, atol=0)
@@ -581,7 +582,8 @@ def test_the_model_of_a_checkpoint_is_the_trained_one(straight):
 
 def test_a_checkpoint_that_is_not_finite_is_not_resumed(tmp_path, straight, capsys):
     content = checkpoint.load(straight[0] / "last.pth")
-    next(iter(content["model"].values())).view(-1)[0] = math.inf
+    for part in ("model", "average"):
+        next(iter(content[part].values())).view(-1)[0] = math.inf
     checkpoint.save(tmp_path / "last.pth", content)
     with pytest.raises(CheckpointError, match=r"has 1 of \d+ values that are not finite"):
         run(tmp_path, resume=True)

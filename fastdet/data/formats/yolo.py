@@ -250,6 +250,10 @@ def _to_box(place: str, line: str, config: Config) -> Box:
         x, y, width, height = shares[:4]
         corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
     elif len(shares) >= 6 and len(shares) % 2 == 0 and not config.keypoint_values:
+        behind = shares[6::3]
+        if len(shares) % 3 == 1 and 2 in behind and {0, 1, 2}.issuperset(behind):
+            what = "a box with keypoints, seen (2) or not, rather than a polygon"
+            raise error_at(place, f"the line is {what}: {config.path} has no kpt_shape")
         xs, ys = shares[::2], shares[1::2]
         is_finite = all(map(math.isfinite, shares))
         corners = (min(xs), min(ys), max(xs), max(ys)) if is_finite else (math.nan,) * 4

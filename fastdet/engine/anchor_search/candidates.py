@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastdet.engine.anchor_search import reach
-from fastdet.engine.anchor_search.reach import Array, Objects
+from fastdet.engine.anchor_search.reach import Array, ClippedBoxes
 from fastdet.models.anchors import MAX_SIDE, AnchorGenerator
 
 # Boxes that a search looks at; they are drawn evenly from the classes, and from the areas in each.
@@ -40,19 +40,21 @@ class Table(NamedTuple):
     weights: Array
 
 
-def tabulate(objects: Objects, labels: Array, largest: Array, default: AnchorGenerator, inside_only: bool) -> Table:
+def tabulate(
+    clipped: ClippedBoxes, labels: Array, largest: Array, default: AnchorGenerator, inside_only: bool
+) -> Table:
     """The table of candidates for the strides, offset and rounding of a generator.
 
     Args:
-        objects: at least one, each with an area.
+        clipped: at least one, each with an area.
         labels: integers [N], their classes.
         largest: [K, 2], (height, width) of the largest images.
         default: with strides.
         inside_only: use only anchors that lie wholly inside the image.
     """
-    index, weights = _sample(labels, (objects.high - objects.low).prod(0))
-    objects = Objects(*(part[:, index] for part in objects))
-    width, height = objects.high - objects.low
+    index, weights = _sample(labels, (clipped.high - clipped.low).prod(0))
+    clipped = ClippedBoxes(*(part[:, index] for part in clipped))
+    width, height = clipped.high - clipped.low
     sides, shapes = np.sqrt(width * height), height / width
     strides = default.strides or ()
     ratios = _ratio_candidates(shapes, weights)
@@ -67,7 +69,7 @@ def tabulate(objects: Objects, labels: Array, largest: Array, default: AnchorGen
         cells = zip(generator.cell_anchors(), strides, strict=True)
         anchors = [(anchor, stride) for cell, stride in cells for anchor in cell.double().numpy()]
         for row, (anchor, stride) in enumerate(anchors):
-            quality[row, column] = reach.quality(reach.overlap(objects, anchor, stride, inside_only))
+            quality[row, column] = reach.quality(reach.overlap(clipped, anchor, stride, inside_only))
             fits[row, column] = not inside_only or reach.fits(anchor, stride, largest)
     levels = np.repeat(np.arange(len(sizes)), counts)
     for level in range(len(sizes)):

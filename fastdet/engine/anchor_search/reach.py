@@ -31,10 +31,10 @@ def best_overlaps(boxes: ArrayLike, sizes: ArrayLike, generator: AnchorGenerator
     cells = [cell.double().numpy() for cell in generator.cell_anchors()]
     for begin in range(0, len(boxes), _CHUNK):
         part = slice(begin, begin + _CHUNK)
-        objects = to_objects(boxes[part], sizes[part])
+        clipped = clip_boxes(boxes[part], sizes[part])
         for cell, stride in zip(cells, generator.strides or (), strict=True):
             for anchor in cell:
-                np.maximum(best[part], overlap(objects, anchor, stride, inside_only), out=best[part])
+                np.maximum(best[part], overlap(clipped, anchor, stride, inside_only), out=best[part])
     return best
 
 
@@ -72,8 +72,9 @@ def quality(overlaps: Array) -> Array:
     return 0.1 * np.sqrt(overlaps) + 0.9 * np.clip((overlaps - 0.4) / 0.4, 0, 1)
 
 
-class Objects(NamedTuple):
-    """Boxes by axis, x and y: where they begin and end, and the sides of their images; each float64 [2, N]."""
+class ClippedBoxes(NamedTuple):
+    """Boxes within their images by axis, x and y: where they begin and end, and the sides of the images; each float64
+    [2, N]."""
 
     low: Array
     high: Array
@@ -92,19 +93,19 @@ def check(boxes: ArrayLike, sizes: ArrayLike, generator: AnchorGenerator) -> tup
     return boxes, sizes
 
 
-def to_objects(boxes: Array, sizes: Array) -> Objects:
+def clip_boxes(boxes: Array, sizes: Array) -> ClippedBoxes:
     """Boxes [N, 4], clipped to the images of these (height, width) [N, 2]."""
     sides, corners = sizes[:, ::-1].T.astype(np.float64), boxes.T.astype(np.float64)
-    return Objects(np.clip(corners[:2], 0, sides), np.clip(corners[2:], 0, sides), sides)
+    return ClippedBoxes(np.clip(corners[:2], 0, sides), np.clip(corners[2:], 0, sides), sides)
 
 
-def overlap(objects: Objects, anchor: Array, stride: int, inside_only: bool) -> Array:
+def overlap(clipped: ClippedBoxes, anchor: Array, stride: int, inside_only: bool) -> Array:
     """The IoU [N] of boxes with the best copy on the grid of `anchor` [4], which is given in the first cell.
 
     The intersection is a product of two lengths, each of which falls with the distance between the centers along its
     axis. So the best copy is the one nearest to the box along x and along y.
     """
-    low, high, sides = objects
+    low, high, sides = clipped
     start, end = anchor[:2, None], anchor[2:, None]
     first, last = _cells(sides, start, end, stride, inside_only)
     nearest = np.rint((low + high - (start + end)) / (2 * stride))

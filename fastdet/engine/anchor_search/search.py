@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from fastdet.engine.anchor_search import reach
 from fastdet.engine.anchor_search.candidates import Table, quantiles, tabulate
-from fastdet.engine.anchor_search.reach import Array, Objects
+from fastdet.engine.anchor_search.reach import Array, ClippedBoxes
 from fastdet.models.anchors import AnchorGenerator
 
 # Sizes of one level, of each of several levels, and ratios.
@@ -76,15 +76,15 @@ def search(boxes: ArrayLike, sizes: ArrayLike, labels: ArrayLike, default: Ancho
     labels = np.asarray(labels)
     if labels.shape != (len(boxes),) or (len(boxes) and labels.dtype.kind not in "iu"):
         raise ValueError(f"labels must be integers [{len(boxes)}], got {labels.dtype} {list(labels.shape)}")
-    objects = reach.to_objects(boxes, sizes)
-    kept = (objects.low < objects.high).all(0)
+    clipped = reach.clip_boxes(boxes, sizes)
+    kept = (clipped.low < clipped.high).all(0)
     boxes, sizes, labels = boxes[kept], sizes[kept], labels[kept]
-    objects = Objects(*(part[:, kept] for part in objects))
+    clipped = ClippedBoxes(*(part[:, kept] for part in clipped))
     if not len(boxes):
         return Found(default, math.nan, math.nan, True)
     largest = reach.largest_images(sizes)
     old = reach.measure(boxes, sizes, labels, default, inside_only)
-    proposed = _propose(tabulate(objects, labels, largest, default, inside_only), default)
+    proposed = _propose(tabulate(clipped, labels, largest, default, inside_only), default)
     if proposed is not None:
         new = reach.measure(boxes, sizes, labels, proposed, inside_only)
         least_gain = 0.0 if inside_only and not reach.all_fit(default, largest) else _LEAST_GAIN

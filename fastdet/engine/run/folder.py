@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import math
 import os
 import shutil
@@ -36,7 +35,7 @@ class Terminated(Exception):
 
 
 @contextlib.contextmanager
-def own(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[None]:
     """Keep other processes from a run's folder, which is made if it is not there; remove what a killed one left.
 
     The lock ends with the process, however that ends. On Windows there is none; on a file system without locks there
@@ -66,7 +65,7 @@ def own(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        for part in folder.glob(".*.tmp"):
+        for part in folder.glob(".*.[0-9]*.tmp"):
             part.unlink(missing_ok=True)
         yield
 
@@ -108,12 +107,6 @@ def raise_at_sigterm(message: str) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def write_json(path: Path, content: Any, kind: str) -> None:
-    """Write plain values; what is something else is written as text."""
-    text = json.dumps(content, indent=2, default=str)
-    files.write(path, lambda file: file.write(f"{text}\n".encode()), kind=kind)
 
 
 class MetricsFile:

@@ -25,6 +25,11 @@ from fastdet.models.faster_rcnn import FasterRCNN
 from fastdet.safe_files import printable
 from fastdet.weights.files import one_line
 
+# What a checkpoint has of the state, and needs.
+_STATE = (
+    *("model", "optimizer", "loss_scale", "average", "averaged", "best"),
+    *("epoch", "step", "random", "random_of_others"),
+)
 # A resumed run may change these, as they change nothing in what was drawn so far.
 _FREE_ON_RESUME = (
     *("epochs", "workers", "log_every", "eval_every", "save_every", "patience", "graphs"),
@@ -35,9 +40,18 @@ _FREE_ON_RESUME = (
 def build_metadata(
     dataset: Dataset[Item], settings: TrainSettings, description: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What a checkpoint has of a run beside its state: the caller's description, the settings, and of which data."""
-    length: int = len(dataset)  # type: ignore[arg-type]
-    return {**(description or {}), **asdict(settings), "images": length, "data": digest(dataset)}
+    """What a checkpoint has of a run beside its state: the caller's description, the settings, and of which data.
+
+    Raises:
+        ValueError: a value is not plain, so that the checkpoint could not be read, or has a name of the run's own.
+    """
+    given, length = dict(description or {}), len(dataset)  # type: ignore[arg-type]
+    own = {**asdict(settings), "images": length, "data": digest(dataset)}
+    if reserved := given.keys() & {*own, *_STATE}:
+        raise ValueError(f"description must not have {', '.join(sorted(reserved))}, which the run writes itself")
+    checkpoint.check_plain("description", given)
+    checkpoint.check_plain("settings", own)
+    return {**given, **own}
 
 
 def _no_evaluation() -> dict[str, float]:
@@ -131,8 +145,7 @@ class RunState:
         """
         path, loaded = self.last, self.processes.from_first(lambda: checkpoint.load(self.last))
         saved = {"step": 0, "random_of_others": [], **loaded}
-        names = ("model", "optimizer", "loss_scale", "average", "averaged", "best", "random", "epoch", "step")
-        checkpoint.require(path, saved, (*self.metadata, *names), "of a run")
+        checkpoint.require(path, saved, (*self.metadata, *_STATE), "of a run")
         epochs = self.metadata["epochs"]
         try:
             for name, value in self.metadata.items():
