@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastdet import FasterRCNN, Targets
+from fastdet import AnchorGenerator, FasterRCNN, Targets
 from tests.helpers.checks import random_boxes
-from tests.helpers.detectors import NUM_CLASSES, small_detector, small_scene
+from tests.helpers.detectors import NUM_CLASSES, PYRAMID_SETTINGS, Pyramid, small_detector, small_scene
 
 HEIGHT, WIDTH = 64, 96
 
@@ -25,8 +25,9 @@ def padded(batch: int) -> tuple[Tensor, Tensor, Targets, Tensor]:
 
 def pyramid() -> FasterRCNN:
     torch.manual_seed(0)
-    settings = {"rpn_post_nms_top_n_train": 30, "rpn_post_nms_top_n_test": 20, "box_batch_size_per_image": 16}
-    return FasterRCNN("resnet18_fpn", NUM_CLASSES, **settings, box_representation_size=16)
+    anchors = AnchorGenerator(((16, 24), (32, 48), (64, 96)))
+    settings = {**PYRAMID_SETTINGS, "box_batch_size_per_image": 16, "box_representation_size": 16}
+    return FasterRCNN(Pyramid(), NUM_CLASSES, rpn_anchor_generator=anchors, box_featmap_names=("0", "1"), **settings)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
