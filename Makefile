@@ -17,8 +17,8 @@ demo: $(VENV)/.installed
 
 # The second run interprets every Triton kernel on the CPU and compares it with the CPU implementation.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m kernel
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m kernel
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

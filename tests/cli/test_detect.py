@@ -99,7 +99,7 @@ def test_after_ctrl_c_there_is_what_was_found(
     assert [Path(record["file_name"]).name for record in json.loads((tmp_path / "boxes.json").read_text())] == ["a.JPG"]
 
 
-def test_what_is_wrong_is_said_before_any_work(
+def test_what_is_wrong_is_named_before_any_work(
     weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def error(*arguments: object) -> str:

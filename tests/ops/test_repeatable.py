@@ -8,7 +8,7 @@ import torch
 
 from bench.calls import CALLS, OpCall, kernels_on, tensors
 
-ON_A_GPU, INTERPRETED = 50, 2
+ON_A_GPU, INTERPRETED = 50, 1
 
 
 @pytest.fixture

@@ -376,7 +376,7 @@ def kernel_cases() -> Iterator[tuple[str, Tensor, Tensor, float, tuple[int, int]
     torch.manual_seed(0)
     nan_features = torch.randn(2, 3, 5, 7)
     nan_features[torch.rand_like(nan_features) < 0.5] = float("nan")
-    yield "odd", torch.randn(2, 5, 5, 7), random_rois(9, 2, 112), 1 / 16, (7, 7)
+    yield "odd", torch.randn(2, 5, 5, 7), random_rois(7, 2, 112), 1 / 16, (7, 3)
     yield "one", torch.randn(1, 1, 1, 1), random_rois(1, 1, 1), 1.0, (1, 1)
     yield "blocks", torch.randn(1, 300, 3, 4), random_rois(4, 1, 8), 0.5, (2, 3)
     yield "many", torch.randn(3, 2, 3, 3), random_rois(131, 3, 10), 0.3, (2, 1)
