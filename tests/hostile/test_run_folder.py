@@ -587,5 +587,6 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed(tmp_path, straight, caps
     checkpoint.save(tmp_path / "last.pth", content)
     with pytest.raises(CheckpointError, match=r"has 1 of \d+ values that are not finite"):
         run(tmp_path, resume=True)
-    assert main(["detect", str(tmp_path), "--weights", str(tmp_path / "last.pth"), "--out", str(tmp_path)]) == 2
+    arguments = ["--weights", str(tmp_path / "last.pth"), "--out", str(tmp_path / "drawn")]
+    assert main(["detect", str(tmp_path / "photo.png"), *arguments]) == 2
     assert "values that are not finite" in capsys.readouterr().err
