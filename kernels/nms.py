@@ -81,7 +81,7 @@ def config(groups: int, num_boxes: int, max_keep: int, chunks: int = 2) -> Confi
     return Config(
         settled,
         chunk,
-        # The programs of one group that fit a device at a time, even with the registers to decide, are some 130.
+        # Each program of one group has the registers to decide, so that a device holds some 130 of them at a time.
         overlap_rows=max(chunk // 4, 32) if groups == 1 else min(chunk, 128),
         step=step,
         # Enough to pass all rows where hardly a step ends early, as with the boxes of networks, trained or not.

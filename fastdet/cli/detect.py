@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, device: torch.device) -> None:
     finally:
         # After Ctrl-C too: those that are done.
         if options.json is not None and records:
-            write_json(options.json, records)
+            write_json(options.json, records, indent=None)
     if unread:
         raise UserError(f"{unread} of {len(paths)} images could not be read")
 
